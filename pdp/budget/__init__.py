@@ -1,0 +1,1 @@
+"""Budgets: may it still be spent?"""

@@ -1,0 +1,20 @@
+"""The one root of every error that this package raises on purpose."""
+
+from __future__ import annotations
+
+
+class PdpError(Exception):
+    """Something was refused or failed, for a reason that has a code.
+
+    ``message`` is a fixed text that is safe to show to the caller: it says what
+    to do next and never holds a token, a permit, an argument or another
+    tenant's data. Detail that helps an operator goes to the log.
+    """
+
+    def __init__(self, reason_code: str, message: str) -> None:
+        super().__init__(message)
+        self.reason_code = str(reason_code)
+        self.message = message
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(reason_code={self.reason_code!r})"

@@ -1,0 +1,1 @@
+"""Identify: whose call is this?"""

@@ -1,0 +1,1 @@
+"""Authorize: what does the policy say?"""

@@ -1,0 +1,52 @@
+"""The engine port, and what a policy is asked."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Protocol
+
+from pdp.canonical import JsonObject, JsonValue
+from pdp.errors import PdpError
+
+
+class Entrypoint(StrEnum):
+    """The rules of a bundle that the sidecar asks for."""
+
+    AUTHZ_DECISION = "pdp/authz/decision"
+    BUDGET_DECISION = "pdp/budget/decision"
+    BUDGET_LIMITS = "pdp/budget/limits"
+
+
+class PolicyError(PdpError):
+    """A question got no usable answer, which is a denial.
+
+    Reason codes: policy_undefined, policy_invalid, policy_error,
+    policy_timeout, policy_unavailable.
+    """
+
+
+class BundleError(PdpError):
+    """A bundle can not be loaded: reason code policy_unavailable. The message
+    names the file, what is wrong and what to do; it is for operators."""
+
+
+class PolicyEngine(Protocol):
+    """Evaluates the rules of one loaded bundle."""
+
+    @property
+    def revision(self) -> str:
+        """The bundle's revision: from its manifest, else a digest of its content."""
+        ...
+
+    async def evaluate(self, entrypoint: Entrypoint, document: JsonObject) -> JsonValue:
+        """The value of a rule for ``input = document``.
+
+        Raises PolicyError: policy_undefined when the rule has no value,
+        policy_timeout past the deadline, policy_error when it fails while it
+        runs, policy_unavailable when the engine can not take the question.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Let go of threads and memory; later questions get policy_unavailable."""
+        ...

@@ -1,0 +1,14 @@
+#!/bin/sh
+# Pin every dependency with its hashes into requirements/. Run by `make lock`.
+set -eu
+cd "$(dirname "$0")/.."
+compile() {
+    name=$1
+    shift
+    .venv/bin/uv pip compile --quiet pyproject.toml "$@" --universal --python-version 3.11 \
+        --generate-hashes --no-emit-index-url --no-header --no-annotate \
+        --output-file "requirements/$name.txt"
+}
+compile base
+compile demo --extra demo --group build
+compile dev --extra demo --group dev

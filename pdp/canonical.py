@@ -22,6 +22,8 @@ MAX_SAFE_INTEGER: Final = 2**53 - 1
 MAX_DEPTH: Final = 64
 """Levels of nesting that are read."""
 
+_LONGEST_SAFE_INTEGER: Final = len(str(-MAX_SAFE_INTEGER))
+
 JsonScalar = bool | int | float | str | None
 JsonValue = JsonScalar | list["JsonValue"] | dict[str, "JsonValue"]
 JsonObject = dict[str, JsonValue]
@@ -62,31 +64,18 @@ def check(value: object, *, depth: int = MAX_DEPTH) -> None:
     subclasses and no tuples, so that what is digested is what a tool receives.
     """
     kind = type(value)
-    if kind is str:
+    if kind is dict or kind is list:
+        if depth == 0:
+            raise JsonError(f"is nested more than {MAX_DEPTH} deep")
+        for item in value.values() if kind is dict else value:  # type: ignore[attr-defined]
+            check(item, depth=depth - 1)
+        if kind is dict:
+            for key in value:  # type: ignore[attr-defined]
+                _check_key(key)
+    elif kind is str:
         _check_text(value)  # type: ignore[arg-type]
-    elif kind is int:
-        if not -MAX_SAFE_INTEGER <= value <= MAX_SAFE_INTEGER:  # type: ignore[operator]
-            raise JsonError("holds an integer beyond +-(2^53 - 1); send it as a string")
-    elif kind is float:
-        if not math.isfinite(value):  # type: ignore[arg-type]
-            raise JsonError("holds NaN or Infinity")
-    elif kind is dict:
-        if depth == 0:
-            raise JsonError(f"is nested more than {MAX_DEPTH} deep")
-        for key, item in value.items():  # type: ignore[attr-defined]
-            if type(key) is not str:
-                raise JsonError(
-                    f"holds a key of type {type(key).__name__}; keys are strings"
-                )
-            _check_text(key)
-            check(item, depth=depth - 1)
-    elif kind is list:
-        if depth == 0:
-            raise JsonError(f"is nested more than {MAX_DEPTH} deep")
-        for item in value:  # type: ignore[attr-defined]
-            check(item, depth=depth - 1)
-    elif kind is not bool and value is not None:
-        raise JsonError(f"holds a value of type {kind.__name__}; JSON has none such")
+    else:
+        _check_atom(value)
 
 
 def canonical_bytes(value: JsonValue) -> bytes:
@@ -97,6 +86,23 @@ def canonical_bytes(value: JsonValue) -> bytes:
 def sha256_hex(value: JsonValue) -> str:
     """SHA-256 over the RFC 8785 form: 64 lower-case hexadecimal digits."""
     return hashlib.sha256(canonical_bytes(value)).hexdigest()
+
+
+def _check_key(key: object) -> None:
+    if type(key) is not str:
+        raise JsonError(f"holds a key of type {type(key).__name__}; keys are strings")
+    _check_text(key)
+
+
+def _check_atom(value: object) -> None:
+    if type(value) is int:
+        if not -MAX_SAFE_INTEGER <= value <= MAX_SAFE_INTEGER:
+            raise JsonError("holds an integer beyond +-(2^53 - 1); send it as a string")
+    elif type(value) is float:
+        if not math.isfinite(value):
+            raise JsonError("holds NaN or Infinity")
+    elif type(value) is not bool and value is not None:
+        raise JsonError(f"holds a value of type {type(value).__name__}; JSON has none such")
 
 
 def _check_text(text: str) -> None:
@@ -115,7 +121,7 @@ def _unique_pairs(pairs: list[tuple[str, JsonValue]]) -> JsonObject:
 
 
 def _parse_int(digits: str) -> int:
-    if len(digits) > 17:
+    if len(digits) > _LONGEST_SAFE_INTEGER:
         raise JsonError("holds an integer beyond +-(2^53 - 1); send it as a string")
     return int(digits)
 

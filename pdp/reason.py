@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
-from typing import Final
+from typing import Final, Self
 
 REASON_CODE_PATTERN: Final = re.compile(r"[a-z][a-z0-9_]{0,63}")
 """What a reason code looks like, a policy's own included."""
@@ -20,7 +20,7 @@ class ReasonCode(StrEnum):
 
     meaning: str
 
-    def __new__(cls, code: str, meaning: str) -> ReasonCode:
+    def __new__(cls, code: str, meaning: str) -> Self:  # noqa: D102 - builds members
         member = str.__new__(cls, code)
         member._value_ = code
         member.meaning = meaning

@@ -28,5 +28,6 @@ class Subject:
     @property
     def namespace(self) -> str:
         """Prefix for this tenant's memory and cache keys; no other tenant's
-        namespace is a prefix of it, as tenant ids hold no slash."""
+        namespace is a prefix of it, as tenant ids hold no slash.
+        """
         return f"tenant/{self.tenant}/"

@@ -1,0 +1,64 @@
+"""The identity port, and the simplest resolver."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pdp.errors import PdpError
+from pdp.identity.subject import Subject
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Credentials:
+    """What a caller shows. Everything in it is a secret."""
+
+    bearer: str | None = field(repr=False)
+    """The bearer token, without the word Bearer; None when the call carries none."""
+
+
+class IdentityError(PdpError):
+    """There is no valid identity.
+
+    Reason codes: token_missing, token_invalid, token_expired, tenant_missing,
+    tenant_mismatch, tenant_unknown. ``tenant`` and ``actor`` are set only where
+    the token itself was verified.
+    """
+
+    def __init__(
+        self,
+        reason_code: str,
+        message: str,
+        *,
+        tenant: str | None = None,
+        actor: str | None = None,
+    ) -> None:
+        super().__init__(reason_code, message)
+        self.tenant = tenant
+        self.actor = actor
+
+
+class IdentityResolver(Protocol):
+    """Tells whose call it is, from nothing but verified credentials."""
+
+    async def resolve(self, credentials: Credentials) -> Subject:
+        """The caller. Raises IdentityError."""
+        ...
+
+
+class SingleTenant:
+    """Every caller is the one tenant ``default``.
+
+    For an installation that serves a single customer. Callers are trusted by the
+    socket that they reach, so the configuration allows it only on a Unix socket
+    or loopback.
+    """
+
+    TENANT = "default"
+
+    def __init__(self, *, actor: str, roles: tuple[str, ...], scopes: tuple[str, ...]) -> None:
+        self._subject = Subject(tenant=self.TENANT, actor=actor, roles=roles, scopes=scopes)
+
+    async def resolve(self, credentials: Credentials) -> Subject:  # noqa: ARG002 - trusted by socket
+        """The one subject, whatever the credentials."""
+        return self._subject

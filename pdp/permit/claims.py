@@ -1,0 +1,183 @@
+"""What a permit says, and its claims on the wire.
+
+Names follow RFC 7519 (registered claims), RFC 9396 (authorization_details) and
+the OAuth transaction-token draft (txn, tctx).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Final, TypeVar
+
+from pdp.canonical import JsonObject, JsonValue
+from pdp.errors import PdpError
+from pdp.reason import ReasonCode
+
+DETAIL_TYPE: Final = "tool_call"
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_CLAIMS: Final = frozenset(
+    [
+        "iss",
+        "aud",
+        "iat",
+        "nbf",
+        "exp",
+        "jti",
+        "txn",
+        "sub",
+        "scope",
+        "authorization_details",
+        "tctx",
+    ]
+)
+_DETAIL: Final = frozenset(["type", "locations", "actions", "args_sha256"])
+_TENANT_CONTEXT: Final = frozenset(["tenant", "decision_id", "policy_revision"])
+
+
+class PermitError(PdpError):
+    """A permit was refused.
+
+    Reason codes: permit_missing, permit_invalid, permit_expired, permit_used,
+    permit_mismatch, permit_unavailable, outcome_already_reported.
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Permit:
+    """Leave to make one call of one tool for one tenant, once."""
+
+    id: str
+    """The jti."""
+    issuer: str
+    audience: str
+    """The tool server that is to accept it."""
+    tenant: str
+    actor: str
+    tool: str
+    arguments_sha256: str
+    """SHA-256 over the RFC 8785 form of the arguments, in hexadecimal."""
+    scopes: tuple[str, ...]
+    """The scopes under which the tool is to run."""
+    transaction: str
+    """The request id: an idempotency key that the tool can pass on."""
+    decision_id: str
+    policy_revision: str
+    issued_at: int
+    """Unix seconds, as is expires_at."""
+    expires_at: int
+    hold_id: str = ""
+    """What is held for the call; empty when nothing is."""
+    resource: str = ""
+    """What the call is done to, as type/id; empty if the question did not say."""
+    token: str = field(default="", repr=False, compare=False)
+    """The signed permit itself. A secret."""
+
+    @property
+    def namespace(self) -> str:
+        """Prefix for this tenant's memory and cache keys."""
+        return f"tenant/{self.tenant}/"
+
+    def to_claims(self) -> JsonObject:
+        """The payload that is signed."""
+        detail: JsonObject = {
+            "type": DETAIL_TYPE,
+            "locations": [self.audience],
+            "actions": [self.tool],
+            "args_sha256": self.arguments_sha256,
+        }
+        context: JsonObject = {
+            "tenant": self.tenant,
+            "decision_id": self.decision_id,
+            "policy_revision": self.policy_revision,
+        }
+        if self.resource:
+            detail["identifier"] = self.resource
+        if self.hold_id:
+            context["hold_id"] = self.hold_id
+        return {
+            "iss": self.issuer,
+            "aud": self.audience,
+            "iat": self.issued_at,
+            "nbf": self.issued_at,
+            "exp": self.expires_at,
+            "jti": self.id,
+            "txn": self.transaction,
+            "sub": self.actor,
+            "scope": " ".join(self.scopes),
+            "authorization_details": [detail],
+            "tctx": context,
+        }
+
+
+def from_claims(claims: JsonObject, *, token: str) -> Permit:
+    """Read a verified payload. Raises PermitError (permit_invalid).
+
+    A claim that is not known is refused, not ignored: it may be a restriction.
+    """
+    _members(claims, _CLAIMS)
+    details = _typed(claims, "authorization_details", list)
+    detail = details[0] if len(details) == 1 else None
+    context = claims["tctx"]
+    if not isinstance(detail, dict) or not isinstance(context, dict):
+        raise _invalid()
+    _members(detail, _DETAIL, optional="identifier")
+    _members(context, _TENANT_CONTEXT, optional="hold_id")
+    audience = _text(claims, "aud")
+    arguments_sha256 = _text(detail, "args_sha256")
+    issued_at = _typed(claims, "iat", int)
+    if (
+        detail["type"] != DETAIL_TYPE
+        or detail["locations"] != [audience]
+        or claims["nbf"] != issued_at
+        or not _SHA256.fullmatch(arguments_sha256)
+    ):
+        raise _invalid()
+    actions = _typed(detail, "actions", list)
+    if len(actions) != 1 or not isinstance(actions[0], str):
+        raise _invalid()
+    scope = _typed(claims, "scope", str)
+    return Permit(
+        id=_text(claims, "jti"),
+        issuer=_text(claims, "iss"),
+        audience=audience,
+        tenant=_text(context, "tenant"),
+        actor=_text(claims, "sub"),
+        tool=actions[0],
+        arguments_sha256=arguments_sha256,
+        scopes=tuple(scope.split(" ")) if scope else (),
+        transaction=_text(claims, "txn"),
+        decision_id=_text(context, "decision_id"),
+        policy_revision=_text(context, "policy_revision"),
+        issued_at=issued_at,
+        expires_at=_typed(claims, "exp", int),
+        hold_id=_text(context, "hold_id") if "hold_id" in context else "",
+        resource=_text(detail, "identifier") if "identifier" in detail else "",
+        token=token,
+    )
+
+
+def _invalid() -> PermitError:
+    return PermitError(ReasonCode.PERMIT_INVALID, "The permit's claims are not those of a permit.")
+
+
+def _members(claims: JsonObject, names: frozenset[str], *, optional: str | None = None) -> None:
+    if claims.keys() - {optional} != names:
+        raise _invalid()
+
+
+_T = TypeVar("_T", str, int, list[JsonValue])
+
+
+def _typed(claims: JsonObject, name: str, kind: type[_T]) -> _T:
+    value = claims[name]
+    if type(value) is not kind:
+        raise _invalid()
+    return value
+
+
+def _text(claims: JsonObject, name: str) -> str:
+    value = _typed(claims, name, str)
+    if not value:
+        raise _invalid()
+    return value

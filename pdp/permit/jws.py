@@ -1,0 +1,69 @@
+"""Permits as compact JWS (RFC 7515), with everything pinned that could be chosen.
+
+One algorithm (EdDSA with Ed25519, RFC 8037), one type, a key id, and no other
+header. A library for general JWTs is made to accept more than that, and costs
+more to import than the whole stub; the signature itself is pyca/cryptography's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from pdp import base64url
+from pdp.canonical import JsonObject, canonical_bytes, parse_object
+
+ALGORITHM: Final = "EdDSA"
+TYPE: Final = "tool-permit+jwt"
+MAX_LENGTH: Final = 8192
+"""Longest permit that is read, in characters."""
+
+
+class JwsError(ValueError):
+    """Not a permit signed by a known key. Says nothing of its content."""
+
+
+def sign(payload: JsonObject, *, key: Ed25519PrivateKey, kid: str) -> str:
+    """The signed compact form. Deterministic: the same payload and key give the
+    same permit, which is how a repeated question gets its first answer again.
+    """
+    header: JsonObject = {"alg": ALGORITHM, "kid": kid, "typ": TYPE}
+    signed = ".".join(base64url.encode(canonical_bytes(part)) for part in (header, payload))
+    return signed + "." + base64url.encode(key.sign(signed.encode("ascii")))
+
+
+def verify(token: str, *, find_key: Callable[[str], Ed25519PublicKey | None]) -> JsonObject:
+    """The payload of a permit whose signature verifies. Raises JwsError.
+
+    The header is read only to pin it and to find the key; the payload is parsed
+    only after the signature holds.
+    """
+    if len(token) > MAX_LENGTH:
+        raise JwsError("is too long")
+    segments = token.split(".")
+    if len(segments) != 3:  # noqa: PLR2004 - RFC 7515 7.1
+        raise JwsError("is not a compact JWS")
+    header = _object(segments[0])
+    if header.keys() != {"alg", "kid", "typ"}:
+        raise JwsError("has other header members than alg, kid and typ")
+    if header["alg"] != ALGORITHM or header["typ"] != TYPE:
+        raise JwsError(f"is not of algorithm {ALGORITHM} and type {TYPE}")
+    kid = header["kid"]
+    key = find_key(kid) if isinstance(kid, str) else None
+    if key is None:
+        raise JwsError("is signed by an unknown key")
+    try:
+        key.verify(base64url.decode(segments[2]), f"{segments[0]}.{segments[1]}".encode("ascii"))
+    except (InvalidSignature, ValueError):
+        raise JwsError("has a wrong signature") from None
+    return _object(segments[1])
+
+
+def _object(segment: str) -> JsonObject:
+    try:
+        return parse_object(base64url.decode(segment), max_bytes=MAX_LENGTH)
+    except ValueError:
+        raise JwsError("does not hold a JSON object in base64url") from None

@@ -191,17 +191,14 @@ class Ledger(Protocol):
         """
         ...
 
-    async def release(
-        self, account: Account, key: IdempotencyKey, *, hold_id: str
-    ) -> Receipt:
+    async def release(self, account: Account, key: IdempotencyKey, *, hold_id: str) -> Receipt:
         """End a hold with nothing spent."""
         ...
 
-    async def state(
-        self, account: Account, *, limits: Sequence[Limit]
-    ) -> tuple[LimitState, ...]:
+    async def state(self, account: Account, *, limits: Sequence[Limit]) -> tuple[LimitState, ...]:
         """The limits as they stand now. Limits of scope ``tool`` are left out
-        when the account names no tool."""
+        when the account names no tool.
+        """
         ...
 
     async def close(self) -> None:

@@ -1,0 +1,105 @@
+"""What every ledger checks before it begins, whichever its store.
+
+Callers have checked all of this against their own contract; what arrives here
+out of bounds is a bug in the caller and raises ValueError. Messages name the
+field and never show its value.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Final
+
+from pdp.budget.ledger import (
+    MAX_AMOUNT,
+    Account,
+    Charge,
+    IdempotencyKey,
+    Limit,
+    Scope,
+    Window,
+)
+
+MAX_CHARGES: Final = 16
+"""Charges in one operation."""
+
+MAX_LIMITS: Final = 64
+"""Limits that are given to one operation."""
+
+MAX_HOLD_SECONDS: Final = 3600
+"""How long a hold may live."""
+
+MAX_NOTE_BYTES: Final = 16 * 1024
+
+OPERATIONS: Final = frozenset({"authorize", "charge", "reserve", "settle", "release", "outcome"})
+
+_SHA256_HEX: Final = re.compile(r"[0-9a-f]{64}")
+
+
+def check_account(account: Account) -> None:
+    """Tenant and actor are there; the tool may be empty."""
+    _check_text("tenant", account.tenant, 128)
+    _check_text("actor", account.actor, 255)
+    if account.tool != "":
+        _check_text("tool", account.tool, 128)
+
+
+def check_key(key: IdempotencyKey) -> None:
+    """The key is a key of the port, its digest a digest, its note not too long."""
+    if key.operation not in OPERATIONS:
+        raise ValueError("operation is not one of the port's")
+    _check_text("idempotency key", key.key, 255)
+    if type(key.content_sha256) is not str or not _SHA256_HEX.fullmatch(key.content_sha256):
+        raise ValueError("content_sha256 is not 64 lower-case hexadecimal digits")
+    if type(key.note) is not str or len(key.note.encode()) > MAX_NOTE_BYTES:
+        raise ValueError(f"note is longer than {MAX_NOTE_BYTES} bytes")
+
+
+def check_charges(charges: Sequence[Charge], *, least: int) -> None:
+    """Amounts from ``least`` up, each pair of budget and unit at most once."""
+    if len(charges) > MAX_CHARGES:
+        raise ValueError(f"more than {MAX_CHARGES} charges")
+    for charge in charges:
+        _check_text("budget", charge.budget, 64)
+        _check_text("unit", charge.unit, 64)
+        _check_int("amount", charge.amount, least, MAX_AMOUNT)
+    if len({(charge.budget, charge.unit) for charge in charges}) != len(charges):
+        raise ValueError("a pair of budget and unit stands twice in charges")
+
+
+def check_limits(limits: Sequence[Limit]) -> None:
+    """Limits are whole, and no two of them count in the same account."""
+    if len(limits) > MAX_LIMITS:
+        raise ValueError(f"more than {MAX_LIMITS} limits")
+    for limit in limits:
+        _check_text("limit id", limit.id, 128)
+        _check_text("budget", limit.budget, 64)
+        _check_text("unit", limit.unit, 64)
+        _check_int("limit", limit.limit, 0, MAX_AMOUNT)
+        if type(limit.window) is not Window or type(limit.scope) is not Scope:
+            raise ValueError("window or scope is not one of the port's")
+    accounts = {(each.id, each.budget, each.unit, each.window, each.scope) for each in limits}
+    if len(accounts) != len(limits):
+        raise ValueError("a limit stands twice in limits")
+
+
+def check_ttl(ttl_seconds: int) -> None:
+    """A hold lives for a second at least."""
+    _check_int("ttl_seconds", ttl_seconds, 1, MAX_HOLD_SECONDS)
+
+
+def check_hold_id(hold_id: str) -> None:
+    """It could be an id; whether there is such a hold is for the store to say."""
+    _check_text("hold id", hold_id, 255)
+
+
+def _check_text(name: str, text: str, longest: int) -> None:
+    if type(text) is not str or not 1 <= len(text) <= longest or not text.isprintable():
+        raise ValueError(f"{name} is not 1 to {longest} printable characters")
+
+
+def _check_int(name: str, value: int, least: int, most: int) -> None:
+    # bool is an int to Python, and no amount.
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{name} is not a whole number from {least} to {most}")

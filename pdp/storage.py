@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import queue
@@ -263,14 +264,18 @@ def _refuse_old_sqlite(version: str) -> None:
 
 
 def _make_private(path: Path) -> None:
-    """Create the file, or narrow it: only its owner may read and write it. SQLite
-    gives its log the same mode.
+    """Create the file, or narrow it: only its owner may read and write it.
+
+    SQLite gives its log the same mode. A file that exists is not opened here:
+    when a process closes any descriptor of a file, it loses all its locks on it,
+    those of a writer that has it open too (https://sqlite.org/howtocorrupt.html).
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
     try:
-        os.fchmod(descriptor, 0o600)
-    finally:
-        os.close(descriptor)
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        path.chmod(0o600)
 
 
 def _apply_schema(

@@ -67,7 +67,7 @@ def check(value: object, *, depth: int = MAX_DEPTH) -> None:
     if kind is dict or kind is list:
         if depth == 0:
             raise JsonError(f"is nested more than {MAX_DEPTH} deep")
-        for item in value.values() if kind is dict else value:  # type: ignore[attr-defined]
+        for item in value.values() if kind is dict else value:  # type: ignore[attr-defined,union-attr]
             check(item, depth=depth - 1)
         if kind is dict:
             for key in value:  # type: ignore[attr-defined]

@@ -149,7 +149,6 @@ class ReasonCode(StrEnum):
         "The key was used before, with other content.",
     )
     DEADLINE_EXCEEDED = "deadline_exceeded", "The answer did not come in time."
-    DRAINING = "draining", "The sidecar is shutting down."
     INTERNAL = "internal", "A fault in the PDP itself; nothing was allowed."
 
     # In the runtime's stub

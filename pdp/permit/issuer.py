@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pdp.permit.claims import Permit
 from pdp.permit.keys import SigningKey
 
@@ -13,6 +15,6 @@ class PermitIssuer:
         self._key = key
         self.issuer = issuer
 
-    def sign(self, permit: Permit) -> str:
-        """The signed permit: the same for the same permit, at any time."""
-        return self._key.sign(permit.to_claims())
+    def sign(self, permit: Permit) -> Permit:
+        """The permit with its token: the same for the same permit, at any time."""
+        return replace(permit, token=self._key.sign(permit.to_claims()))

@@ -1,0 +1,484 @@
+"""The sidecar's configuration: one YAML file and PDP_* variables, read once.
+
+The models below are the reference: ``docs/configuration.md`` and
+``pdp config schema`` are generated from them. A key that is not known is
+refused, with the file, the line and the key that may have been meant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from pdp.errors import PdpError
+from pdp.identity.subject import TENANT_PATTERN
+from pdp.reason import ReasonCode
+from pdp.storage import Durability
+
+ENVIRONMENT_PREFIX: Final = "PDP_"
+MAX_CONFIG_BYTES: Final = 1024 * 1024
+_SERVICE_LINK: Final = re.compile(r"PDP_(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP)\w*)?)")
+"""What Kubernetes sets in every pod when a Service is named "pdp"."""
+
+
+class ConfigError(PdpError):
+    """The configuration can not be used; the message has one line per fault."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(ReasonCode.REQUEST_INVALID, message)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+def _expand_user(path: Path) -> Path:
+    return path.expanduser()
+
+
+def _address(value: str) -> str:
+    host, separator, port = value.rpartition(":")
+    if not separator or not host or not port.isdecimal() or int(port) > 65535:  # noqa: PLR2004
+        raise ValueError("must be HOST:PORT, for example 127.0.0.1:8443 or [::1]:8443")
+    return value
+
+
+def _octal_mode(value: str) -> str:
+    if not re.fullmatch(r"0?[0-7]{3}", value) or int(value, 8) & 0o007:
+        raise ValueError('must be an octal mode without access for others, such as "0660"')
+    return value
+
+
+def is_loopback(address: str) -> bool:
+    """Whether HOST:PORT can be reached from this machine only."""
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+FilePath = Annotated[Path, Field(strict=False), AfterValidator(_expand_user)]
+Address = Annotated[str, AfterValidator(_address)]
+Name = Annotated[str, Field(min_length=1, max_length=255)]
+Audience = Annotated[str, Field(pattern=r"^[A-Za-z0-9:/._-]{1,255}$")]
+
+
+class Tls(_Section):
+    """Certificates of a TCP listener."""
+
+    certificate_file: FilePath
+    """PEM file with the certificate chain."""
+    key_file: FilePath
+    """PEM file with the private key."""
+    client_ca_file: FilePath | None = None
+    """PEM file with the authorities of client certificates. When it is set, a
+    client without a certificate of theirs is refused (mTLS)."""
+
+
+class TcpListener(_Section):
+    """A TCP listener for gRPC."""
+
+    address: Address
+    """HOST:PORT; port 0 takes a free one. Without tls only loopback is allowed."""
+    tls: Tls | None = None
+    """Certificates. Required unless the address is loopback."""
+
+    @model_validator(mode="after")
+    def _plain_only_on_loopback(self) -> Self:
+        if self.tls is None and not is_loopback(self.address):
+            raise ValueError("plain TCP is allowed only on loopback; set tls")
+        return self
+
+
+class Listen(_Section):
+    """Where the sidecar answers."""
+
+    unix: FilePath | None = Path("/run/pdp/pdp.sock")
+    """Path of the Unix socket for gRPC; null for none."""
+    unix_mode: Annotated[str, AfterValidator(_octal_mode)] = "0660"
+    """Octal mode of the socket; others never have access."""
+    tcp: TcpListener | None = None
+    """TCP listener for gRPC."""
+    metrics: Address | None = "127.0.0.1:9464"
+    """HOST:PORT of the HTTP listener for /metrics, /healthz, /readyz and
+    /.well-known/jwks.json; null for none. It shows no tenant's data."""
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> Self:
+        if self.unix is None and self.tcp is None:
+            raise ValueError("set unix or tcp, or nobody can ask")
+        return self
+
+
+class ServerLimits(_Section):
+    """Bounds on what clients may use of the server."""
+
+    max_message_bytes: Annotated[int, Field(ge=65_536, le=16_777_216)] = 4_194_304
+    """Largest gRPC message that is read. Arguments are bounded at 1 MiB besides."""
+    max_metadata_bytes: Annotated[int, Field(ge=8_192, le=65_536)] = 16_384
+    """Largest metadata of a call, the token included."""
+    max_concurrent_streams: Annotated[int, Field(ge=1, le=10_000)] = 256
+    """Calls under way per connection; more wait in the client."""
+    max_concurrent_calls: Annotated[int, Field(ge=1, le=100_000)] = 1_024
+    """Calls under way in all; more are refused with rate_limited."""
+    call_timeout_seconds: Annotated[float, Field(gt=0, le=60)] = 5.0
+    """Longest time for one call; a client's shorter deadline wins."""
+    keepalive_seconds: Annotated[int, Field(ge=10, le=7_200)] = 60
+    """Time between keepalive pings on a quiet connection."""
+    drain_seconds: Annotated[float, Field(ge=0, le=300)] = 10.0
+    """After SIGTERM, how long calls under way may take to finish."""
+
+
+class TenantClaim(_Section):
+    """How a token names its tenant."""
+
+    claim: Name = "tenant_id"
+    """The claim that holds the tenant id or, with organisations, the organisation id."""
+    organisations: Annotated[dict[Name, str], Field(min_length=1, max_length=100_000)] | None = None
+    """Organisation id to tenant id. Null: the claim is the tenant id itself."""
+
+    @model_validator(mode="after")
+    def _tenant_ids(self) -> Self:
+        for tenant in (self.organisations or {}).values():
+            if not TENANT_PATTERN.fullmatch(tenant):
+                raise ValueError(f"{tenant!r} is not a tenant id ({TENANT_PATTERN.pattern})")
+        return self
+
+
+class JwtIssuer(_Section):
+    """A token issuer that is trusted."""
+
+    issuer: Name
+    """Its exact iss claim."""
+    audiences: Annotated[list[Name], Field(min_length=1, max_length=64)]
+    """One of them must stand in the token's aud."""
+    jwks_file: FilePath
+    """JWK set with its public keys; each key needs a kid."""
+    algorithms: Annotated[
+        list[Literal["EdDSA", "ES256", "RS256"]], Field(min_length=1, max_length=3)
+    ] = ["EdDSA", "ES256", "RS256"]
+    """Accepted signature algorithms."""
+    types: Annotated[list[Name], Field(min_length=1, max_length=16)] = ["JWT", "at+jwt"]
+    """Accepted typ headers."""
+    tenant: TenantClaim = TenantClaim()
+    """How a token names its tenant."""
+    actor_claim: Name = "sub"
+    """The claim that names the actor."""
+    roles_claim: Name = "roles"
+    """The claim with the roles: a list, or a text with spaces between."""
+    scopes_claim: Name = "scope"
+    """The claim with the scopes: a list, or a text with spaces between."""
+    leeway_seconds: Annotated[int, Field(ge=0, le=300)] = 30
+    """How far the issuer's clock may differ."""
+
+
+class JwtIdentity(_Section):
+    """Callers show a JWT as bearer token."""
+
+    mode: Literal["jwt"]
+    """This section's kind."""
+    issuers: Annotated[list[JwtIssuer], Field(min_length=1, max_length=64)]
+    """The issuers that are trusted; each iss at most once."""
+
+    @model_validator(mode="after")
+    def _issuers_differ(self) -> Self:
+        names = [issuer.issuer for issuer in self.issuers]
+        if len(set(names)) != len(names):
+            raise ValueError("an issuer is named twice")
+        return self
+
+
+class SingleTenantIdentity(_Section):
+    """Every caller is the tenant "default". Only on a Unix socket or loopback."""
+
+    mode: Literal["single_tenant"]
+    """This section's kind."""
+    actor: Name = "local"
+    """The actor of every call."""
+    roles: Annotated[list[Name], Field(max_length=64)] = []
+    """Its roles."""
+    scopes: Annotated[list[Name], Field(max_length=64)] = []
+    """Its scopes."""
+
+
+class Policy(_Section):
+    """What decides."""
+
+    bundle: FilePath
+    """An OPA bundle with policy.wasm (.tar.gz or a directory), or a directory of
+    Rego, which needs the opa command on PATH."""
+    evaluation_timeout_ms: Annotated[int, Field(ge=10, le=10_000)] = 200
+    """Longest time for one evaluation; past it the answer is a denial."""
+    workers: Annotated[int, Field(ge=1, le=64)] = 2
+    """Evaluations that run at the same time."""
+    max_memory_mib: Annotated[int, Field(ge=8, le=1_024)] = 128
+    """Most memory of one evaluation."""
+
+
+class Permits(_Section):
+    """How permits are signed."""
+
+    issuer: Name = "agent-pdp"
+    """The iss of permits: the name of the trust domain."""
+    key_file: FilePath | None = None
+    """PEM file with the Ed25519 key, mode 0600. Null: made on first start, in the
+    state directory."""
+    ttl_seconds: Annotated[int, Field(ge=1, le=3_600)] = 60
+    """How long a permit is valid, unless the policy says less."""
+    default_audience: Audience = "tools"
+    """The audience of a permit when the question names none."""
+
+
+class Budget(_Section):
+    """The ledger."""
+
+    durability: Annotated[Durability, Field(strict=False)] = Durability.PROCESS
+    """process: what was answered survives the sidecar's death at any moment.
+    power: it survives power loss too, at the cost of a disk sync per commit."""
+    hold_ttl_seconds: Annotated[int, Field(ge=1, le=3_600)] = 120
+    """How long a hold lasts unless it is settled or released. At least as long as
+    permit.ttl_seconds."""
+
+
+class Audit(_Section):
+    """The audit log."""
+
+    durability: Annotated[Durability, Field(strict=False)] = Durability.PROCESS
+    """As budget.durability. In process mode the log is synced once a second."""
+    segment_max_bytes: Annotated[int, Field(ge=1_048_576, le=1_073_741_824)] = 67_108_864
+    """Size at which a new file is begun."""
+
+
+class Config(_Section):
+    """The whole configuration."""
+
+    state_dir: FilePath = Path("/var/lib/pdp")
+    """Directory for ledger, audit log and keys; made with mode 0700. One sidecar
+    at a time."""
+    instance: Name | None = None
+    """Name of this sidecar in audit records. Null: the host's name."""
+    listen: Listen = Listen()
+    """Where the sidecar answers."""
+    limits: ServerLimits = ServerLimits()
+    """Bounds on what clients may use of the server."""
+    identity: Annotated[JwtIdentity | SingleTenantIdentity, Field(discriminator="mode")]
+    """Whose call it is."""
+    policy: Policy
+    """What decides."""
+    permit: Permits = Permits()
+    """How permits are signed."""
+    budget: Budget = Budget()
+    """The ledger."""
+    audit: Audit = Audit()
+    """The audit log."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        tcp = self.listen.tcp
+        if (
+            isinstance(self.identity, SingleTenantIdentity)
+            and tcp is not None
+            and not is_loopback(tcp.address)
+        ):
+            raise ValueError(
+                "identity.mode single_tenant trusts whoever reaches the socket, so "
+                "listen.tcp.address must be loopback"
+            )
+        if self.budget.hold_ttl_seconds < self.permit.ttl_seconds:
+            raise ValueError("budget.hold_ttl_seconds must be at least permit.ttl_seconds")
+        return self
+
+
+def load_config(path: Path, environment: Mapping[str, str]) -> Config:
+    """Read the file, lay the PDP_* variables over it, and check the whole.
+
+    A variable names its key with "__" between levels: PDP_STATE_DIR,
+    PDP_LISTEN__UNIX, PDP_BUDGET__DURABILITY; its value is read as YAML. Relative
+    paths in the file are taken from the file's directory. Raises ConfigError.
+    """
+    document, lines = _read_yaml(path)
+    variables = _overlay(document, environment)
+    try:
+        config = Config.model_validate(document)
+    except ValidationError as error:
+        faults = [_explain(fault, path, lines, variables) for fault in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(faults))) from None
+    return _resolve_paths(config, path.resolve().parent)
+
+
+def _resolve_paths(config: Config, base: Path) -> Config:
+    def walk(section: BaseModel) -> BaseModel:
+        changes: dict[str, Any] = {}
+        for name in type(section).model_fields:
+            value = getattr(section, name)
+            if isinstance(value, Path) and not value.is_absolute():
+                changes[name] = base / value
+            elif isinstance(value, BaseModel):
+                changes[name] = walk(value)
+            elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
+                changes[name] = [walk(item) for item in value]
+        return section.model_copy(update=changes)
+
+    resolved = walk(config)
+    assert isinstance(resolved, Config)  # noqa: S101 - model_copy keeps the class
+    return resolved
+
+
+_Path = tuple[str | int, ...]
+
+
+class _LineLoader(yaml.SafeLoader):
+    """Refuses duplicate keys, aliases and merges, and keeps the line of each key."""
+
+    def __init__(self, stream: bytes) -> None:
+        super().__init__(stream)
+        self.lines: dict[_Path, int] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:  # noqa: ANN401 - as in the base class
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.MarkedYAMLError(
+                problem="aliases are not used here; write the value out",
+                problem_mark=self.peek_event().start_mark,  # type: ignore[no-untyped-call]
+            )
+        return super().compose_node(parent, index)
+
+    def note_lines(self, node: yaml.Node, path: _Path = ()) -> None:
+        self.lines.setdefault(path, node.start_mark.line + 1)
+        if isinstance(node, yaml.MappingNode):
+            seen: set[str] = set()
+            for key, value in node.value:
+                if not isinstance(key, yaml.ScalarNode) or key.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem="a key stands twice, or is not a text", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+                self.lines[(*path, key.value)] = key.start_mark.line + 1
+                self.note_lines(value, (*path, key.value))
+        elif isinstance(node, yaml.SequenceNode):
+            for index, item in enumerate(node.value):
+                self.note_lines(item, (*path, index))
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[_Path, int]]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: can not be read: {error.strerror}") from None
+    if len(data) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path}: is larger than {MAX_CONFIG_BYTES} bytes")
+    loader = _LineLoader(data)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return {}, {}
+        loader.note_lines(node)
+        document = loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{path}:{line}: {error.problem}") from None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise ConfigError(f"{path}: is not YAML") from None
+    finally:
+        loader.dispose()
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}:1: expected keys such as identity and policy at the top level")
+    return document, loader.lines
+
+
+def _overlay(document: dict[str, Any], environment: Mapping[str, str]) -> dict[_Path, str]:
+    """Put the variables' values into the document; the variable of each key set."""
+    variables: dict[_Path, str] = {}
+    for name, text in sorted(environment.items()):
+        if not name.startswith(ENVIRONMENT_PREFIX) or _SERVICE_LINK.fullmatch(name):
+            continue
+        path = tuple(part.lower() for part in name.removeprefix(ENVIRONMENT_PREFIX).split("__"))
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"{name}: its value is not YAML") from None
+        target: Any = document
+        for part in path[:-1]:
+            target = target.setdefault(part, {}) if isinstance(target, dict) else None
+        if not isinstance(target, dict):
+            raise ConfigError(f"{name}: {'.'.join(path[:-1])} is not a section")
+        target[path[-1]] = value
+        variables[path] = name
+    return variables
+
+
+def _explain(
+    fault: Any,  # noqa: ANN401 - pydantic's ErrorDetails
+    path: Path,
+    lines: Mapping[_Path, int],
+    variables: Mapping[_Path, str],
+) -> str:
+    """One fault as "where: key: what was expected"."""
+    location = tuple(part for part in fault["loc"] if part not in _UNION_TAGS)
+    key = ".".join(str(part) for part in location) or "the configuration"
+    place = next(
+        (variables[location[:n]] for n in range(len(location), 0, -1) if location[:n] in variables),
+        None,
+    )
+    if place is None:
+        line = next(
+            (lines[location[:n]] for n in range(len(location), -1, -1) if location[:n] in lines), 1
+        )
+        place = f"{path}:{line}"
+    if fault["type"] == "extra_forbidden":
+        meant = difflib.get_close_matches(str(location[-1]), _known_keys(location[:-1]), n=1)
+        hint = f"; did you mean {meant[0]}?" if meant else ""
+        return f"{place}: {key}: unknown key{hint}"
+    if fault["type"] == "missing":
+        return f"{place}: {key}: is required"
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    return f"{place}: {key}: {message[:1].lower()}{message[1:]}"
+
+
+_UNION_TAGS: Final = frozenset({"jwt", "single_tenant"})
+"""What pydantic adds to a location to say which member of a union it tried."""
+
+
+def _known_keys(location: _Path) -> list[str]:
+    """The keys of the section at a location, over all members of its unions."""
+    sections: list[type[BaseModel]] = [Config]
+    for part in location:
+        if isinstance(part, int):
+            continue
+        sections = [
+            inner
+            for section in sections
+            if part in section.model_fields
+            for inner in _models_in(section.model_fields[part].annotation)
+        ]
+    return [name for section in sections for name in section.model_fields]
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:  # noqa: ANN401 - any annotation
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _models_in(argument)
+
+
+def environment() -> Mapping[str, str]:
+    """The process's environment."""
+    return os.environ

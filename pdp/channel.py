@@ -1,0 +1,105 @@
+"""gRPC channels to a sidecar, and what its errors mean: shared by stub and tool side."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Final
+
+from pdp.errors import PdpError
+from pdp.reason import ReasonCode
+
+if TYPE_CHECKING:
+    import grpc
+
+DETAILS_KEY: Final = "grpc-status-details-bin"
+
+OPTIONS: Final = (
+    # Every mutating call carries an idempotency key, so trying again is safe.
+    (
+        "grpc.service_config",
+        json.dumps(
+            {
+                "methodConfig": [
+                    {
+                        "name": [{}],
+                        "retryPolicy": {
+                            "maxAttempts": 4,
+                            "initialBackoff": "0.05s",
+                            "maxBackoff": "0.5s",
+                            "backoffMultiplier": 3,
+                            "retryableStatusCodes": ["UNAVAILABLE"],
+                        },
+                    }
+                ]
+            }
+        ),
+    ),
+    # A sidecar that restarts is found again within a second, not within minutes.
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+_REASON_OF_STATUS: Final = {
+    "UNAVAILABLE": ReasonCode.PDP_UNAVAILABLE,
+    "DEADLINE_EXCEEDED": ReasonCode.DEADLINE_EXCEEDED,
+    "CANCELLED": ReasonCode.PDP_UNAVAILABLE,
+}
+
+
+class CallError(PdpError):
+    """A call to the sidecar failed. ``reason_code`` is the sidecar's own word where
+    it gave one.
+    """
+
+    def __init__(
+        self, reason_code: str, message: str, *, retry_after_seconds: float | None = None
+    ) -> None:
+        super().__init__(reason_code, message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+def connect(target: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.Channel:
+    """A blocking channel: ``unix:///path`` or ``host:port``."""
+    import grpc  # noqa: PLC0415 - importing the stub stays cheap until it is used
+
+    if credentials is None:
+        return grpc.insecure_channel(target, options=OPTIONS)
+    return grpc.secure_channel(target, credentials, options=OPTIONS)
+
+
+def connect_async(
+    target: str, credentials: grpc.ChannelCredentials | None = None
+) -> grpc.aio.Channel:
+    """An asyncio channel."""
+    import grpc.aio  # noqa: PLC0415 - as above
+
+    if credentials is None:
+        return grpc.aio.insecure_channel(target, options=OPTIONS)
+    return grpc.aio.secure_channel(target, credentials, options=OPTIONS)
+
+
+def call_error(error: grpc.RpcError) -> CallError:
+    """What a failed call means: the reason of its google.rpc.ErrorInfo, or else one
+    for its status.
+    """
+    from google.rpc import error_details_pb2, status_pb2  # noqa: PLC0415 - only on failure
+
+    code = error.code()  # every failed call is also a grpc.Call
+    reason: str = _REASON_OF_STATUS.get(code.name, ReasonCode.INTERNAL)
+    message = f"The sidecar could not be asked ({code.name})."
+    retry_after_seconds: float | None = None
+    for key, value in error.trailing_metadata() or ():  # type: ignore[misc,attr-defined]
+        if key != DETAILS_KEY or not isinstance(value, bytes):
+            continue
+        status = status_pb2.Status.FromString(value)
+        message = status.message
+        for detail in status.details:
+            info = error_details_pb2.ErrorInfo()
+            retry = error_details_pb2.RetryInfo()
+            if detail.Unpack(info):
+                reason = info.reason
+            elif detail.Unpack(retry):
+                retry_after_seconds = retry.retry_delay.ToTimedelta().total_seconds()
+    return CallError(reason, message, retry_after_seconds=retry_after_seconds)

@@ -1,0 +1,30 @@
+"""What the stub raises."""
+
+from __future__ import annotations
+
+from pdp.errors import PdpError
+
+
+class PermitDenied(PdpError):  # noqa: N818 - it reads as what happened
+    """The tool did not run.
+
+    ``reason_code`` says why: the policy's word, the ledger's, or one of the stub's
+    own (identity_missing, identity_ended, arguments_invalid, pdp_unavailable,
+    deadline_exceeded, permit_invalid, guard_failed, ...).
+    """
+
+    def __init__(
+        self,
+        reason_code: str,
+        message: str,
+        *,
+        tool: str,
+        decision_id: str = "",
+        retry_after_seconds: float | None = None,
+    ) -> None:
+        super().__init__(reason_code, f"{tool} did not run: {message} ({reason_code})")
+        self.tool = tool
+        self.decision_id = decision_id
+        """The decision in the audit log; empty when none was made."""
+        self.retry_after_seconds = retry_after_seconds
+        """When to ask again, if waiting can help."""

@@ -1,0 +1,91 @@
+"""Redeem permits at the sidecar: how a tool server makes sure of once."""
+
+from __future__ import annotations
+
+import uuid
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TypeVar
+
+from pdp.permit.claims import Permit, PermitError
+from pdp.permit.keys import PermitKeySet
+
+if TYPE_CHECKING:
+    import grpc
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
+
+
+class PermitRedeemer:
+    """A tool server's connection to the sidecar. Threads may share it."""
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        timeout_seconds: float = 2.0,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        """``target`` is ``unix:///path`` or ``host:port``, with ``credentials`` for TLS."""
+        from pdp.api.v1 import execution_pb2_grpc  # noqa: PLC0415 - verifying needs no gRPC
+        from pdp.channel import connect  # noqa: PLC0415
+
+        self._timeout_seconds = timeout_seconds
+        self._channel = connect(target, credentials)
+        self._stub = execution_pb2_grpc.ExecutionServiceStub(self._channel)
+
+    def keys(self) -> PermitKeySet:
+        """The sidecar's public permit keys. Raises PermitError."""
+        from pdp.api.v1 import execution_pb2  # noqa: PLC0415
+
+        request = execution_pb2.GetPermitKeysRequest()
+        return PermitKeySet.from_jwks(self._call(self._stub.GetPermitKeys, request).jwks_json)
+
+    def redeem(self, permit: Permit, *, key: str | None = None) -> None:
+        """Spend the permit's one use; act only after this has returned.
+
+        ``key`` makes this redemption the same when it is tried again; without one
+        every call is a redemption of its own. Raises PermitError: permit_used,
+        permit_expired, permit_mismatch, permit_invalid, or why the sidecar could
+        not be asked.
+        """
+        from pdp.api.v1 import execution_pb2  # noqa: PLC0415
+
+        self._call(
+            self._stub.RedeemPermit,
+            execution_pb2.RedeemPermitRequest(
+                permit=permit.token,
+                idempotency_key=key or str(uuid.uuid4()),
+                tool=permit.tool,
+                arguments_sha256=permit.arguments_sha256,
+                audience=permit.audience,
+            ),
+        )
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _call(
+        self, method: grpc.UnaryUnaryMultiCallable[_Request, _Response], request: _Request
+    ) -> _Response:
+        import grpc  # noqa: PLC0415
+
+        from pdp.channel import call_error  # noqa: PLC0415
+
+        try:
+            return method(request, timeout=self._timeout_seconds)
+        except grpc.RpcError as error:
+            failure = call_error(error)
+            raise PermitError(failure.reason_code, failure.message) from None

@@ -1,0 +1,121 @@
+"""A real sidecar in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import yaml
+
+from pdp.testing.issuer import TokenIssuer
+
+START_TIMEOUT_SECONDS: Final = 30.0
+
+
+class SidecarProcess:
+    """``pdp serve`` on a Unix socket below ``directory``, which holds its
+    configuration, state and log and survives restarts of it."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        issuer: TokenIssuer,
+        bundle: Path,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        """``config`` takes the place of whole sections of the usual configuration."""
+        self.directory = directory
+        self.log = directory / "sidecar.log"
+        # The path of a socket must be short, which that of a test's directory is not.
+        self._sockets = tempfile.TemporaryDirectory(prefix="pdp-")
+        self.socket = Path(self._sockets.name) / "pdp.sock"
+        self.target = f"unix://{self.socket}"
+        self.config_file = directory / "pdp.yaml"
+        self.config_file.write_text(
+            yaml.safe_dump(
+                {
+                    "state_dir": str(directory / "state"),
+                    "instance": "test",
+                    "listen": {"unix": str(self.socket), "metrics": None},
+                    "identity": {
+                        "mode": "jwt",
+                        "issuers": [
+                            {
+                                "issuer": issuer.issuer,
+                                "audiences": [issuer.audience],
+                                "jwks_file": str(issuer.write_jwks(directory / "jwks.json")),
+                            }
+                        ],
+                    },
+                    "policy": {"bundle": str(bundle)},
+                    **(config or {}),
+                }
+            ),
+            encoding="utf-8",
+        )
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Self:
+        """Start it, and wait until it answers. Raises RuntimeError with its log."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(  # noqa: S603 - this product's own command
+                [sys.executable, "-m", "pdp", "serve", "--config", str(self.config_file)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        self.wait_until_ready()
+        return self
+
+    def wait_until_ready(self) -> None:
+        """Wait until the health service says SERVING."""
+        import grpc  # noqa: PLC0415 - only with a process to ask
+        from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: PLC0415
+
+        assert self.process is not None  # noqa: S101 - started before
+        deadline = time.monotonic() + START_TIMEOUT_SECONDS
+        with grpc.insecure_channel(
+            self.target, options=[("grpc.max_reconnect_backoff_ms", 50)]
+        ) as channel:
+            check = health_pb2_grpc.HealthStub(channel).Check
+            while time.monotonic() < deadline:
+                if self.process.poll() is not None:
+                    break
+                try:
+                    check(health_pb2.HealthCheckRequest(), timeout=0.5, wait_for_ready=True)
+                except grpc.RpcError:
+                    continue
+                return
+        raise RuntimeError(f"the sidecar did not start:\n{self.log.read_text(encoding='utf-8')}")
+
+    def terminate(self, *, timeout_seconds: float = 20.0) -> int:
+        """SIGTERM, and wait; its exit code."""
+        assert self.process is not None  # noqa: S101 - started before
+        self.process.terminate()
+        return self.process.wait(timeout_seconds)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait."""
+        assert self.process is not None  # noqa: S101 - started before
+        self.process.kill()
+        self.process.wait(20)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.terminate()
+        self._sockets.cleanup()

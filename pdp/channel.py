@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 from pdp.errors import PdpError
@@ -90,7 +91,8 @@ def call_error(error: grpc.RpcError) -> CallError:
     reason: str = _REASON_OF_STATUS.get(code.name, ReasonCode.INTERNAL)
     message = f"The sidecar could not be asked ({code.name})."
     retry_after_seconds: float | None = None
-    for key, value in error.trailing_metadata() or ():  # type: ignore[misc,attr-defined]
+    metadata: Iterable[tuple[str, str | bytes]] = error.trailing_metadata() or ()  # type: ignore[assignment]
+    for key, value in metadata:
         if key != DETAILS_KEY or not isinstance(value, bytes):
             continue
         status = status_pb2.Status.FromString(value)

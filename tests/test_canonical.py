@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -23,7 +24,7 @@ JSON_VALUES = st.recursive(
 
 @pytest.mark.parametrize(
     ("data", "problem"),
-    [
+    (
         (b"", "is not JSON"),
         (b"{", "is not JSON"),
         (b"\xff", "is not UTF-8"),
@@ -40,7 +41,7 @@ JSON_VALUES = st.recursive(
         (b"[" * 1000 + b"]" * 1000, "nested more than 64"),
         (b"[" * 200_000 + b"]" * 200_000, "nested more than 64"),
         (b'{"a":' * 65 + b"1" + b"}" * 65, "nested more than 64"),
-    ],
+    ),
 )
 def test_what_two_parsers_could_read_differently_is_refused(data: bytes, problem: str) -> None:
     with pytest.raises(JsonError, match=problem):
@@ -52,7 +53,7 @@ def test_size_is_bounded_before_anything_is_read() -> None:
         parse(b'"123456789"', max_bytes=10)
 
 
-@pytest.mark.parametrize("data", [b"[]", b"1", b'"a"', b"null"])
+@pytest.mark.parametrize("data", (b"[]", b"1", b'"a"', b"null"))
 def test_an_object_is_an_object(data: bytes) -> None:
     with pytest.raises(JsonError, match="must be a JSON object"):
         parse_object(data, max_bytes=100)
@@ -60,7 +61,7 @@ def test_an_object_is_an_object(data: bytes) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [(1,), {1: 2}, {"a": {3}}, b"x", object(), float("nan"), float("inf"), 2**53, "\ud800"],
+    ((1,), {1: 2}, {"a": {3}}, b"x", object(), float("nan"), float("inf"), 2**53, "\ud800"),
 )
 def test_values_that_are_not_plain_json_are_refused(value: object) -> None:
     with pytest.raises(JsonError):
@@ -82,6 +83,4 @@ def test_the_digest_is_that_of_rfc_8785() -> None:
     # From RFC 8785 3.2.3: members sorted by UTF-16 code units, numbers shortest.
     value = parse(b'{"\\u20ac":"x","\\r":1.50,"1":1e2,"b":{"c":-0.0}}', max_bytes=1000)
     canonical = b'{"\\r":1.5,"1":100,"b":{"c":0},"\xe2\x82\xac":"x"}'
-    import hashlib
-
     assert sha256_hex(value) == hashlib.sha256(canonical).hexdigest()

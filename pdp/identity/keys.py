@@ -10,6 +10,7 @@ from typing import Final
 from joserfc.errors import JoseError
 from joserfc.jwk import ECKey, OKPKey, RSAKey
 
+from pdp import base64url
 from pdp.canonical import JsonError, JsonObject, parse_object
 from pdp.errors import PdpError
 from pdp.reason import ReasonCode
@@ -17,6 +18,7 @@ from pdp.reason import ReasonCode
 MAX_JWKS_BYTES: Final = 1024 * 1024
 MAX_KEYS: Final = 100
 _MIN_RSA_BITS: Final = 2048
+_LEAST_RSA_MODULUS: Final = 1 << (_MIN_RSA_BITS - 1)
 
 ALGORITHM_OF_KEY: Final[Mapping[tuple[str, str | None], str]] = {
     ("OKP", "Ed25519"): "EdDSA",
@@ -91,9 +93,9 @@ def _usable(jwk: JsonObject, path: Path) -> IssuerKey | None:
     members = {name: value for name, value in jwk.items() if isinstance(value, str)}
     key_class = {"OKP": OKPKey, "EC": ECKey, "RSA": RSAKey}[str(kind)]
     try:
-        key = key_class.import_key(members)  # type: ignore[attr-defined]
-        if isinstance(key, RSAKey) and key.public_key.key_size < _MIN_RSA_BITS:
+        if kind == "RSA" and int.from_bytes(base64url.decode(members["n"])) < _LEAST_RSA_MODULUS:
             raise _refused(path, f"holds an RSA key of fewer than {_MIN_RSA_BITS} bits")
+        key = key_class.import_key(members)  # type: ignore[attr-defined]
     except (JoseError, ValueError, KeyError, TypeError):
         raise _refused(path, "holds a key that can not be read") from None
     return IssuerKey(algorithm, key)

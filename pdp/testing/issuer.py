@@ -61,9 +61,7 @@ class TokenIssuer:
             "roles": list(roles),
             "scope": " ".join(scopes),
         }
-        payload = {
-            name: value for name, value in {**usual, **claims}.items() if value is not None
-        }
+        payload = {name: value for name, value in {**usual, **claims}.items() if value is not None}
         return self.sign(json.dumps(payload).encode("utf-8"))
 
     def sign(self, payload: bytes, *, header: JsonObject | None = None) -> str:

@@ -84,7 +84,7 @@ class SidecarProcess:
         with grpc.insecure_channel(
             self.target, options=[("grpc.max_reconnect_backoff_ms", 50)]
         ) as channel:
-            check = health_pb2_grpc.HealthStub(channel).Check
+            check = health_pb2_grpc.HealthStub(channel).Check  # type: ignore[attr-defined]
             while time.monotonic() < deadline:
                 if self.process.poll() is not None:
                     break

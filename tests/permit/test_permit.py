@@ -103,16 +103,14 @@ def test_another_audience_is_refused() -> None:
 
 def test_another_tenants_tool_refuses_it() -> None:
     refused(token(), "permit_mismatch", tenant="tenant_globex")
-    verifier().verify(
-        token(), tool="orders.update", arguments=ARGUMENTS, tenant="tenant_acme"
-    )
+    verifier().verify(token(), tool="orders.update", arguments=ARGUMENTS, tenant="tenant_acme")
 
 
 def test_another_issuers_permit_is_refused() -> None:
     refused(token(issuer="other-pdp"), "permit_invalid")
 
 
-@pytest.mark.parametrize("now", [NOW + 65, NOW + 10_000, NOW - 6])
+@pytest.mark.parametrize("now", (NOW + 65, NOW + 10_000, NOW - 6))
 def test_outside_its_time_it_is_refused(now: float) -> None:
     with pytest.raises(PermitError) as caught:
         verifier(now).verify(token(), tool="orders.update", arguments=ARGUMENTS)
@@ -124,7 +122,7 @@ def test_no_permit_is_permit_missing() -> None:
 
 
 @pytest.mark.parametrize(
-    "garbage", ["x", "a.b", "a.b.c", "..", "a.b.c.d", "é.é.é", "\x00.\x00.\x00", "a" * 9000]
+    "garbage", ("x", "a.b", "a.b.c", "..", "a.b.c.d", "é.é.é", "\x00.\x00.\x00", "a" * 9000)
 )
 def test_garbage_is_refused(garbage: str) -> None:
     refused(garbage, "permit_invalid")
@@ -146,7 +144,7 @@ def test_every_changed_character_is_noticed() -> None:
 
 @pytest.mark.parametrize(
     "header",
-    [
+    (
         {**HEADER, "alg": "none"},
         {**HEADER, "alg": "None"},
         {**HEADER, "alg": "HS256"},
@@ -159,7 +157,7 @@ def test_every_changed_character_is_noticed() -> None:
         {**HEADER, "b64": False},
         {**HEADER, "jwk": {}},
         {"alg": "EdDSA", "typ": "tool-permit+jwt"},
-    ],
+    ),
 )
 def test_any_other_header_is_refused_even_when_signed(header: JsonObject) -> None:
     refused(forged(header), "permit_invalid")
@@ -187,7 +185,7 @@ def test_a_permit_has_one_spelling() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [
+    (
         {"exp": str(NOW + 60)},
         {"exp": NOW + 60.5},
         {"exp": True},
@@ -203,7 +201,7 @@ def test_a_permit_has_one_spelling() -> None:
         {"authorization_details": []},
         {"authorization_details": permit().to_claims()["authorization_details"] * 2},  # type: ignore[operator]
         {"authorization_details": [{}]},
-    ],
+    ),
 )
 def test_claims_that_are_not_those_of_a_permit_are_refused(change: JsonObject) -> None:
     claims = {**permit().to_claims(), **change}
@@ -212,12 +210,8 @@ def test_claims_that_are_not_those_of_a_permit_are_refused(change: JsonObject) -
 
 def test_duplicate_claims_are_refused() -> None:
     text = json.dumps(permit().to_claims())[:-1] + ',"sub":"admin"}'
-    signed = (
-        base64url.encode(canonical_bytes(HEADER)) + "." + base64url.encode(text.encode())
-    )
-    refused(
-        signed + "." + base64url.encode(KEY._private.sign(signed.encode())), "permit_invalid"
-    )
+    signed = base64url.encode(canonical_bytes(HEADER)) + "." + base64url.encode(text.encode())
+    refused(signed + "." + base64url.encode(KEY._private.sign(signed.encode())), "permit_invalid")
 
 
 def test_the_key_set_travels_as_a_jwk_set(tmp_path: Path) -> None:
@@ -230,7 +224,7 @@ def test_the_key_set_travels_as_a_jwk_set(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "jwks",
-    [
+    (
         "",
         "[]",
         '{"keys": {}}',
@@ -241,7 +235,7 @@ def test_the_key_set_travels_as_a_jwk_set(tmp_path: Path) -> None:
         '{"keys": [{"kty": "OKP", "crv": "Ed25519", "x": "AA"}]}',
         '{"keys": [{"kty": "OKP", "crv": "Ed25519", "kid": "a", "x": "AA", "d": "AA"}]}',
         "\ud800",
-    ],
+    ),
 )
 def test_a_key_set_that_is_not_one_is_refused(jwks: str) -> None:
     with pytest.raises(PermitError) as caught:
@@ -260,7 +254,7 @@ def test_a_signing_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "permit-key.pem"
     SigningKey.from_file_or_new(file)
     file.chmod(0o640)
-    with pytest.raises(PermitError, match="is open to others.*chmod 600"):
+    with pytest.raises(PermitError, match=r"is open to others.*chmod 600"):
         SigningKey.from_file(file)
 
 

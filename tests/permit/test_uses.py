@@ -47,9 +47,7 @@ def test_of_a_hundred_concurrent_redeemers_one_succeeds(tmp_path: Path) -> None:
     async def scene() -> list[str]:
         store = uses(tmp_path)
         try:
-            return list(
-                await asyncio.gather(*(attempt(store, f"tool-{n}") for n in range(100)))
-            )
+            return list(await asyncio.gather(*(attempt(store, f"tool-{n}") for n in range(100))))
         finally:
             await store.close()
 

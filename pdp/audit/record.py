@@ -80,9 +80,15 @@ class AuditError(PdpError):
 class AuditLog(Protocol):
     """Takes records in, and answers when they are durable."""
 
+    @property
+    def healthy(self) -> bool:
+        """Whether the last record could be written."""
+        ...
+
     async def append(self, record: AuditRecord) -> AuditReceipt:
         """Write the record. Raises AuditError. Once begun it completes even if the
-        awaiting task is cancelled."""
+        awaiting task is cancelled.
+        """
         ...
 
     async def close(self) -> None:

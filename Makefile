@@ -1,0 +1,80 @@
+# Everything lives in .venv and .tools below this folder; nothing is installed elsewhere.
+SHELL := /bin/sh
+PYTHON ?= python3
+PY := .venv/bin/python
+PIP := .venv/bin/pip --disable-pip-version-check --quiet
+OPA := .tools/opa
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check fmt proto policies docs lock bench clean
+
+help: ## List the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+demo: .venv/demo ## Watch the main job and the attacks on it (no Go, no service needed)
+	@.venv/bin/pdp demo
+
+test: .venv/dev $(OPA) ## Set up what the tests need and run them
+	@.venv/bin/pytest -m "not slow"
+
+test-slow: .venv/dev $(OPA) ## The suites that take longer: kill loops, long property tests
+	@.venv/bin/pytest -m slow
+
+check: .venv/dev $(OPA) .tools/regal ## Lint, types, and that everything generated is current
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/buf lint
+	.venv/bin/buf format --diff --exit-code
+	$(PY) scripts/generate_api.py --check
+	$(OPA) fmt --fail --list policies
+	$(OPA) check --strict policies
+	.tools/regal lint policies
+	$(OPA) test policies
+	$(PY) scripts/build_policies.py --check
+
+fmt: .venv/dev $(OPA) ## Format Python, proto and Rego
+	.venv/bin/ruff check --fix --quiet . || true
+	.venv/bin/ruff format --quiet .
+	.venv/bin/buf format --write
+	$(OPA) fmt --write policies
+
+proto: .venv/dev ## Generate pdp/api from proto/
+	$(PY) scripts/generate_api.py
+
+policies: .venv/dev $(OPA) ## Build policies/bundle.tar.gz from policies/
+	$(PY) scripts/build_policies.py
+
+docs: .venv/dev ## Generate the reference pages in docs/
+	$(PY) scripts/generate_docs.py
+
+lock: .venv/dev ## Pin every dependency with its hashes
+	scripts/lock.sh
+
+bench: .venv/dev ## Measure the ledger
+	$(PY) bench/bench_ledger.py
+
+clean: ## Remove what was built; keep .venv and .tools
+	rm -rf dist htmlcov .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# The environment: .venv/demo holds what the demo needs, .venv/dev all.
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "Python 3.11 or newer is needed; set PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/demo: requirements/demo.txt pyproject.toml | .venv/bin/python
+	$(PIP) install --require-hashes -r requirements/demo.txt
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv/dev: requirements/dev.txt pyproject.toml | .venv/bin/python
+	$(PIP) install --require-hashes -r requirements/dev.txt
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@ .venv/demo
+
+# OPA and Regal are built from their Go modules once (minutes), unless opa is on PATH.
+.tools/%: scripts/install_opa.py | .venv/bin/python
+	$(PY) scripts/install_opa.py $*
+	@touch $@

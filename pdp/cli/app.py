@@ -1,0 +1,42 @@
+"""The commands, put together. Each imports what it needs when it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pdp import __version__
+from pdp.cli.audit import app as audit
+from pdp.cli.config import app as config
+from pdp.cli.demo import demo
+from pdp.cli.serve import serve
+
+app = typer.Typer(
+    name="pdp",
+    help="A policy decision point beside every agent runtime.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command()(serve)
+app.command()(demo)
+app.add_typer(config, name="config", help="Check and describe the configuration.")
+app.add_typer(audit, name="audit", help="Read and verify the audit log.")
+
+
+def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it so
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass

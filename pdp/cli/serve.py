@@ -1,0 +1,43 @@
+"""``pdp serve``: run the sidecar."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pdp.cli import exit_codes
+
+
+def serve(
+    config: Annotated[Path, typer.Option("--config", "-c", help="The configuration, in YAML.")],
+) -> None:
+    """Run the sidecar until SIGTERM.
+
+    Exit codes: 0 stopped in order, 2 the configuration is wrong, 3 can not start.
+    """
+    import logging  # noqa: PLC0415 - start-up imports only what the command needs
+    import os  # noqa: PLC0415
+
+    from pdp.config import ConfigError, load_config  # noqa: PLC0415
+    from pdp.errors import PdpError  # noqa: PLC0415
+
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        loaded = load_config(config, os.environ)
+    except ConfigError as error:
+        typer.echo(error.message, err=True)
+        raise typer.Exit(exit_codes.USAGE) from None
+
+    import uvloop  # noqa: PLC0415
+
+    from pdp.server import sidecar  # noqa: PLC0415
+
+    try:
+        uvloop.run(sidecar.serve(loaded, started=lambda line: typer.echo(f"pdp: {line}", err=True)))
+    except PdpError as error:
+        typer.echo(f"pdp: {error.message}", err=True)
+        raise typer.Exit(exit_codes.CAN_NOT_START) from None

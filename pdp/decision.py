@@ -1,0 +1,267 @@
+"""The five steps, in order: Identify, Isolate, Authorize, Execute, Audit.
+
+This module and its neighbours, :mod:`pdp.spending` and :mod:`pdp.execution`, are
+the only places that know more than one room. They do no I/O of their own: rooms,
+clock and ids are passed in, so that any answer can be worked out again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+from pdp.audit.record import AuditReceipt, AuditRecord, Outcome
+from pdp.budget.ledger import (
+    Account,
+    Charge,
+    IdempotencyKey,
+    LedgerError,
+    Limit,
+    LimitState,
+    Receipt,
+)
+from pdp.canonical import JsonObject, sha256_hex
+from pdp.identity.resolver import Credentials
+from pdp.identity.subject import Subject
+from pdp.permit.claims import Permit
+from pdp.policy.engine import Entrypoint, PolicyError
+from pdp.policy.question import authorize_input
+from pdp.policy.verdict import Verdict, parse_verdict
+from pdp.reason import ReasonCode
+from pdp.rooms import Rooms, StepWatch, charges_json, identify, isolate, limits_for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """May this call be made? Every field is well-formed and within its bounds."""
+
+    request_id: str
+    """The caller's idempotency key."""
+    tool: str
+    resource: JsonObject | None
+    """{"type": ..., "id": ...}, if the caller named one."""
+    arguments: JsonObject = field(repr=False)
+    arguments_sha256: str
+    context: JsonObject = field(repr=False)
+    audience: str
+    trace_id: str | None = None
+
+    def content_sha256(self) -> str:
+        """The same for the same question, whenever and however often it is asked."""
+        return sha256_hex(
+            {
+                "tool": self.tool,
+                "resource": self.resource,
+                "arguments_sha256": self.arguments_sha256,
+                "context": self.context,
+                "audience": self.audience,
+            }
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """The decision on one call of one subject."""
+
+    subject: Subject
+    reason_code: str
+    """ReasonCode.OK exactly when permit is set."""
+    decision_id: str
+    policy_revision: str
+    permit: Permit | None = None
+    charges: tuple[Charge, ...] = ()
+    """What is held for the call."""
+    hold_expires_at: int = 0
+    """Unix seconds; 0 when nothing is held."""
+    refused_by: LimitState | None = None
+    retry_after_seconds: int | None = None
+    replayed: bool = False
+    """True when this is the first answer to an earlier try."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ruling:
+    verdict: Verdict
+    limits: tuple[Limit, ...]
+    policy_revision: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """An answer that is on record."""
+
+    answer: Answer
+    receipt: AuditReceipt
+    step_seconds: dict[str, float]
+    """What each step took."""
+
+
+async def authorize(rooms: Rooms, credentials: Credentials, question: Question) -> Recorded:
+    """Decide one call. Returns only after the hold and the audit record are durable.
+
+    A refusal by the policy, or for want of budget, is an Answer without a permit.
+    Raises IdentityError and LedgerError (idempotency_key_reused,
+    budget_unavailable), each of which is on record too, and AuditError.
+    """
+    watch = StepWatch()
+
+    subject = await identify(
+        rooms,
+        credentials,
+        action=question.tool,
+        request_id=question.request_id,
+        trace_id=question.trace_id,
+    )
+    watch.done("identify")
+
+    account = isolate(subject, tool=question.tool)
+    watch.done("isolate")
+
+    failure: PolicyError | LedgerError | None = None
+    try:
+        verdict = await _ask_policy(rooms, subject, question)
+        receipt = await _hold(rooms, account, question, verdict)
+        watch.done("authorize")
+        answer = _execute(rooms, subject, question, receipt)
+        watch.done("execute")
+    except (PolicyError, LedgerError) as error:
+        failure = error
+        answer = Answer(
+            subject=subject,
+            reason_code=error.reason_code,
+            decision_id=rooms.new_id(),
+            policy_revision=rooms.policy.revision,
+        )
+        watch.done("authorize")
+
+    audit = await rooms.audit.append(_record(rooms, question, answer))
+    watch.done("audit")
+    if failure is not None and failure.reason_code in _ERRORS_IN_ASKING:
+        raise failure
+    return Recorded(answer=answer, receipt=audit, step_seconds=watch.seconds)
+
+
+_ERRORS_IN_ASKING = frozenset({ReasonCode.IDEMPOTENCY_KEY_REUSED, ReasonCode.BUDGET_UNAVAILABLE})
+"""What the ledger refuses without a decision on the call itself."""
+
+
+async def _ask_policy(rooms: Rooms, subject: Subject, question: Question) -> _Ruling:
+    """Authorize, first half: the policy's verdict, and the limits that apply to
+    what it charges.
+    """
+    document = authorize_input(
+        subject,
+        tool=question.tool,
+        arguments=question.arguments,
+        resource=question.resource,
+        time=rooms.clock(),
+        request_id=question.request_id,
+        context=question.context,
+    )
+    verdict = parse_verdict(await rooms.policy.evaluate(Entrypoint.AUTHZ_DECISION, document))
+    limits = await limits_for(rooms, document) if verdict.charges else ()
+    return _Ruling(verdict, limits, rooms.policy.revision)
+
+
+async def _hold(rooms: Rooms, account: Account, question: Question, ruling: _Ruling) -> Receipt:
+    """Authorize, second half: remember the answer under the request id, and hold
+    what the call may cost, in one durable step.
+    """
+    verdict = ruling.verdict
+    issued_at = int(rooms.clock())
+    ttl_seconds = min(
+        verdict.permit.ttl_seconds or rooms.permit_ttl_seconds, rooms.permit_ttl_seconds
+    )
+    first_answer: JsonObject = {
+        "allow": verdict.allow,
+        "reason_code": verdict.reason_code,
+        "decision_id": rooms.new_id(),
+        "policy_revision": ruling.policy_revision,
+        "permit_id": rooms.new_id(),
+        "scopes": list(verdict.scopes),
+        "issued_at": issued_at,
+        "expires_at": issued_at + ttl_seconds,
+    }
+    return await rooms.ledger.reserve(
+        account,
+        IdempotencyKey(
+            operation="authorize",
+            key=question.request_id,
+            content_sha256=question.content_sha256(),
+            note=json.dumps(first_answer),
+        ),
+        charges=verdict.charges if verdict.allow else (),
+        limits=ruling.limits,
+        ttl_seconds=rooms.hold_ttl_seconds,
+    )
+
+
+def _execute(rooms: Rooms, subject: Subject, question: Question, receipt: Receipt) -> Answer:
+    """Execute: sign the permit that the ledger's receipt stands for, if it stands
+    for one. A receipt of an earlier try gives the earlier answer, to the letter.
+    """
+    first = json.loads(receipt.note)
+    reason_code = first["reason_code"]
+    if receipt.refused_by is not None:
+        reason_code = ReasonCode.TENANT_BUDGET_EXCEEDED.value
+    permit = None
+    if first["allow"] and receipt.refused_by is None:
+        permit = rooms.permits.sign(
+            Permit(
+                id=first["permit_id"],
+                issuer=rooms.permits.issuer,
+                audience=question.audience,
+                tenant=subject.tenant,
+                actor=subject.actor,
+                tool=question.tool,
+                arguments_sha256=question.arguments_sha256,
+                scopes=tuple(first["scopes"]),
+                transaction=question.request_id,
+                decision_id=first["decision_id"],
+                policy_revision=first["policy_revision"],
+                issued_at=first["issued_at"],
+                expires_at=first["expires_at"],
+                hold_id=receipt.id,
+                resource=_resource_text(question.resource),
+            )
+        )
+    return Answer(
+        subject=subject,
+        reason_code=reason_code,
+        decision_id=first["decision_id"],
+        policy_revision=first["policy_revision"],
+        permit=permit,
+        charges=receipt.charges if permit else (),
+        hold_expires_at=receipt.expires_at if permit else 0,
+        refused_by=receipt.refused_by,
+        retry_after_seconds=receipt.retry_after_seconds,
+        replayed=receipt.replayed,
+    )
+
+
+def _record(rooms: Rooms, question: Question, answer: Answer) -> AuditRecord:
+    """Audit: what is written before the answer leaves."""
+    subject, permit = answer.subject, answer.permit
+    return AuditRecord(
+        type="decision",
+        tenant_id=subject.tenant,
+        actor_id=subject.actor,
+        action=question.tool,
+        outcome=Outcome.DENIED if permit is None else Outcome.ALLOWED,
+        reason_code=answer.reason_code,
+        decision_id=answer.decision_id,
+        request_id=question.request_id,
+        trace_id=question.trace_id,
+        resource=question.resource,
+        policy_revision=answer.policy_revision,
+        arguments_digest=rooms.arguments_digest(subject.tenant, question.arguments_sha256),
+        permit_id=permit.id if permit else None,
+        hold_id=(permit.hold_id or None) if permit else None,
+        charges=charges_json(answer.charges) or None,
+        limit_id=answer.refused_by.limit.id if answer.refused_by else None,
+        replayed=answer.replayed or None,
+    )
+
+
+def _resource_text(resource: JsonObject | None) -> str:
+    return f"{resource['type']}/{resource['id']}" if resource else ""

@@ -1,0 +1,208 @@
+"""What happens to a permit once it is issued: redeemed, and its outcome reported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from pdp.audit.record import AuditReceipt, AuditRecord, Outcome
+from pdp.budget.ledger import Account, Charge, IdempotencyKey, LedgerError, Receipt
+from pdp.canonical import JsonObject, sha256_hex
+from pdp.permit.claims import Permit, PermitError
+from pdp.reason import ReasonCode
+from pdp.rooms import Rooms, charges_json, settlement_detail
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Redemption:
+    """A use of a permit that is asked for by a tool server."""
+
+    permit: str = field(repr=False)
+    idempotency_key: str
+    tool: str
+    arguments_sha256: str
+    audience: str
+    trace_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Redeemed:
+    """The use is spent, on record."""
+
+    permit: Permit
+    replayed: bool
+    receipt: AuditReceipt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What became of a call."""
+
+    permit: str = field(repr=False)
+    executed: bool
+    charges: tuple[Charge, ...]
+    error_type: str
+    trace_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reported:
+    """The report is taken in, on record."""
+
+    settled: tuple[Charge, ...]
+    replayed: bool
+    receipt: AuditReceipt
+
+
+async def redeem(rooms: Rooms, redemption: Redemption) -> Redeemed:
+    """Spend the permit's one use. Raises PermitError, on record, and AuditError."""
+    permit: Permit | None = None
+    failure: PermitError | None = None
+    replayed = False
+    try:
+        permit = rooms.permit_verifier.authenticate(redemption.permit)
+        rooms.permit_verifier.check_binding(
+            permit,
+            tool=redemption.tool,
+            arguments_sha256=redemption.arguments_sha256,
+            audience=redemption.audience,
+        )
+        rooms.permit_verifier.check_time(permit)
+        replayed = await rooms.permit_uses.redeem(permit, key=redemption.idempotency_key)
+    except PermitError as error:
+        failure = error
+    receipt = await rooms.audit.append(
+        _record(
+            permit,
+            type="redemption",
+            action=redemption.tool,
+            outcome=Outcome.REDEEMED,
+            failure=failure,
+            request_id=redemption.idempotency_key,
+            trace_id=redemption.trace_id,
+            detail={"audience": redemption.audience},
+            replayed=replayed,
+        )
+    )
+    if failure is not None:
+        raise failure
+    assert permit is not None  # noqa: S101 - no failure means a permit
+    return Redeemed(permit=permit, replayed=replayed, receipt=receipt)
+
+
+async def report(rooms: Rooms, report: Report) -> Reported:
+    """Take in what became of a call: close its permit, settle or release its hold.
+
+    The permit proves who reports; it may have expired since. Raises PermitError
+    and LedgerError, on record, and AuditError.
+    """
+    permit: Permit | None = None
+    result: Receipt | None = None
+    failure: PermitError | LedgerError | None = None
+    try:
+        permit = rooms.permit_verifier.authenticate(report.permit)
+        await rooms.permit_uses.close_permit(permit)
+        result = await _resolve_hold(rooms, permit, report)
+    except (PermitError, LedgerError) as error:
+        failure = error
+        if failure.reason_code == ReasonCode.IDEMPOTENCY_KEY_REUSED:
+            failure = PermitError(
+                ReasonCode.OUTCOME_ALREADY_REPORTED,
+                "Another outcome was reported for this permit before.",
+            )
+    detail = settlement_detail(result) or {}
+    if report.error_type:
+        detail["error_type"] = report.error_type
+    receipt = await rooms.audit.append(
+        _record(
+            permit,
+            type="outcome",
+            action=permit.tool if permit else "report",
+            outcome=Outcome.EXECUTED if report.executed else Outcome.FAILED,
+            failure=failure,
+            success=ReasonCode.OK if report.executed else ReasonCode.TOOL_FAILED,
+            trace_id=report.trace_id,
+            charges=charges_json(result.charges) if result else (),
+            detail=detail or None,
+            replayed=result.replayed if result else False,
+        )
+    )
+    if failure is not None:
+        raise failure
+    assert result is not None  # noqa: S101 - no failure means a result
+    return Reported(settled=result.charges, replayed=result.replayed, receipt=receipt)
+
+
+async def _resolve_hold(rooms: Rooms, permit: Permit, report: Report) -> Receipt:
+    """Settle or release what was held for the call; remembered under the permit's
+    id, so that a call has one outcome.
+    """
+    account = Account(tenant=permit.tenant, actor=permit.actor, tool=permit.tool)
+    key = IdempotencyKey(
+        operation="outcome",
+        key=permit.id,
+        content_sha256=sha256_hex(
+            {
+                "executed": report.executed,
+                "charges": list(charges_json(report.charges)),
+                "error_type": report.error_type,
+            }
+        ),
+    )
+    if permit.hold_id:
+        try:
+            if report.executed or report.charges:
+                return await rooms.ledger.settle(
+                    account, key, hold_id=permit.hold_id, charges=report.charges or None
+                )
+            return await rooms.ledger.release(account, key, hold_id=permit.hold_id)
+        except LedgerError as error:
+            if error.reason_code not in _HOLD_HAS_ENDED:
+                raise
+    elif report.charges:
+        raise LedgerError(ReasonCode.CHARGE_NOT_HELD, "Nothing is held for this call.")
+    return await rooms.ledger.reserve(account, key, charges=(), limits=(), ttl_seconds=1)
+
+
+_HOLD_HAS_ENDED: Final = frozenset(
+    {
+        ReasonCode.HOLD_NOT_FOUND,
+        ReasonCode.HOLD_ALREADY_SETTLED,
+        ReasonCode.HOLD_ALREADY_RELEASED,
+        ReasonCode.HOLD_EXPIRED,
+    }
+)
+"""Then there is nothing left to settle, and the outcome is only remembered."""
+
+
+def _record(
+    permit: Permit | None,
+    *,
+    type: str,  # noqa: A002 - the record's own name for it
+    action: str,
+    outcome: Outcome,
+    failure: PermitError | LedgerError | None,
+    success: str = ReasonCode.OK,
+    request_id: str | None = None,
+    trace_id: str | None = None,
+    charges: tuple[JsonObject, ...] = (),
+    detail: JsonObject | None = None,
+    replayed: bool = False,
+) -> AuditRecord:
+    return AuditRecord(
+        type=type,
+        tenant_id=permit.tenant if permit else None,
+        actor_id=permit.actor if permit else None,
+        action=action,
+        outcome=outcome if failure is None else Outcome.DENIED,
+        reason_code=success if failure is None else failure.reason_code,
+        decision_id=permit.decision_id if permit else None,
+        request_id=request_id or (permit.transaction if permit else None),
+        trace_id=trace_id,
+        policy_revision=permit.policy_revision if permit else None,
+        permit_id=permit.id if permit else None,
+        hold_id=(permit.hold_id or None) if permit else None,
+        charges=charges or None,
+        detail=detail,
+        replayed=replayed or None,
+    )

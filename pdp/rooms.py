@@ -1,0 +1,125 @@
+"""What the steps are done with, and the steps that every kind of call shares."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from pdp.audit.record import AuditLog, AuditRecord, Outcome
+from pdp.budget.ledger import Account, Charge, Ledger, Limit, Receipt
+from pdp.canonical import JsonObject
+from pdp.identity.resolver import Credentials, IdentityError, IdentityResolver
+from pdp.identity.subject import Subject
+from pdp.permit.issuer import PermitIssuer
+from pdp.permit.uses import PermitUses
+from pdp.permit.verifier import PermitVerifier
+from pdp.policy.engine import Entrypoint, PolicyEngine
+from pdp.policy.verdict import parse_limits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rooms:
+    """The rooms of one sidecar, and what they share."""
+
+    identity: IdentityResolver
+    policy: PolicyEngine
+    ledger: Ledger
+    permits: PermitIssuer
+    permit_verifier: PermitVerifier
+    """Of this sidecar's own permits."""
+    permit_uses: PermitUses
+    audit: AuditLog
+    digest_key: bytes = field(repr=False)
+    """Keys the argument digests in audit records."""
+    permit_ttl_seconds: int
+    hold_ttl_seconds: int
+    clock: Callable[[], float] = time.time
+    """Unix seconds."""
+    new_id: Callable[[], str] = lambda: str(uuid.uuid4())
+
+    def arguments_digest(self, tenant: str, arguments_sha256: str) -> str:
+        """HMAC-SHA256 of an arguments' digest under the tenant's own key, so that
+        guessed arguments can not be confirmed, nor compared across tenants.
+        """
+        tenant_key = hmac.digest(self.digest_key, tenant.encode("utf-8"), "sha256")
+        return hmac.new(tenant_key, arguments_sha256.encode("ascii"), hashlib.sha256).hexdigest()
+
+
+class StepWatch:
+    """Takes the time of each step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._began = time.perf_counter()
+
+    def done(self, step: str) -> None:
+        """The step that was under way has ended; the next one begins."""
+        now = time.perf_counter()
+        self.seconds[step] = now - self._began
+        self._began = now
+
+
+async def identify(
+    rooms: Rooms,
+    credentials: Credentials,
+    *,
+    action: str,
+    request_id: str | None = None,
+    trace_id: str | None = None,
+) -> Subject:
+    """Identify: the verified caller. A failure is put on record, then raised as
+    IdentityError; where it can not be put on record, AuditError.
+    """
+    try:
+        return await rooms.identity.resolve(credentials)
+    except IdentityError as error:
+        await rooms.audit.append(
+            AuditRecord(
+                type="decision",
+                tenant_id=error.tenant,
+                actor_id=error.actor,
+                action=action,
+                outcome=Outcome.DENIED,
+                reason_code=error.reason_code,
+                request_id=request_id,
+                trace_id=trace_id,
+            )
+        )
+        raise
+
+
+def isolate(subject: Subject, *, tool: str) -> Account:
+    """Isolate: from here on the call is that tenant's and nobody else's. Budgets,
+    permit, credentials and audit take the tenant from this, never from the
+    request.
+    """
+    return Account(tenant=subject.tenant, actor=subject.actor, tool=tool)
+
+
+async def limits_for(rooms: Rooms, document: JsonObject) -> tuple[Limit, ...]:
+    """The limits that the policy names for a question. Raises PolicyError."""
+    return parse_limits(await rooms.policy.evaluate(Entrypoint.BUDGET_LIMITS, document))
+
+
+def charges_json(charges: Sequence[Charge]) -> tuple[JsonObject, ...]:
+    """Charges as they stand in audit records and policy input."""
+    return tuple(
+        {"budget": charge.budget, "unit": charge.unit, "amount": charge.amount}
+        for charge in charges
+    )
+
+
+def settlement_detail(result: Receipt | None) -> JsonObject | None:
+    """What a record says of an unusual settlement."""
+    if result is None:
+        return None
+    detail: JsonObject = {}
+    if result.over_hold:
+        detail["over_hold"] = True
+    if result.late:
+        detail["late"] = True
+    return detail or None

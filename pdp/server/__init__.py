@@ -1,0 +1,1 @@
+"""The gRPC and HTTP faces of the sidecar, and its life. Nothing is decided here."""

@@ -1,0 +1,86 @@
+"""The HTTP listener: metrics, probes and the public permit keys. No tenant's data."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterable
+from socketserver import ThreadingMixIn
+from typing import TYPE_CHECKING
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIEnvironment
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = 5  # seconds; a slower client is cut off
+    server_version = "pdp"
+    sys_version = ""
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base's name
+        """Probes and scrapes are not worth a line each."""
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
+class HttpListener:
+    """Serves GET on threads of its own, so that neither it nor the calls wait for
+    each other.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        registry: CollectorRegistry,
+        jwks: str,
+        is_ready: Callable[[], bool],
+    ) -> None:
+        host, _, port = address.rpartition(":")
+        self._registry = registry
+        self._jwks = jwks.encode("utf-8")
+        self._is_ready = is_ready
+        server_class = _Server6 if ":" in host else _Server
+        self._server = server_class((host.strip("[]"), int(port)), _Handler)
+        self._server.set_app(self._answer)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, name="http-listener", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on."""
+        return int(self._server.server_port)
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def _answer(self, environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
+        status, kind, body = "200 OK", "text/plain; charset=utf-8", b"ok\n"
+        path = environ.get("PATH_INFO", "")
+        if environ.get("REQUEST_METHOD") != "GET":
+            status, body = "405 Method Not Allowed", b"only GET\n"
+        elif path == "/metrics":
+            kind, body = CONTENT_TYPE_LATEST, generate_latest(self._registry)
+        elif path == "/.well-known/jwks.json":
+            kind, body = "application/jwk-set+json", self._jwks
+        elif path == "/readyz":
+            if not self._is_ready():
+                status, body = "503 Service Unavailable", b"not ready\n"
+        elif path != "/healthz":
+            status, body = "404 Not Found", b"not found\n"
+        start(status, [("Content-Type", kind), ("Content-Length", str(len(body)))])
+        return [body]

@@ -1,0 +1,123 @@
+"""What is counted, for Prometheus. No tenant is ever a label: their number is not bounded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+
+from pdp.decision import Recorded
+from pdp.reason import ReasonCode
+
+_SECONDS: Final = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0,
+)  # fmt: skip
+MAX_REASON_CODES: Final = 128
+"""Policies may return codes of their own; more than this many are counted as "other"."""
+
+
+class Metrics:
+    """The sidecar's metrics, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._reason_codes: set[str] = {code.value for code in ReasonCode}
+        self._decisions = Counter(
+            "pdp_decisions",
+            "Answers to Authorize.",
+            ("outcome", "reason_code"),
+            registry=self.registry,
+        )
+        self._calls = Histogram(
+            "pdp_call_seconds",
+            "Time from request to response, by method and gRPC status.",
+            ("method", "status"),
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._steps = Histogram(
+            "pdp_step_seconds",
+            "Time of each step of Authorize.",
+            ("step",),
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._refusals = Counter(
+            "pdp_errors",
+            "Calls that ended with a status, by reason code.",
+            ("method", "reason_code"),
+            registry=self.registry,
+        )
+        self._budget_refusals = Counter(
+            "pdp_budget_refusals",
+            "Calls that a limit refused.",
+            ("method",),
+            registry=self.registry,
+        )
+        self._audit_failures = Counter(
+            "pdp_audit_failures",
+            "Calls refused because their audit record could not be written.",
+            registry=self.registry,
+        )
+        self._ledger_failures = Counter(
+            "pdp_ledger_failures",
+            "Calls refused because the ledger could not take them.",
+            registry=self.registry,
+        )
+        self._policy = Info("pdp_policy", "The active policy bundle.", registry=self.registry)
+        self.calls_under_way = Gauge(
+            "pdp_calls_under_way", "Calls that are being answered.", registry=self.registry
+        )
+
+    def policy_is(self, revision: str) -> None:
+        """A policy revision became active."""
+        self._policy.info({"revision": revision})
+
+    def decided(self, recorded: Recorded) -> None:
+        """An answer to Authorize left."""
+        answer = recorded.answer
+        outcome = "denied" if answer.permit is None else "allowed"
+        self._decisions.labels(outcome, self._known(answer.reason_code)).inc()
+        for step, seconds in recorded.step_seconds.items():
+            self._steps.labels(step).observe(seconds)
+        if answer.reason_code == ReasonCode.TENANT_BUDGET_EXCEEDED:
+            self._budget_refusals.labels("Authorize").inc()
+
+    def failed(self, method: str, reason_code: str) -> None:
+        """A call ended with an error status."""
+        self._refusals.labels(method, self._known(reason_code)).inc()
+        if reason_code == ReasonCode.AUDIT_UNAVAILABLE:
+            self._audit_failures.inc()
+        elif reason_code == ReasonCode.BUDGET_UNAVAILABLE:
+            self._ledger_failures.inc()
+        elif reason_code == ReasonCode.TENANT_BUDGET_EXCEEDED:
+            self._budget_refusals.labels(method).inc()
+
+    @contextmanager
+    def timed(self, method: str) -> Iterator[CallTimer]:
+        """Counts a call while it is under way, and its time when it ends."""
+        timer = CallTimer()
+        self.calls_under_way.inc()
+        began = time.perf_counter()
+        try:
+            yield timer
+        finally:
+            self.calls_under_way.dec()
+            self._calls.labels(method, timer.status).observe(time.perf_counter() - began)
+
+    def _known(self, reason_code: str) -> str:
+        if reason_code not in self._reason_codes:
+            if len(self._reason_codes) >= MAX_REASON_CODES:
+                return "other"
+            self._reason_codes.add(reason_code)
+        return reason_code
+
+
+class CallTimer:
+    """The status under which a call's time is counted."""
+
+    def __init__(self) -> None:
+        self.status = "CANCELLED"

@@ -1,0 +1,243 @@
+"""The gRPC services: each method reads the request, asks, and writes the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeVar
+
+import grpc
+
+from pdp import decision, execution, spending
+from pdp.api.v1 import (
+    authorization_pb2,
+    authorization_pb2_grpc,
+    budget_pb2,
+    budget_pb2_grpc,
+    execution_pb2,
+    execution_pb2_grpc,
+)
+from pdp.errors import PdpError
+from pdp.identity.resolver import Credentials
+from pdp.permit.keys import PermitKeySet
+from pdp.reason import ReasonCode
+from pdp.rooms import Rooms
+from pdp.server import wire
+from pdp.server.metrics import Metrics
+from pdp.server.status import abort, status_code
+
+_log: Final = logging.getLogger(__name__)
+_T = TypeVar("_T")
+_Context = grpc.aio.ServicerContext[object, object]
+
+
+class CallRunner:
+    """Runs one call within its bounds: how many at a time, for how long.
+
+    Work that has begun is finished even when its caller has gone, so that what
+    was held or charged is always on record.
+    """
+
+    def __init__(self, metrics: Metrics, *, timeout_seconds: float, max_calls: int) -> None:
+        self._metrics = metrics
+        self._timeout_seconds = timeout_seconds
+        self._max_calls = max_calls
+        self._under_way: set[asyncio.Task[object]] = set()
+
+    async def run(self, context: _Context, method: str, work: Callable[[], Awaitable[_T]]) -> _T:
+        """The result of ``work``; every failure ends the call with its status."""
+        with self._metrics.timed(method) as timer:
+            try:
+                result = await self._bounded(context, work)
+            except PdpError as error:
+                failure = error
+            except TimeoutError:
+                failure = PdpError(
+                    ReasonCode.DEADLINE_EXCEEDED,
+                    "The answer did not come in time; ask again with the same key.",
+                )
+            except Exception:  # noqa: BLE001 - whatever it is, nothing is allowed
+                # The traceback names code, not data; the client learns only that it failed.
+                _log.exception("%s failed", method)
+                failure = PdpError(ReasonCode.INTERNAL, "The PDP failed; nothing was allowed.")
+            else:
+                timer.status = "OK"
+                return result
+            timer.status = status_code(failure.reason_code).name
+            self._metrics.failed(method, failure.reason_code)
+            return await abort(context, failure)
+
+    async def drained(self) -> None:
+        """Wait until all work that has begun is finished."""
+        while self._under_way:
+            await asyncio.wait(self._under_way)
+
+    async def _bounded(self, context: _Context, work: Callable[[], Awaitable[_T]]) -> _T:
+        if len(self._under_way) >= self._max_calls:
+            raise PdpError(ReasonCode.RATE_LIMITED, "Too many calls are under way; try again.")
+        remaining = context.time_remaining()
+        timeout = min(self._timeout_seconds, remaining) if remaining else self._timeout_seconds
+        task = asyncio.ensure_future(work())
+        self._under_way.add(task)
+        task.add_done_callback(self._finished)
+        async with asyncio.timeout(timeout):
+            return await asyncio.shield(task)
+
+    def _finished(self, task: asyncio.Task[object]) -> None:
+        self._under_way.discard(task)
+        with contextlib.suppress(asyncio.CancelledError):
+            task.exception()  # marks it as seen when its caller has gone
+
+
+class AuthorizationServicer(authorization_pb2_grpc.AuthorizationServiceServicer):
+    """May this call be made?"""
+
+    def __init__(
+        self, rooms: Rooms, runner: CallRunner, metrics: Metrics, *, default_audience: str
+    ) -> None:
+        self._rooms = rooms
+        self._runner = runner
+        self._metrics = metrics
+        self._default_audience = default_audience
+
+    async def Authorize(  # noqa: N802 - the contract's name
+        self, request: authorization_pb2.AuthorizeRequest, context: _Context
+    ) -> authorization_pb2.AuthorizeResponse:
+        """Decide one call."""
+
+        async def work() -> authorization_pb2.AuthorizeResponse:
+            credentials, trace_id = _caller(context)
+            question = await wire.question_from(
+                request, default_audience=self._default_audience, trace_id=trace_id
+            )
+            recorded = await decision.authorize(self._rooms, credentials, question)
+            self._metrics.decided(recorded)
+            return wire.authorize_response(recorded)
+
+        return await self._runner.run(context, "Authorize", work)
+
+
+class BudgetServicer(budget_pb2_grpc.BudgetServiceServicer):
+    """May it still be spent?"""
+
+    def __init__(self, rooms: Rooms, runner: CallRunner) -> None:
+        self._rooms = rooms
+        self._runner = runner
+
+    async def ChargeBudget(  # noqa: N802 - the contract's name
+        self, request: budget_pb2.ChargeBudgetRequest, context: _Context
+    ) -> budget_pb2.ChargeBudgetResponse:
+        """Charge now."""
+
+        async def work() -> budget_pb2.ChargeBudgetResponse:
+            credentials, trace_id = _caller(context)
+            spend = wire.spend_from(request, trace_id=trace_id)
+            return wire.charge_response(await spending.charge(self._rooms, credentials, spend))
+
+        return await self._runner.run(context, "ChargeBudget", work)
+
+    async def ReserveBudget(  # noqa: N802 - the contract's name
+        self, request: budget_pb2.ReserveBudgetRequest, context: _Context
+    ) -> budget_pb2.ReserveBudgetResponse:
+        """Hold amounts."""
+
+        async def work() -> budget_pb2.ReserveBudgetResponse:
+            credentials, trace_id = _caller(context)
+            spend = wire.spend_from(request, trace_id=trace_id)
+            return wire.reserve_response(await spending.reserve(self._rooms, credentials, spend))
+
+        return await self._runner.run(context, "ReserveBudget", work)
+
+    async def SettleBudget(  # noqa: N802 - the contract's name
+        self, request: budget_pb2.SettleBudgetRequest, context: _Context
+    ) -> budget_pb2.SettleBudgetResponse:
+        """End a hold with what was spent."""
+
+        async def work() -> budget_pb2.SettleBudgetResponse:
+            credentials, trace_id = _caller(context)
+            end = wire.hold_end_from(request, trace_id=trace_id)
+            return wire.settle_response(await spending.settle(self._rooms, credentials, end))
+
+        return await self._runner.run(context, "SettleBudget", work)
+
+    async def ReleaseBudget(  # noqa: N802 - the contract's name
+        self, request: budget_pb2.ReleaseBudgetRequest, context: _Context
+    ) -> budget_pb2.ReleaseBudgetResponse:
+        """End a hold with nothing spent."""
+
+        async def work() -> budget_pb2.ReleaseBudgetResponse:
+            credentials, trace_id = _caller(context)
+            end = wire.hold_end_from(request, trace_id=trace_id)
+            return wire.release_response(await spending.release(self._rooms, credentials, end))
+
+        return await self._runner.run(context, "ReleaseBudget", work)
+
+    async def GetBudget(  # noqa: N802 - the contract's name
+        self, request: budget_pb2.GetBudgetRequest, context: _Context
+    ) -> budget_pb2.GetBudgetResponse:
+        """The caller's limits as they stand."""
+
+        async def work() -> budget_pb2.GetBudgetResponse:
+            credentials, _ = _caller(context)
+            limits, revision = await spending.state(
+                self._rooms, credentials, tool=wire.tool_from(request.tool)
+            )
+            return budget_pb2.GetBudgetResponse(
+                limits=[wire.limit_status(state) for state in limits], policy_revision=revision
+            )
+
+        return await self._runner.run(context, "GetBudget", work)
+
+
+class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
+    """What happens to a permit once it is issued."""
+
+    def __init__(self, rooms: Rooms, runner: CallRunner, keys: PermitKeySet) -> None:
+        self._rooms = rooms
+        self._runner = runner
+        self._keys = keys
+
+    async def RedeemPermit(  # noqa: N802 - the contract's name
+        self, request: execution_pb2.RedeemPermitRequest, context: _Context
+    ) -> execution_pb2.RedeemPermitResponse:
+        """Spend the permit's one use."""
+
+        async def work() -> execution_pb2.RedeemPermitResponse:
+            redemption = wire.redemption_from(request, trace_id=_trace_id(context))
+            return wire.redeem_response(await execution.redeem(self._rooms, redemption))
+
+        return await self._runner.run(context, "RedeemPermit", work)
+
+    async def ReportOutcome(  # noqa: N802 - the contract's name
+        self, request: execution_pb2.ReportOutcomeRequest, context: _Context
+    ) -> execution_pb2.ReportOutcomeResponse:
+        """Take in what became of a call."""
+
+        async def work() -> execution_pb2.ReportOutcomeResponse:
+            report = wire.report_from(request, trace_id=_trace_id(context))
+            return wire.report_response(await execution.report(self._rooms, report))
+
+        return await self._runner.run(context, "ReportOutcome", work)
+
+    async def GetPermitKeys(  # noqa: N802 - the contract's name
+        self,
+        request: execution_pb2.GetPermitKeysRequest,  # noqa: ARG002 - has no fields
+        context: _Context,
+    ) -> execution_pb2.GetPermitKeysResponse:
+        """The public keys."""
+
+        async def work() -> execution_pb2.GetPermitKeysResponse:
+            return execution_pb2.GetPermitKeysResponse(jwks_json=self._keys.to_jwks())
+
+        return await self._runner.run(context, "GetPermitKeys", work)
+
+
+def _caller(context: _Context) -> tuple[Credentials, str | None]:
+    metadata = context.invocation_metadata() or ()
+    return wire.credentials_of(metadata), wire.trace_id_of(metadata)
+
+
+def _trace_id(context: _Context) -> str | None:
+    return wire.trace_id_of(context.invocation_metadata() or ())

@@ -1,0 +1,298 @@
+"""The sidecar's life: open the rooms, listen, serve, drain, close."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Final
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from pdp.api.v1 import (
+    authorization_pb2,
+    authorization_pb2_grpc,
+    budget_pb2,
+    budget_pb2_grpc,
+    execution_pb2,
+    execution_pb2_grpc,
+)
+from pdp.audit.log import ChainedAuditLog
+from pdp.budget.sqlite import SqliteLedger
+from pdp.config import Config, ServerLimits, SingleTenantIdentity, Tls
+from pdp.identity.keys import load_jwks_file
+from pdp.identity.resolver import IdentityResolver, SingleTenant
+from pdp.identity.tokens import Issuer, TenantRule, TokenIdentity
+from pdp.permit.issuer import PermitIssuer
+from pdp.permit.keys import SigningKey
+from pdp.permit.uses import PermitUses
+from pdp.permit.verifier import PermitVerifier
+from pdp.policy.bundle import load_bundle
+from pdp.policy.wasm import WasmEngine
+from pdp.rooms import Rooms
+from pdp.server.http import HttpListener
+from pdp.server.locks import ExclusiveLock, StartError
+from pdp.server.metrics import Metrics
+from pdp.server.services import (
+    AuthorizationServicer,
+    BudgetServicer,
+    CallRunner,
+    ExecutionServicer,
+)
+
+_log: Final = logging.getLogger(__name__)
+
+SERVICE_NAMES: Final = tuple(
+    file.DESCRIPTOR.services_by_name[name].full_name
+    for file, name in (
+        (authorization_pb2, "AuthorizationService"),
+        (budget_pb2, "BudgetService"),
+        (execution_pb2, "ExecutionService"),
+    )
+)
+"""Each has a health status of its own, beside the server's ("")."""
+
+
+@contextlib.asynccontextmanager
+async def open_rooms(config: Config, key: SigningKey) -> AsyncIterator[Rooms]:
+    """The rooms that the configuration describes. Closed in the order in which
+    nothing that was answered can be lost: audit last.
+    """
+    state = config.state_dir
+    async with contextlib.AsyncExitStack() as stack:
+        audit = ChainedAuditLog(
+            state / "audit",
+            instance=config.instance or socket.gethostname(),
+            durability=config.audit.durability,
+            segment_max_bytes=config.audit.segment_max_bytes,
+        )
+        stack.push_async_callback(audit.close)
+        ledger = SqliteLedger(state / "ledger.db", durability=config.budget.durability)
+        stack.push_async_callback(ledger.close)
+        permit_uses = PermitUses(state / "permits.db", durability=config.budget.durability)
+        stack.push_async_callback(permit_uses.close)
+        policy = WasmEngine(
+            load_bundle(config.policy.bundle),
+            deadline_ms=config.policy.evaluation_timeout_ms,
+            workers=config.policy.workers,
+            memory_max_mib=config.policy.max_memory_mib,
+        )
+        stack.push_async_callback(policy.close)
+        yield Rooms(
+            identity=identity_from(config),
+            policy=policy,
+            ledger=ledger,
+            permits=PermitIssuer(key, issuer=config.permit.issuer),
+            permit_verifier=PermitVerifier(
+                key.public_set, issuer=config.permit.issuer, audience=config.permit.default_audience
+            ),
+            permit_uses=permit_uses,
+            audit=audit,
+            digest_key=_secret(state / "audit-digest.key"),
+            permit_ttl_seconds=config.permit.ttl_seconds,
+            hold_ttl_seconds=config.budget.hold_ttl_seconds,
+        )
+
+
+def identity_from(config: Config) -> IdentityResolver:
+    """Who tells whose call it is. Raises KeyFileError."""
+    identity = config.identity
+    if isinstance(identity, SingleTenantIdentity):
+        return SingleTenant(
+            actor=identity.actor, roles=tuple(identity.roles), scopes=tuple(identity.scopes)
+        )
+    return TokenIdentity(
+        [
+            Issuer(
+                issuer=issuer.issuer,
+                audiences=frozenset(issuer.audiences),
+                types=frozenset(kind.lower() for kind in issuer.types),
+                algorithms=frozenset(issuer.algorithms),
+                keys=load_jwks_file(issuer.jwks_file),
+                tenant=TenantRule(
+                    claim=issuer.tenant.claim, organisations=issuer.tenant.organisations
+                ),
+                actor_claim=issuer.actor_claim,
+                roles_claim=issuer.roles_claim,
+                scopes_claim=issuer.scopes_claim,
+                leeway_seconds=issuer.leeway_seconds,
+            )
+            for issuer in identity.issuers
+        ]
+    )
+
+
+async def serve(config: Config, *, started: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or SIGINT; then finish what has begun, and close.
+
+    ``started`` is called with a line for the operator once calls are answered.
+    Raises StartError, and the rooms' own errors when one can not be opened.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signal_number, stop.set)
+    async with contextlib.AsyncExitStack() as stack:
+        _make_private_directory(config.state_dir)
+        lock = ExclusiveLock(
+            config.state_dir / "lock", holds=f"The state directory {config.state_dir}"
+        )
+        stack.callback(lock.release)
+        key = SigningKey.from_file_or_new(
+            config.permit.key_file or config.state_dir / "permit-key.pem"
+        )
+        rooms = await stack.enter_async_context(open_rooms(config, key))
+        metrics = Metrics()
+        metrics.policy_is(rooms.policy.revision)
+        runner = CallRunner(
+            metrics,
+            timeout_seconds=config.limits.call_timeout_seconds,
+            max_calls=config.limits.max_concurrent_calls,
+        )
+        server = grpc.aio.server(options=_options(config.limits))
+        authorization_pb2_grpc.add_AuthorizationServiceServicer_to_server(
+            AuthorizationServicer(
+                rooms, runner, metrics, default_audience=config.permit.default_audience
+            ),
+            server,
+        )
+        budget_pb2_grpc.add_BudgetServiceServicer_to_server(BudgetServicer(rooms, runner), server)
+        execution_pb2_grpc.add_ExecutionServiceServicer_to_server(
+            ExecutionServicer(rooms, runner, key.public_set), server
+        )
+        probes = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(probes, server)
+        reflection.enable_server_reflection(
+            (*SERVICE_NAMES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name), server
+        )
+        places = await _listen(config, server, stack)
+        await server.start()
+        stack.push_async_callback(server.stop, None)
+        for name in ("", *SERVICE_NAMES):
+            await probes.set(name, health_pb2.HealthCheckResponse.SERVING)
+        if config.listen.metrics is not None:
+            http = _http_listener(config.listen.metrics, metrics, rooms, key, stop)
+            stack.callback(http.close)
+            places.append(f"http://{config.listen.metrics.rpartition(':')[0]}:{http.port}")
+        started(f"serving on {', '.join(places)} with policy {rooms.policy.revision}")
+        await stop.wait()
+        _log.info("draining")
+        await probes.enter_graceful_shutdown()
+        await server.stop(config.limits.drain_seconds)
+        await runner.drained()
+
+
+async def _listen(
+    config: Config, server: grpc.aio.Server, stack: contextlib.AsyncExitStack
+) -> list[str]:
+    """Bind every listener; where it listens, for the operator."""
+    places = []
+    if config.listen.unix is not None:
+        path = config.listen.unix
+        lock = ExclusiveLock(path.with_name(path.name + ".lock"), holds=f"The socket {path}")
+        stack.callback(lock.release)
+        # With the lock in hand, a socket that is there is what a killed sidecar left.
+        path.unlink(missing_ok=True)
+        # Others have no access from the moment the socket exists.
+        earlier = os.umask(0o777 & ~int(config.listen.unix_mode, 8))
+        try:
+            server.add_insecure_port(f"unix:{path}")
+        except RuntimeError:
+            raise StartError(f"The socket {path} can not be made; is its path too long?") from None
+        finally:
+            os.umask(earlier)
+        stack.callback(path.unlink, missing_ok=True)
+        places.append(f"unix:{path}")
+    tcp = config.listen.tcp
+    if tcp is not None:
+        try:
+            port = (
+                server.add_insecure_port(tcp.address)
+                if tcp.tls is None
+                else server.add_secure_port(tcp.address, _server_credentials(tcp.tls))
+            )
+        except RuntimeError:
+            raise StartError(
+                f"The address {tcp.address} can not be listened on; is it in use?"
+            ) from None
+        places.append(f"{tcp.address.rpartition(':')[0]}:{port}")
+    return places
+
+
+def _server_credentials(tls: Tls) -> grpc.ServerCredentials:
+    try:
+        authorities = tls.client_ca_file.read_bytes() if tls.client_ca_file else None
+        return grpc.ssl_server_credentials(
+            [(tls.key_file.read_bytes(), tls.certificate_file.read_bytes())],
+            root_certificates=authorities,
+            require_client_auth=authorities is not None,
+        )
+    except OSError as error:
+        raise StartError(f"{error.filename} can not be read: {error.strerror}.") from None
+
+
+def _options(limits: ServerLimits) -> list[tuple[str, int]]:
+    return [
+        ("grpc.so_reuseport", 0),  # a second sidecar on the port must fail, not share
+        ("grpc.max_receive_message_length", limits.max_message_bytes),
+        ("grpc.max_send_message_length", limits.max_message_bytes),
+        ("grpc.max_metadata_size", limits.max_metadata_bytes),
+        ("grpc.absolute_max_metadata_size", limits.max_metadata_bytes),
+        ("grpc.max_concurrent_streams", limits.max_concurrent_streams),
+        ("grpc.keepalive_time_ms", limits.keepalive_seconds * 1000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.max_ping_strikes", 2),
+    ]
+
+
+def _http_listener(
+    address: str, metrics: Metrics, rooms: Rooms, key: SigningKey, stop: asyncio.Event
+) -> HttpListener:
+    try:
+        return HttpListener(
+            address,
+            registry=metrics.registry,
+            jwks=key.public_set.to_jwks(),
+            is_ready=lambda: not stop.is_set() and rooms.audit.healthy,
+        )
+    except OSError as error:
+        raise StartError(
+            f"The address {address} can not be listened on: {error.strerror}."
+        ) from None
+
+
+def _make_private_directory(path: Path) -> None:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartError(
+            f"The state directory {path} can not be made: {error.strerror}. Make it, or name"
+            " another one in the configuration (state_dir)."
+        ) from None
+
+
+def _secret(path: Path) -> bytes:
+    """32 random bytes, kept in a file that nobody but its owner may read."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        secret = path.read_bytes()
+        if len(secret) != _SECRET_BYTES:
+            raise StartError(f"{path} does not hold {_SECRET_BYTES} bytes; restore it.") from None
+        return secret
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(secret := secrets.token_bytes(_SECRET_BYTES))
+        os.fsync(file.fileno())
+    return secret
+
+
+_SECRET_BYTES: Final = 32

@@ -1,0 +1,108 @@
+"""How an error reaches a gRPC client: one table, one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, NoReturn
+
+import grpc
+from google.protobuf.any_pb2 import Any
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, RetryInfo
+from google.rpc.status_pb2 import Status
+
+from pdp.channel import DETAILS_KEY
+from pdp.errors import PdpError
+from pdp.reason import ReasonCode
+from pdp.spending import SpendingError
+
+ERROR_DOMAIN: Final = "agent-pdp"
+
+
+STATUS_OF_REASON: Final[Mapping[str, grpc.StatusCode]] = {
+    ReasonCode.TOKEN_MISSING: grpc.StatusCode.UNAUTHENTICATED,
+    ReasonCode.TOKEN_INVALID: grpc.StatusCode.UNAUTHENTICATED,
+    ReasonCode.TOKEN_EXPIRED: grpc.StatusCode.UNAUTHENTICATED,
+    ReasonCode.TENANT_MISSING: grpc.StatusCode.UNAUTHENTICATED,
+    ReasonCode.TENANT_MISMATCH: grpc.StatusCode.UNAUTHENTICATED,
+    ReasonCode.TENANT_UNKNOWN: grpc.StatusCode.UNAUTHENTICATED,
+    ReasonCode.PERMIT_MISSING: grpc.StatusCode.UNAUTHENTICATED,
+    ReasonCode.PERMIT_INVALID: grpc.StatusCode.UNAUTHENTICATED,
+    ReasonCode.PERMIT_MISMATCH: grpc.StatusCode.PERMISSION_DENIED,
+    ReasonCode.PERMIT_EXPIRED: grpc.StatusCode.FAILED_PRECONDITION,
+    ReasonCode.PERMIT_USED: grpc.StatusCode.FAILED_PRECONDITION,
+    ReasonCode.HOLD_NOT_FOUND: grpc.StatusCode.FAILED_PRECONDITION,
+    ReasonCode.HOLD_ALREADY_SETTLED: grpc.StatusCode.FAILED_PRECONDITION,
+    ReasonCode.HOLD_ALREADY_RELEASED: grpc.StatusCode.FAILED_PRECONDITION,
+    ReasonCode.HOLD_EXPIRED: grpc.StatusCode.FAILED_PRECONDITION,
+    ReasonCode.CHARGE_NOT_HELD: grpc.StatusCode.FAILED_PRECONDITION,
+    ReasonCode.REQUEST_INVALID: grpc.StatusCode.INVALID_ARGUMENT,
+    ReasonCode.ARGUMENTS_INVALID: grpc.StatusCode.INVALID_ARGUMENT,
+    ReasonCode.IDEMPOTENCY_KEY_REUSED: grpc.StatusCode.ALREADY_EXISTS,
+    ReasonCode.OUTCOME_ALREADY_REPORTED: grpc.StatusCode.ALREADY_EXISTS,
+    ReasonCode.TENANT_BUDGET_EXCEEDED: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    ReasonCode.RATE_LIMITED: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    ReasonCode.POLICY_TIMEOUT: grpc.StatusCode.UNAVAILABLE,
+    ReasonCode.POLICY_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    ReasonCode.BUDGET_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    ReasonCode.PERMIT_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    ReasonCode.AUDIT_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    ReasonCode.DEADLINE_EXCEEDED: grpc.StatusCode.DEADLINE_EXCEEDED,
+    ReasonCode.INTERNAL: grpc.StatusCode.INTERNAL,
+}
+"""Every other code is the policy's word: PERMISSION_DENIED."""
+
+
+class RequestError(PdpError):
+    """A field of a request is missing, malformed or out of bounds."""
+
+    def __init__(
+        self, field: str, description: str, *, reason_code: str = ReasonCode.REQUEST_INVALID
+    ) -> None:
+        super().__init__(reason_code, f"{field} {description}")
+        self.field = field
+        self.description = description
+
+
+def status_code(reason_code: str) -> grpc.StatusCode:
+    """The gRPC status of a reason code."""
+    return STATUS_OF_REASON.get(reason_code, grpc.StatusCode.PERMISSION_DENIED)
+
+
+async def abort(context: grpc.aio.ServicerContext[object, object], error: PdpError) -> NoReturn:
+    """End the call with the error's status, its fixed text and its details."""
+    code = status_code(error.reason_code)
+    status = Status(code=code.value[0], message=error.message)
+    for detail in _details(error):
+        packed = Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    await context.abort(
+        code, error.message, trailing_metadata=((DETAILS_KEY, status.SerializeToString()),)
+    )
+    raise AssertionError  # abort always raises; mypy can not know
+
+
+def _details(error: PdpError) -> list[ErrorInfo | BadRequest | QuotaFailure | RetryInfo]:
+    details: list[ErrorInfo | BadRequest | QuotaFailure | RetryInfo] = [
+        ErrorInfo(reason=error.reason_code, domain=ERROR_DOMAIN)
+    ]
+    if isinstance(error, RequestError):
+        violation = BadRequest.FieldViolation(field=error.field, description=error.description)
+        details.append(BadRequest(field_violations=[violation]))
+    if isinstance(error, SpendingError) and error.refused_by is not None:
+        limit = error.refused_by.limit
+        details.append(
+            QuotaFailure(
+                violations=[
+                    QuotaFailure.Violation(
+                        subject=f"limit:{limit.id}",
+                        description=f"{error.refused_by.remaining} {limit.unit} remain of"
+                        f" {limit.limit} per {limit.window}",
+                    )
+                ]
+            )
+        )
+        if error.retry_after_seconds is not None:
+            details.append(RetryInfo(retry_delay=Duration(seconds=error.retry_after_seconds)))
+    return details

@@ -1,0 +1,350 @@
+"""Protobuf on the outside, the product's own types on the inside.
+
+Every bound of the contract is checked here, before anything else runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from pdp.api.v1 import authorization_pb2, budget_pb2, common_pb2, execution_pb2
+from pdp.audit.record import AuditReceipt
+from pdp.budget.ledger import MAX_AMOUNT, Charge, LimitState
+from pdp.canonical import JsonError, JsonObject, parse_object, sha256_hex
+from pdp.decision import Question, Recorded
+from pdp.execution import Redeemed, Redemption, Report, Reported
+from pdp.identity.resolver import Credentials
+from pdp.permit.jws import MAX_LENGTH as MAX_PERMIT_LENGTH
+from pdp.reason import ReasonCode
+from pdp.server.status import RequestError
+from pdp.spending import HoldEnd, Spend, Spent
+
+MAX_ARGUMENTS_BYTES: Final = 1024 * 1024
+MAX_CONTEXT_BYTES: Final = 16 * 1024
+MAX_CHARGES: Final = 16
+MAX_HOLD_SECONDS: Final = 3600
+LARGE_BYTES: Final = 16 * 1024
+"""Arguments above this are parsed and digested in a thread, not on the event loop."""
+
+_KEY: Final = re.compile(r"[\x21-\x7e]{1,255}")
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
+_AUDIENCE: Final = re.compile(r"[A-Za-z0-9:/._-]{1,255}")
+_BUDGET: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_ERROR_TYPE: Final = re.compile(r"[A-Za-z0-9_.]{1,64}")
+_TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+_MAX_RESOURCE_ID: Final = 255
+_MALFORMED: Final = "malformed"
+
+Metadata = Iterable[tuple[str, str | bytes]]
+
+
+def credentials_of(metadata: Metadata) -> Credentials:
+    """The bearer token of a call. What is no bearer token, or several, comes out as
+    a token that is not valid, so that it is refused and put on record like one.
+    """
+    values = [value for key, value in metadata if key == "authorization"]
+    if not values:
+        return Credentials(bearer=None)
+    scheme, _, token = str(values[0]).partition(" ")
+    if len(values) > 1 or scheme.lower() != "bearer" or not token:
+        return Credentials(bearer=_MALFORMED)
+    return Credentials(bearer=token)
+
+
+def trace_id_of(metadata: Metadata) -> str | None:
+    """The trace id of a W3C traceparent; one that is malformed counts as none."""
+    for key, value in metadata:
+        if key == "traceparent" and isinstance(value, str):
+            match = _TRACEPARENT.fullmatch(value)
+            if match and match[1] != "0" * 32:
+                return match[1]
+    return None
+
+
+async def question_from(
+    request: authorization_pb2.AuthorizeRequest, *, default_audience: str, trace_id: str | None
+) -> Question:
+    """The question of an AuthorizeRequest. Raises RequestError."""
+    resource: JsonObject | None = None
+    if request.HasField("resource"):
+        resource = {
+            "type": _matching("resource.type", request.resource.type, _NAME, _NAME_FORM),
+            "id": _resource_id(request.resource.id),
+        }
+    large = len(request.arguments_json) > LARGE_BYTES
+    arguments, digest = (
+        await asyncio.to_thread(_arguments, request.arguments_json)
+        if large
+        else _arguments(request.arguments_json)
+    )
+    return Question(
+        request_id=_key("request_id", request.request_id),
+        tool=_matching("action.name", request.action.name, _NAME, _NAME_FORM),
+        resource=resource,
+        arguments=arguments,
+        arguments_sha256=digest,
+        context=_json("context_json", request.context_json, MAX_CONTEXT_BYTES),
+        audience=_matching("audience", request.audience or default_audience, _AUDIENCE, "an id"),
+        trace_id=trace_id,
+    )
+
+
+def authorize_response(recorded: Recorded) -> authorization_pb2.AuthorizeResponse:
+    """The answer on the wire."""
+    answer = recorded.answer
+    response = authorization_pb2.AuthorizeResponse(
+        decision=answer.permit is not None,
+        reason_code=answer.reason_code,
+        decision_id=answer.decision_id,
+        tenant_id=answer.subject.tenant,
+        actor_id=answer.subject.actor,
+        namespace=answer.subject.namespace,
+        policy_revision=answer.policy_revision,
+        audit=_receipt(recorded.receipt),
+        replayed=answer.replayed,
+        steps=[
+            authorization_pb2.StepDuration(step=step, duration=_duration(seconds))
+            for step, seconds in recorded.step_seconds.items()
+        ],
+    )
+    if answer.permit is not None:
+        response.permit = answer.permit.token
+        response.scopes.extend(answer.permit.scopes)
+        response.permit_expires_at.seconds = answer.permit.expires_at
+        if answer.permit.hold_id:
+            response.hold.hold_id = answer.permit.hold_id
+            response.hold.expires_at.seconds = answer.hold_expires_at
+            response.hold.charges.extend(_charges_out(answer.charges))
+    if answer.refused_by is not None:
+        response.refused_by.CopyFrom(limit_status(answer.refused_by))
+        if answer.retry_after_seconds is not None:
+            response.retry_after.seconds = answer.retry_after_seconds
+    return response
+
+
+def spend_from(
+    request: budget_pb2.ChargeBudgetRequest | budget_pb2.ReserveBudgetRequest,
+    *,
+    trace_id: str | None,
+) -> Spend:
+    """The spend that is asked for. Raises RequestError."""
+    ttl_seconds = request.ttl_seconds if isinstance(request, budget_pb2.ReserveBudgetRequest) else 0
+    if not 0 <= ttl_seconds <= MAX_HOLD_SECONDS:
+        raise RequestError("ttl_seconds", f"must be 0 to {MAX_HOLD_SECONDS}")
+    if not request.charges:
+        raise RequestError("charges", "must name at least one charge")
+    return Spend(
+        idempotency_key=_key("idempotency_key", request.idempotency_key),
+        charges=_charges(request.charges, least=1),
+        tool=tool_from(request.tool),
+        ttl_seconds=ttl_seconds,
+        trace_id=trace_id,
+    )
+
+
+def hold_end_from(
+    request: budget_pb2.SettleBudgetRequest | budget_pb2.ReleaseBudgetRequest,
+    *,
+    trace_id: str | None,
+) -> HoldEnd:
+    """The settlement or release that is asked for. Raises RequestError."""
+    charges = request.charges if isinstance(request, budget_pb2.SettleBudgetRequest) else ()
+    return HoldEnd(
+        idempotency_key=_key("idempotency_key", request.idempotency_key),
+        hold_id=_matching("hold_id", request.hold_id, _UUID, "a UUID in lower case"),
+        charges=_charges(charges, least=0),
+        trace_id=trace_id,
+    )
+
+
+def tool_from(tool: str) -> str:
+    """The tool of a budget request, which may be empty. Raises RequestError."""
+    return _matching("tool", tool, _NAME, _NAME_FORM) if tool else ""
+
+
+def charge_response(spent: Spent) -> budget_pb2.ChargeBudgetResponse:
+    """A charge on the wire."""
+    return budget_pb2.ChargeBudgetResponse(
+        charge_id=spent.result.id,
+        limits=[limit_status(state) for state in spent.result.limits],
+        decision_id=spent.decision_id,
+        policy_revision=spent.policy_revision,
+        audit=_receipt(spent.receipt),
+        replayed=spent.result.replayed,
+    )
+
+
+def reserve_response(spent: Spent) -> budget_pb2.ReserveBudgetResponse:
+    """A reservation on the wire."""
+    return budget_pb2.ReserveBudgetResponse(
+        hold_id=spent.result.id,
+        expires_at=Timestamp(seconds=spent.result.expires_at),
+        limits=[limit_status(state) for state in spent.result.limits],
+        decision_id=spent.decision_id,
+        policy_revision=spent.policy_revision,
+        audit=_receipt(spent.receipt),
+        replayed=spent.result.replayed,
+    )
+
+
+def settle_response(spent: Spent) -> budget_pb2.SettleBudgetResponse:
+    """A settlement on the wire."""
+    return budget_pb2.SettleBudgetResponse(
+        over_hold=spent.result.over_hold,
+        late=spent.result.late,
+        audit=_receipt(spent.receipt),
+        replayed=spent.result.replayed,
+    )
+
+
+def release_response(spent: Spent) -> budget_pb2.ReleaseBudgetResponse:
+    """A release on the wire."""
+    return budget_pb2.ReleaseBudgetResponse(
+        audit=_receipt(spent.receipt), replayed=spent.result.replayed
+    )
+
+
+def limit_status(state: LimitState) -> common_pb2.LimitStatus:
+    """A limit on the wire."""
+    status = common_pb2.LimitStatus(
+        limit_id=state.limit.id,
+        budget=state.limit.budget,
+        unit=state.limit.unit,
+        window=state.limit.window.value,
+        scope=state.limit.scope.value,
+        limit=state.limit.limit,
+        spent=state.spent,
+        held=state.held,
+        remaining=state.remaining,
+    )
+    if state.resets_at is not None:
+        status.resets_at.seconds = state.resets_at
+    return status
+
+
+def redemption_from(
+    request: execution_pb2.RedeemPermitRequest, *, trace_id: str | None
+) -> Redemption:
+    """The redemption that is asked for. Raises RequestError."""
+    return Redemption(
+        permit=_permit(request.permit),
+        idempotency_key=_key("idempotency_key", request.idempotency_key),
+        tool=_matching("tool", request.tool, _NAME, _NAME_FORM),
+        arguments_sha256=_matching(
+            "arguments_sha256", request.arguments_sha256, _SHA256, "64 lower-case hex digits"
+        ),
+        audience=_matching("audience", request.audience, _AUDIENCE, "an id"),
+        trace_id=trace_id,
+    )
+
+
+def redeem_response(redeemed: Redeemed) -> execution_pb2.RedeemPermitResponse:
+    """A redemption on the wire."""
+    return execution_pb2.RedeemPermitResponse(
+        tenant_id=redeemed.permit.tenant,
+        actor_id=redeemed.permit.actor,
+        decision_id=redeemed.permit.decision_id,
+        uses_left=0,
+        audit=_receipt(redeemed.receipt),
+        replayed=redeemed.replayed,
+    )
+
+
+def report_from(request: execution_pb2.ReportOutcomeRequest, *, trace_id: str | None) -> Report:
+    """The report that is made. Raises RequestError."""
+    if request.outcome not in (execution_pb2.OUTCOME_EXECUTED, execution_pb2.OUTCOME_FAILED):
+        raise RequestError("outcome", "must be OUTCOME_EXECUTED or OUTCOME_FAILED")
+    if request.error_type:
+        _matching("error_type", request.error_type, _ERROR_TYPE, "the name of an error")
+    return Report(
+        permit=_permit(request.permit),
+        executed=request.outcome == execution_pb2.OUTCOME_EXECUTED,
+        charges=_charges(request.charges, least=0),
+        error_type=request.error_type,
+        trace_id=trace_id,
+    )
+
+
+def report_response(reported: Reported) -> execution_pb2.ReportOutcomeResponse:
+    """A report's answer on the wire."""
+    return execution_pb2.ReportOutcomeResponse(
+        settled=_charges_out(reported.settled),
+        audit=_receipt(reported.receipt),
+        replayed=reported.replayed,
+    )
+
+
+_NAME_FORM: Final = "1 to 128 characters of [A-Za-z0-9._:/-], the first a letter or digit"
+
+
+def _matching(field: str, value: str, pattern: re.Pattern[str], form: str) -> str:
+    if not pattern.fullmatch(value):
+        raise RequestError(field, f"must be {form}")
+    return value
+
+
+def _key(field: str, value: str) -> str:
+    return _matching(field, value, _KEY, "1 to 255 printable ASCII characters without spaces")
+
+
+def _resource_id(value: str) -> str:
+    if not value or len(value) > _MAX_RESOURCE_ID or not value.isprintable():
+        raise RequestError("resource.id", "must be 1 to 255 printable characters")
+    return value
+
+
+def _permit(value: str) -> str:
+    if len(value) > MAX_PERMIT_LENGTH:
+        raise RequestError("permit", f"must be at most {MAX_PERMIT_LENGTH} characters")
+    return value
+
+
+def _arguments(data: bytes) -> tuple[JsonObject, str]:
+    arguments = _json("arguments_json", data, MAX_ARGUMENTS_BYTES)
+    return arguments, sha256_hex(arguments)
+
+
+def _json(field: str, data: bytes, max_bytes: int) -> JsonObject:
+    try:
+        return parse_object(data or b"{}", max_bytes=max_bytes)
+    except JsonError as error:
+        raise RequestError(field, str(error), reason_code=ReasonCode.ARGUMENTS_INVALID) from None
+
+
+def _charges(charges: Sequence[common_pb2.Charge], *, least: int) -> tuple[Charge, ...]:
+    if len(charges) > MAX_CHARGES:
+        raise RequestError("charges", f"must be at most {MAX_CHARGES}")
+    read = []
+    for index, charge in enumerate(charges):
+        field = f"charges[{index}]"
+        _matching(f"{field}.budget", charge.budget, _BUDGET, "1 to 64 of [a-z0-9._-]")
+        _matching(f"{field}.unit", charge.unit, _BUDGET, "1 to 64 of [a-z0-9._-]")
+        if not least <= charge.amount <= MAX_AMOUNT:
+            raise RequestError(f"{field}.amount", f"must be {least} to {MAX_AMOUNT}")
+        read.append(Charge(charge.budget, charge.unit, charge.amount))
+    if len({(charge.budget, charge.unit) for charge in read}) != len(read):
+        raise RequestError("charges", "must name each budget and unit at most once")
+    return tuple(read)
+
+
+def _charges_out(charges: Iterable[Charge]) -> list[common_pb2.Charge]:
+    return [
+        common_pb2.Charge(budget=charge.budget, unit=charge.unit, amount=charge.amount)
+        for charge in charges
+    ]
+
+
+def _receipt(receipt: AuditReceipt) -> common_pb2.AuditReceipt:
+    return common_pb2.AuditReceipt(sequence=receipt.sequence, hash=receipt.hash)
+
+
+def _duration(seconds: float) -> Duration:
+    return Duration(nanos=min(int(seconds * 1e9), 999_999_999))

@@ -13,7 +13,7 @@ from typing import Final
 
 from pdp.audit.chain import BrokenRecordError, Link, Problem, check_follows, read_link
 from pdp.audit.record import AuditError
-from pdp.audit.segments import Segment, list_segments, sync_directory
+from pdp.audit.segments import Segment, end_of_last_line, list_segments, sync_directory
 from pdp.reason import ReasonCode
 
 CHECKED_BYTES: Final = 1024 * 1024
@@ -69,7 +69,7 @@ def _read_end(segment: Segment) -> tuple[int, Link | None, int]:
     """
     with segment.path.open("rb") as file:
         file_size = file.seek(0, os.SEEK_END)
-        whole = _end_of_last_line(file.fileno(), file_size)
+        whole = end_of_last_line(segment.path, file_size)
         start = max(0, whole - CHECKED_BYTES)
         file.seek(start)
         lines = file.read(whole - start).splitlines(keepends=True)
@@ -90,18 +90,6 @@ def _read_end(segment: Segment) -> tuple[int, Link | None, int]:
             raise _broken(segment, f"{name}: {error.message}") from None
         last = link
     return whole, last, file_size - whole
-
-
-def _end_of_last_line(descriptor: int, size: int) -> int:
-    """The offset after the last line feed; 0 if there is none."""
-    end = size
-    while end > 0:
-        start = max(0, end - _CHUNK_BYTES)
-        found = os.pread(descriptor, end - start, start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
-        end = start
-    return 0
 
 
 def _cut(path: Path, size: int, *, epoch: int) -> None:

@@ -37,6 +37,21 @@ def list_segments(directory: Path) -> list[Segment]:
     )
 
 
+def end_of_last_line(path: Path, size: int) -> int:
+    """The offset after the last line feed within ``size``; 0 if there is none.
+    Raises OSError.
+    """
+    with path.open("rb") as file:
+        end = size
+        while end > 0:
+            start = max(0, end - _CHUNK_BYTES)
+            found = os.pread(file.fileno(), end - start, start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            end = start
+    return 0
+
+
 def create_segment(path: Path) -> int:
     """Create a file that nobody but its owner may read, to append to, and make
     its name durable. Raises OSError, and leaves no file then.
@@ -149,4 +164,5 @@ class SegmentWriter:
 
 
 _SEGMENT_NAME: Final = re.compile(r"audit-([0-9]{16})\.jsonl")
+_CHUNK_BYTES: Final = 64 * 1024
 _APPEND: Final = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW

@@ -47,13 +47,13 @@ def check_account(account: Account) -> None:
 
 def check_key(key: IdempotencyKey) -> None:
     """The key is a key of the port, its digest a digest, its note not too long."""
-    if key.operation not in OPERATIONS:
+    if type(key.operation) is not str or key.operation not in OPERATIONS:
         raise ValueError("operation is not one of the port's")
     _check_text("idempotency key", key.key, 255)
     if type(key.content_sha256) is not str or not _SHA256_HEX.fullmatch(key.content_sha256):
         raise ValueError("content_sha256 is not 64 lower-case hexadecimal digits")
     if type(key.note) is not str or len(key.note.encode()) > MAX_NOTE_BYTES:
-        raise ValueError(f"note is longer than {MAX_NOTE_BYTES} bytes")
+        raise ValueError(f"note is not text of at most {MAX_NOTE_BYTES} bytes")
 
 
 def check_charges(charges: Sequence[Charge], *, least: int) -> None:

@@ -265,6 +265,12 @@ def test_accounts_of_the_same_name_in_different_scopes_do_not_meet(teller: Telle
     assert teller.counts(by_actor, by_tool, account=twin) == [(3, 0), (0, 0)]
 
 
+def test_windows_that_begin_together_do_not_meet(teller: Teller) -> None:
+    minute, hour = limit(10, window=Window.MINUTE), limit(10, window=Window.HOUR)
+    teller.charge(calls(3), limits=[minute])
+    assert teller.counts(minute, hour) == [(3, 0), (0, 0)]
+
+
 def test_raising_and_lowering_a_limit_applies_at_once(teller: Teller) -> None:
     teller.charge(calls(8))
     assert teller.charge(calls(5)).refused_by
@@ -327,6 +333,13 @@ def test_more_than_held_is_recorded_in_full_and_the_next_reserve_is_refused(
     refused_by = teller.reserve(calls(1)).refused_by
     assert refused_by is not None
     assert refused_by.remaining == -3
+
+
+def test_one_charge_of_several_above_its_hold_is_over_the_hold(teller: Teller) -> None:
+    limits = [TEN, limit(1000, name="money", unit="usd_micros")]
+    for spent in ((calls(3), money(1)), (money(601), calls(2))):
+        hold = teller.reserve(calls(2), money(600), limits=limits)
+        assert teller.settle(hold.id, *spent).over_hold
 
 
 def test_what_is_not_held_can_not_be_settled(teller: Teller) -> None:
@@ -491,7 +504,8 @@ def test_there_is_no_retry_after_where_waiting_can_not_help(teller: Teller) -> N
     ever = limit(10, window=Window.LIFETIME)
     teller.charge(calls(4), limits=[ever])
     hold = teller.reserve(calls(6), limits=[ever], ttl_seconds=60)
-    assert teller.reserve(calls(1), limits=[ever]).retry_after_seconds == 60
+    assert teller.reserve(calls(6), limits=[ever]).retry_after_seconds == 60
+    assert teller.reserve(calls(7), limits=[ever]).retry_after_seconds is None
     teller.settle(hold.id)
     assert teller.reserve(calls(1), limits=[ever]).retry_after_seconds is None
 

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from pdp.budget.bounds import (
+    MAX_CHARGES,
+    MAX_HOLD_SECONDS,
+    MAX_LIMITS,
+    MAX_NOTE_BYTES,
+    check_account,
+    check_charges,
+    check_hold_id,
+    check_key,
+    check_limits,
+    check_ttl,
+)
+from pdp.budget.ledger import MAX_AMOUNT, Account, Charge, IdempotencyKey, Limit, Scope, Window
+
+ACCOUNT = Account(tenant="acme", actor="alice@example.com", tool="orders.update")
+KEY = IdempotencyKey(operation="reserve", key="k", content_sha256="0" * 64)
+CHARGE = Charge("tools", "calls", 1)
+LIMIT = Limit(
+    id="calls", budget="tools", unit="calls", window=Window.DAY, limit=1, scope=Scope.TENANT
+)
+TEXTS = ("", "x" * 256, "line\nbreak", "null\0", "\ud800", None, 7, b"bytes")
+"""No names: empty, too long, control characters, lone surrogates, other types."""
+
+
+def test_what_is_within_bounds_passes() -> None:
+    check_account(ACCOUNT)
+    check_account(replace(ACCOUNT, tool=""))
+    check_account(replace(ACCOUNT, tenant="t" * 128, actor="ä" * 255, tool="o" * 128))
+    check_key(replace(KEY, key="k" * 255, note="ä" * (MAX_NOTE_BYTES // 2)))
+    check_charges([replace(CHARGE, amount=MAX_AMOUNT)], least=1)
+    check_charges([replace(CHARGE, amount=0)], least=0)
+    check_charges([replace(CHARGE, unit=f"u{n}") for n in range(MAX_CHARGES)], least=1)
+    check_limits([replace(LIMIT, id=f"l{n}", limit=0) for n in range(MAX_LIMITS)])
+    check_limits([LIMIT, replace(LIMIT, window=Window.HOUR), replace(LIMIT, scope=Scope.TOOL)])
+    check_ttl(1)
+    check_ttl(MAX_HOLD_SECONDS)
+    check_hold_id("h" * 255)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize(
+    "check",
+    (
+        lambda text: check_account(replace(ACCOUNT, tenant=text)),
+        lambda text: check_account(replace(ACCOUNT, actor=text)),
+        lambda text: check_key(replace(KEY, key=text)),
+        lambda text: check_key(replace(KEY, operation=text)),
+        lambda text: check_key(replace(KEY, content_sha256=text)),
+        lambda text: check_charges([replace(CHARGE, budget=text)], least=1),
+        lambda text: check_charges([replace(CHARGE, unit=text)], least=1),
+        lambda text: check_limits([replace(LIMIT, id=text)]),
+        lambda text: check_limits([replace(LIMIT, budget=text)]),
+        lambda text: check_limits([replace(LIMIT, unit=text)]),
+        check_hold_id,
+    ),
+)
+def test_names_are_short_and_printable(check: Callable[[object], None], text: object) -> None:
+    with pytest.raises(ValueError, match=r" is not "):
+        check(text)
+
+
+@pytest.mark.parametrize("tool", (None, "x" * 129, "line\nbreak"))
+def test_a_tool_is_a_name_or_empty(tool: str) -> None:
+    with pytest.raises(ValueError, match="tool is not"):
+        check_account(replace(ACCOUNT, tool=tool))
+
+
+@pytest.mark.parametrize("digest", ("0" * 63, "0" * 65, "A" * 64, "0" * 64 + "\n"))
+def test_a_content_digest_is_sixty_four_lower_case_digits(digest: str) -> None:
+    with pytest.raises(ValueError, match="content_sha256 is not"):
+        check_key(replace(KEY, content_sha256=digest))
+
+
+@pytest.mark.parametrize("note", ("x" * (MAX_NOTE_BYTES + 1), "ä" * MAX_NOTE_BYTES, None, b""))
+def test_a_note_is_text_of_bounded_length(note: str) -> None:
+    with pytest.raises(ValueError, match="note is not"):
+        check_key(replace(KEY, note=note))
+
+
+@pytest.mark.parametrize("amount", (-1, MAX_AMOUNT + 1, True, 1.5, "1", None))
+def test_limits_are_whole_numbers(amount: int) -> None:
+    with pytest.raises(ValueError, match="limit is not a whole number"):
+        check_limits([replace(LIMIT, limit=amount)])
+
+
+@pytest.mark.parametrize("seconds", (0, -1, MAX_HOLD_SECONDS + 1, True, 1.5))
+def test_a_hold_lives_for_a_bounded_time(seconds: int) -> None:
+    with pytest.raises(ValueError, match="ttl_seconds is not a whole number"):
+        check_ttl(seconds)
+
+
+@pytest.mark.parametrize("change", ({"window": "day"}, {"scope": "tenant"}))
+def test_windows_and_scopes_are_those_of_the_port(change: dict[str, str]) -> None:
+    wrong = Limit(
+        id="calls",
+        budget="tools",
+        unit="calls",
+        window=change.get("window", Window.DAY),  # type: ignore[arg-type]
+        limit=1,
+        scope=change.get("scope", Scope.TENANT),  # type: ignore[arg-type]
+    )
+    with pytest.raises(ValueError, match="window or scope"):
+        check_limits([wrong])
+
+
+def test_nothing_stands_twice() -> None:
+    with pytest.raises(ValueError, match="twice in charges"):
+        check_charges([CHARGE, replace(CHARGE, amount=2)], least=1)
+    with pytest.raises(ValueError, match="twice in limits"):
+        check_limits([LIMIT, replace(LIMIT, limit=2)])
+
+
+def test_one_operation_is_of_bounded_size() -> None:
+    with pytest.raises(ValueError, match="more than 16 charges"):
+        check_charges([replace(CHARGE, unit=f"u{n}") for n in range(MAX_CHARGES + 1)], least=1)
+    with pytest.raises(ValueError, match="more than 64 limits"):
+        check_limits([replace(LIMIT, id=f"l{n}") for n in range(MAX_LIMITS + 1)])

@@ -170,7 +170,7 @@ async def _hold(rooms: Rooms, account: Account, question: Question, ruling: _Rul
     verdict = ruling.verdict
     issued_at = int(rooms.clock())
     ttl_seconds = min(
-        verdict.permit.ttl_seconds or rooms.permit_ttl_seconds, rooms.permit_ttl_seconds
+        verdict.permit_ttl_seconds or rooms.permit_ttl_seconds, rooms.permit_ttl_seconds
     )
     first_answer: JsonObject = {
         "allow": verdict.allow,

@@ -27,7 +27,8 @@ class PolicyError(PdpError):
 
 class BundleError(PdpError):
     """A bundle can not be loaded: reason code policy_unavailable. The message
-    names the file, what is wrong and what to do; it is for operators."""
+    names the file, what is wrong and what to do; it is for operators.
+    """
 
 
 class PolicyEngine(Protocol):

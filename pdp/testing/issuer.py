@@ -49,7 +49,8 @@ class TokenIssuer:
         **claims: Any,  # noqa: ANN401 - any claim, wrong ones too
     ) -> str:
         """A signed token. ``claims`` are added, or take the place of usual ones; one
-        that is None is left out."""
+        that is None is left out.
+        """
         now = int(self._clock())
         usual = {
             "iss": self.issuer,

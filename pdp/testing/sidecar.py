@@ -20,7 +20,8 @@ START_TIMEOUT_SECONDS: Final = 30.0
 
 class SidecarProcess:
     """``pdp serve`` on a Unix socket below ``directory``, which holds its
-    configuration, state and log and survives restarts of it."""
+    configuration, state and log and survives restarts of it.
+    """
 
     def __init__(
         self,

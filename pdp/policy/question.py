@@ -1,0 +1,94 @@
+"""What a policy is shown: the input documents, shaped after AuthZEN 1.0."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from pdp.budget.ledger import Charge
+from pdp.canonical import JsonObject, JsonValue
+from pdp.identity.subject import Subject
+
+
+def authorize_input(
+    subject: Subject,
+    *,
+    tool: str,
+    arguments: JsonObject,
+    resource: JsonObject | None,
+    time: float,
+    request_id: str,
+    context: JsonObject,
+) -> JsonObject:
+    """The input for pdp/authz/decision, and for the limits of the same call.
+
+    Everything under ``subject`` is verified; everything else is the caller's word.
+    ``time`` is Unix seconds.
+    """
+    action: JsonObject = {"name": tool, "properties": {"arguments": arguments}}
+    return _document(
+        subject, action, resource, time=time, request_id=request_id, context=context, tool=tool
+    )
+
+
+def budget_input(
+    subject: Subject,
+    *,
+    operation: str,
+    charges: Sequence[Charge],
+    tool: str,
+    time: float,
+    request_id: str,
+) -> JsonObject:
+    """The input for pdp/budget/decision and pdp/budget/limits.
+
+    ``operation`` is "charge", "reserve" or "get". ``tool`` is empty when the spend is for none.
+    """
+    listed: list[JsonValue] = [
+        {"budget": charge.budget, "unit": charge.unit, "amount": charge.amount}
+        for charge in charges
+    ]
+    document = _document(
+        subject,
+        {"name": f"budget.{operation}"},
+        None,
+        time=time,
+        request_id=request_id,
+        context={},
+        tool=tool,
+    )
+    document["charges"] = listed
+    return document
+
+
+def _document(
+    subject: Subject,
+    action: JsonObject,
+    resource: JsonObject | None,
+    *,
+    time: float,
+    request_id: str,
+    context: JsonObject,
+    tool: str,
+) -> JsonObject:
+    document: JsonObject = {
+        "subject": {
+            "type": "user",
+            "id": subject.actor,
+            "properties": {
+                "tenant": subject.tenant,
+                "roles": list(subject.roles),
+                "scopes": list(subject.scopes),
+            },
+        },
+        "action": action,
+        "context": {
+            "time": datetime.fromtimestamp(time, UTC).isoformat(timespec="milliseconds"),
+            "request_id": request_id,
+            "client": context,
+        },
+        "tool": tool,
+    }
+    if resource is not None:
+        document["resource"] = resource
+    return document

@@ -40,14 +40,16 @@ class AuthorizationServiceStub:
     """Decides one tool call: identifies the caller, evaluates the policy, holds
     what the call may cost, writes the audit record, and then answers.
 
-    A refusal is an OK response with decision = false and a reason_code.
+    A refusal is an OK response with decision = false and a reason_code; so is a
+    policy that fails, times out, or answers nothing of use (policy_error,
+    policy_timeout, policy_undefined, policy_invalid, policy_unavailable).
     Errors in asking are statuses that carry google.rpc.ErrorInfo, whose reason
     is the reason code: UNAUTHENTICATED (token_missing, token_invalid,
-    token_expired, tenant_missing, tenant_mismatch), INVALID_ARGUMENT
+    token_expired, tenant_missing, tenant_unknown), INVALID_ARGUMENT
     (request_invalid, arguments_invalid, with google.rpc.BadRequest),
-    ALREADY_EXISTS (idempotency_key_reused), UNAVAILABLE (policy_unavailable,
-    policy_timeout, budget_unavailable, audit_unavailable, draining),
-    DEADLINE_EXCEEDED.
+    ALREADY_EXISTS (idempotency_key_reused), UNAVAILABLE (budget_unavailable,
+    audit_unavailable), RESOURCE_EXHAUSTED (rate_limited), DEADLINE_EXCEEDED
+    (deadline_exceeded), INTERNAL (internal). Nothing is allowed by any of them.
     """
 
 @_typing.type_check_only
@@ -62,14 +64,16 @@ class AuthorizationServiceAsyncStub(AuthorizationServiceStub):
     """Decides one tool call: identifies the caller, evaluates the policy, holds
     what the call may cost, writes the audit record, and then answers.
 
-    A refusal is an OK response with decision = false and a reason_code.
+    A refusal is an OK response with decision = false and a reason_code; so is a
+    policy that fails, times out, or answers nothing of use (policy_error,
+    policy_timeout, policy_undefined, policy_invalid, policy_unavailable).
     Errors in asking are statuses that carry google.rpc.ErrorInfo, whose reason
     is the reason code: UNAUTHENTICATED (token_missing, token_invalid,
-    token_expired, tenant_missing, tenant_mismatch), INVALID_ARGUMENT
+    token_expired, tenant_missing, tenant_unknown), INVALID_ARGUMENT
     (request_invalid, arguments_invalid, with google.rpc.BadRequest),
-    ALREADY_EXISTS (idempotency_key_reused), UNAVAILABLE (policy_unavailable,
-    policy_timeout, budget_unavailable, audit_unavailable, draining),
-    DEADLINE_EXCEEDED.
+    ALREADY_EXISTS (idempotency_key_reused), UNAVAILABLE (budget_unavailable,
+    audit_unavailable), RESOURCE_EXHAUSTED (rate_limited), DEADLINE_EXCEEDED
+    (deadline_exceeded), INTERNAL (internal). Nothing is allowed by any of them.
     """
 
 class AuthorizationServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -87,14 +91,16 @@ class AuthorizationServiceServicer(metaclass=_abc_1.ABCMeta):
         """Decides one tool call: identifies the caller, evaluates the policy, holds
         what the call may cost, writes the audit record, and then answers.
 
-        A refusal is an OK response with decision = false and a reason_code.
+        A refusal is an OK response with decision = false and a reason_code; so is a
+        policy that fails, times out, or answers nothing of use (policy_error,
+        policy_timeout, policy_undefined, policy_invalid, policy_unavailable).
         Errors in asking are statuses that carry google.rpc.ErrorInfo, whose reason
         is the reason code: UNAUTHENTICATED (token_missing, token_invalid,
-        token_expired, tenant_missing, tenant_mismatch), INVALID_ARGUMENT
+        token_expired, tenant_missing, tenant_unknown), INVALID_ARGUMENT
         (request_invalid, arguments_invalid, with google.rpc.BadRequest),
-        ALREADY_EXISTS (idempotency_key_reused), UNAVAILABLE (policy_unavailable,
-        policy_timeout, budget_unavailable, audit_unavailable, draining),
-        DEADLINE_EXCEEDED.
+        ALREADY_EXISTS (idempotency_key_reused), UNAVAILABLE (budget_unavailable,
+        audit_unavailable), RESOURCE_EXHAUSTED (rate_limited), DEADLINE_EXCEEDED
+        (deadline_exceeded), INTERNAL (internal). Nothing is allowed by any of them.
         """
 
 def add_AuthorizationServiceServicer_to_server(servicer: AuthorizationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

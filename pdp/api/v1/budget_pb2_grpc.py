@@ -33,8 +33,9 @@ class BudgetServiceStub:
     A refusal is a status, never an OK response, so that a caller who reads
     nothing but the status cannot spend what was refused: PERMISSION_DENIED (the
     policy's reason code) or RESOURCE_EXHAUSTED (tenant_budget_exceeded, with
-    google.rpc.QuotaFailure and, where waiting helps, google.rpc.RetryInfo).
-    Other errors are those of AuthorizationService.Authorize.
+    google.rpc.QuotaFailure and, where waiting helps, google.rpc.RetryInfo), or
+    UNAVAILABLE when the policy could not answer (policy_timeout,
+    policy_unavailable). Other errors are those of AuthorizationService.Authorize.
     """
 
     def __init__(self, channel):
@@ -78,8 +79,9 @@ class BudgetServiceServicer:
     A refusal is a status, never an OK response, so that a caller who reads
     nothing but the status cannot spend what was refused: PERMISSION_DENIED (the
     policy's reason code) or RESOURCE_EXHAUSTED (tenant_budget_exceeded, with
-    google.rpc.QuotaFailure and, where waiting helps, google.rpc.RetryInfo).
-    Other errors are those of AuthorizationService.Authorize.
+    google.rpc.QuotaFailure and, where waiting helps, google.rpc.RetryInfo), or
+    UNAVAILABLE when the policy could not answer (policy_timeout,
+    policy_unavailable). Other errors are those of AuthorizationService.Authorize.
     """
 
     def ChargeBudget(self, request, context):
@@ -165,8 +167,9 @@ class BudgetService:
     A refusal is a status, never an OK response, so that a caller who reads
     nothing but the status cannot spend what was refused: PERMISSION_DENIED (the
     policy's reason code) or RESOURCE_EXHAUSTED (tenant_budget_exceeded, with
-    google.rpc.QuotaFailure and, where waiting helps, google.rpc.RetryInfo).
-    Other errors are those of AuthorizationService.Authorize.
+    google.rpc.QuotaFailure and, where waiting helps, google.rpc.RetryInfo), or
+    UNAVAILABLE when the policy could not answer (policy_timeout,
+    policy_unavailable). Other errors are those of AuthorizationService.Authorize.
     """
 
     @staticmethod

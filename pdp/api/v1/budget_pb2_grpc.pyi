@@ -34,8 +34,9 @@ class BudgetServiceStub:
     A refusal is a status, never an OK response, so that a caller who reads
     nothing but the status cannot spend what was refused: PERMISSION_DENIED (the
     policy's reason code) or RESOURCE_EXHAUSTED (tenant_budget_exceeded, with
-    google.rpc.QuotaFailure and, where waiting helps, google.rpc.RetryInfo).
-    Other errors are those of AuthorizationService.Authorize.
+    google.rpc.QuotaFailure and, where waiting helps, google.rpc.RetryInfo), or
+    UNAVAILABLE when the policy could not answer (policy_timeout,
+    policy_unavailable). Other errors are those of AuthorizationService.Authorize.
     """
 
     @_typing.overload
@@ -68,8 +69,9 @@ class BudgetServiceAsyncStub(BudgetServiceStub):
     A refusal is a status, never an OK response, so that a caller who reads
     nothing but the status cannot spend what was refused: PERMISSION_DENIED (the
     policy's reason code) or RESOURCE_EXHAUSTED (tenant_budget_exceeded, with
-    google.rpc.QuotaFailure and, where waiting helps, google.rpc.RetryInfo).
-    Other errors are those of AuthorizationService.Authorize.
+    google.rpc.QuotaFailure and, where waiting helps, google.rpc.RetryInfo), or
+    UNAVAILABLE when the policy could not answer (policy_timeout,
+    policy_unavailable). Other errors are those of AuthorizationService.Authorize.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -98,8 +100,9 @@ class BudgetServiceServicer(metaclass=_abc_1.ABCMeta):
     A refusal is a status, never an OK response, so that a caller who reads
     nothing but the status cannot spend what was refused: PERMISSION_DENIED (the
     policy's reason code) or RESOURCE_EXHAUSTED (tenant_budget_exceeded, with
-    google.rpc.QuotaFailure and, where waiting helps, google.rpc.RetryInfo).
-    Other errors are those of AuthorizationService.Authorize.
+    google.rpc.QuotaFailure and, where waiting helps, google.rpc.RetryInfo), or
+    UNAVAILABLE when the policy could not answer (policy_timeout,
+    policy_unavailable). Other errors are those of AuthorizationService.Authorize.
     """
 
     @_abc_1.abstractmethod

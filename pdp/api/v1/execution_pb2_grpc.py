@@ -66,7 +66,7 @@ class ExecutionServiceServicer:
 
         UNAUTHENTICATED: permit_invalid. PERMISSION_DENIED: permit_mismatch (other
         tool, arguments or audience). FAILED_PRECONDITION: permit_expired,
-        permit_used. UNAVAILABLE: permit_store_unavailable, audit_unavailable.
+        permit_used. UNAVAILABLE: permit_unavailable, audit_unavailable.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -42,7 +42,7 @@ class ExecutionServiceStub:
 
     UNAUTHENTICATED: permit_invalid. PERMISSION_DENIED: permit_mismatch (other
     tool, arguments or audience). FAILED_PRECONDITION: permit_expired,
-    permit_used. UNAVAILABLE: permit_store_unavailable, audit_unavailable.
+    permit_used. UNAVAILABLE: permit_unavailable, audit_unavailable.
     """
     ReportOutcome: _grpc.UnaryUnaryMultiCallable[_execution_pb2.ReportOutcomeRequest, _execution_pb2.ReportOutcomeResponse]
     """Says whether the tool ran, and what it cost: settles the hold of the call,
@@ -67,7 +67,7 @@ class ExecutionServiceAsyncStub(ExecutionServiceStub):
 
     UNAUTHENTICATED: permit_invalid. PERMISSION_DENIED: permit_mismatch (other
     tool, arguments or audience). FAILED_PRECONDITION: permit_expired,
-    permit_used. UNAVAILABLE: permit_store_unavailable, audit_unavailable.
+    permit_used. UNAVAILABLE: permit_unavailable, audit_unavailable.
     """
     ReportOutcome: _aio.UnaryUnaryMultiCallable[_execution_pb2.ReportOutcomeRequest, _execution_pb2.ReportOutcomeResponse]  # type: ignore[assignment]
     """Says whether the tool ran, and what it cost: settles the hold of the call,
@@ -95,7 +95,7 @@ class ExecutionServiceServicer(metaclass=_abc_1.ABCMeta):
 
         UNAUTHENTICATED: permit_invalid. PERMISSION_DENIED: permit_mismatch (other
         tool, arguments or audience). FAILED_PRECONDITION: permit_expired,
-        permit_used. UNAVAILABLE: permit_store_unavailable, audit_unavailable.
+        permit_used. UNAVAILABLE: permit_unavailable, audit_unavailable.
         """
 
     @_abc_1.abstractmethod

@@ -179,6 +179,30 @@ def test_a_commit_that_fails_fails_the_whole_batch_and_later_ones_work(
     assert "works again" in caplog.records[1].getMessage()
 
 
+def test_a_transaction_that_stays_open_after_its_commit_failed_is_rolled_back(
+    path: Path,
+) -> None:
+    schema = (
+        SCHEMA + "CREATE TABLE owner (id INTEGER PRIMARY KEY);"
+        "CREATE TABLE owned (owner INTEGER REFERENCES owner DEFERRABLE INITIALLY DEFERRED);"
+    )
+
+    def orphan(db: apsw.Connection) -> int:
+        db.execute("INSERT INTO owned VALUES (1)")
+        return 1
+
+    async def scenario() -> None:
+        writer = SqliteWriter(path, schema=schema, durability=Durability.PROCESS)
+        writer._connection.execute("PRAGMA foreign_keys = ON")
+        with pytest.raises(StorageError):
+            await writer.run(orphan)
+        assert await writer.run(add(1)) == 1
+        assert await writer.run(lambda db: db.execute("SELECT count(*) FROM owned").get) == 0
+        await writer.close()
+
+    asyncio.run(scenario())
+
+
 def test_a_full_disk_is_refused_and_works_again_when_there_is_room(path: Path) -> None:
     def fill(db: apsw.Connection) -> None:
         db.execute("INSERT INTO entry VALUES (0, ?)", ("x" * 100_000,))

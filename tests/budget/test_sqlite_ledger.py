@@ -265,6 +265,11 @@ def test_accounts_of_the_same_name_in_different_scopes_do_not_meet(teller: Telle
     assert teller.counts(by_actor, by_tool, account=twin) == [(3, 0), (0, 0)]
 
 
+def test_limits_of_different_ids_do_not_meet(teller: Teller) -> None:
+    teller.charge(calls(3), limits=[TEN])
+    assert teller.counts(TEN, limit(10, name="other")) == [(3, 0), (0, 0)]
+
+
 def test_windows_that_begin_together_do_not_meet(teller: Teller) -> None:
     minute, hour = limit(10, window=Window.MINUTE), limit(10, window=Window.HOUR)
     teller.charge(calls(3), limits=[minute])
@@ -627,6 +632,7 @@ def test_a_first_answer_is_kept_for_a_day_and_then_cleared_away(teller: Teller) 
     key = teller.key("reserve")
     hold = teller.reserve(calls(1), key=key)
     teller.now = NOON + DAY + 60
+    teller.charge(calls(1))
     assert teller.reserve(calls(1), key=key).replayed
     assert teller.settle(hold.id, account=ALICE).late
     teller.now = NOON + DAY + MAX_HOLD_SECONDS
@@ -653,6 +659,15 @@ def test_clearing_away_takes_a_few_rows_at_a_time_and_leaves_nothing(teller: Tel
     assert teller.counts(ever) == [(many + 1, 0)]
 
 
+def test_a_hold_outlives_its_window_until_it_is_cleared_away(teller: Teller) -> None:
+    minute = limit(1000, window=Window.MINUTE)
+    for _ in range(PRUNE_BATCH * 2):
+        last = teller.reserve(calls(1), limits=[minute])
+    teller.now = NOON + DAY + MAX_HOLD_SECONDS + 60
+    teller.charge(calls(1))
+    assert teller.settle(last.id).late
+
+
 def row_counts(teller: Teller) -> dict[str, int]:
     tables = ("account", "hold", "live_part", "answer")
     return teller.do(
@@ -673,7 +688,9 @@ def test_sums_never_pass_what_can_be_counted(teller: Teller) -> None:
     hold = teller.reserve(calls(1), limits=[most])
     teller.charge(calls(MAX_AMOUNT - 1), limits=[most])
     assert teller.charge(calls(1), limits=[most]).refused_by
-    refused("budget_unavailable", lambda: teller.settle(hold.id, calls(MAX_AMOUNT)))
+    with pytest.raises(LedgerError, match=r"2\^53 - 1") as caught:
+        teller.settle(hold.id, calls(MAX_AMOUNT))
+    assert caught.value.reason_code == "budget_unavailable"
     assert teller.counts(most) == [(MAX_AMOUNT - 1, 1)]
     assert teller.settle(hold.id, calls(1)).id
     assert teller.counts(most) == [(MAX_AMOUNT, 0)]

@@ -144,32 +144,39 @@ class SqliteWriter:
         """Run the jobs in one transaction; if that fails, all of them have failed."""
         try:
             self._connection.execute("BEGIN IMMEDIATE")
-            for job in jobs:
-                self._attempt(job)
+            if len(jobs) == 1:
+                # The transaction undoes a job that is alone. A savepoint costs 15 us.
+                jobs[0].result = jobs[0].operation(self._connection)
+            else:
+                for job in jobs:
+                    self._attempt(job)
             self._connection.execute("COMMIT")
-        except apsw.Error as error:
+        except BaseException as error:  # noqa: BLE001 it belongs to the awaiting tasks
             if self._connection.in_transaction:
                 with contextlib.suppress(apsw.Error):
                     self._connection.execute("ROLLBACK")
             for job in jobs:
-                job.fail(_failed(error))
-            self._note_health(error)
+                self._fail(job, error)
         else:
             self._note_health(None)
 
     def _attempt(self, job: _Job) -> None:
-        """Run one job in a savepoint. Raises apsw.Error if the transaction is lost."""
+        """Run one job of several. Raises apsw.Error if the transaction is lost."""
         self._connection.execute("SAVEPOINT operation")
         try:
             job.result = job.operation(self._connection)
         except BaseException as error:  # noqa: BLE001 it belongs to the awaiting task
             self._connection.execute("ROLLBACK TO operation")
-            if isinstance(error, apsw.Error):
-                self._note_health(error)
-                job.fail(_failed(error))
-            else:
-                job.fail(error)
+            self._fail(job, error)
         self._connection.execute("RELEASE operation")
+
+    def _fail(self, job: _Job, error: BaseException) -> None:
+        job.result = None
+        job.error = error
+        if isinstance(error, apsw.Error):
+            self._note_health(error)
+            job.error = StorageError("The store could not take the operation; nothing was done.")
+            job.error.__cause__ = error
 
     def _note_health(self, error: apsw.Error | None) -> None:
         """Log the first failure and the recovery, not each failure of an outage."""
@@ -196,10 +203,6 @@ class _Job:
         """Also set when the operation failed: then ``error`` says why."""
         self.result: Any = None
         self.error: BaseException | None = None
-
-    def fail(self, error: BaseException) -> None:
-        self.error = error
-        self.result = None
 
 
 def _answer(jobs: list[_Job]) -> None:
@@ -290,12 +293,6 @@ def _apply_schema(
             f"{path} has schema version {found}, and this sidecar reads version"
             f" {schema_version}: use the sidecar that wrote it, or another state directory."
         )
-
-
-def _failed(error: apsw.Error) -> StorageError:
-    failure = StorageError("The store could not take the operation; nothing was done.")
-    failure.__cause__ = error
-    return failure
 
 
 def _describe(error: apsw.Error) -> str:

@@ -148,6 +148,8 @@ def test_an_operation_that_raises_undoes_only_its_own_changes(path: Path) -> Non
         assert answers[0] == 1
         assert isinstance(answers[1], LookupError)
         assert answers[2] == 3
+        with pytest.raises(LookupError, match="mine"):
+            await writer.run(add_and_raise)
         assert await writer.run(numbers) == [1, 3]
 
     with_writer(path, scenario)

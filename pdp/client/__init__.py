@@ -19,8 +19,9 @@ first call.
 from __future__ import annotations
 
 from pdp.client.acting import current_permit
+from pdp.client.decision import Decision
 from pdp.client.errors import PermitDenied
 from pdp.client.guard import AsyncGuard, Guard
 from pdp.permit.claims import Permit
 
-__all__ = ["AsyncGuard", "Guard", "Permit", "PermitDenied", "current_permit"]
+__all__ = ["AsyncGuard", "Decision", "Guard", "Permit", "PermitDenied", "current_permit"]

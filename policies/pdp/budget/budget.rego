@@ -1,19 +1,21 @@
 # METADATA
 # title: What may be spent?
-# description: |
-#   Which limits apply to the subject, and which budgets it may charge by itself.
-#   Everything is read through the tenant that the verified token names.
+# description: Which limits apply to the subject, and which budgets it may charge by itself.
 package pdp.budget
 
-tenant := data.tenants[input.subject.properties.tenant]
+import data.pdp.subject
 
 # METADATA
-# title: The limits that apply to the subject
-# description: An empty list lets nothing be charged, as a charge without a limit is refused.
+# title: The limits that apply to the subject, in the order in which they are checked
+# description: |
+#   Handed on as they stand in the tenant's data. One that is not well-formed makes
+#   the answer invalid, so that this tenant can charge nothing: to leave it out would
+#   be to lift it. An empty list lets nothing be charged either.
+# scope: document
 # entrypoint: true
-limits := tenant.limits if {
-	tenant.status == "active"
-} else := []
+default limits := []
+
+limits := subject.tenant.limits if subject.active
 
 # METADATA
 # title: May the subject charge these budgets?
@@ -21,25 +23,23 @@ limits := tenant.limits if {
 # entrypoint: true
 decision := {"allow": reason_code == "ok", "reason_code": reason_code}
 
-default reason_code := "policy_denied"
+# The ladder. Each rung stands on the ones above it.
+default reason_code := "budget_not_allowed"
 
 reason_code := "tenant_unknown" if {
-	not tenant
+	not subject.tenant
 } else := "tenant_suspended" if {
-	not tenant.status == "active"
-} else := "budget_not_allowed" if {
-	not budgets_allowed
-} else := "ok"
-
-# Every budget is one that a role of the subject, as this tenant defines it, may charge.
-budgets_allowed if {
-	count(input.charges) > 0
-	every charge in input.charges {
-		charge.budget in chargeable
-	}
+	not subject.active
+} else := "ok" if {
+	charges_granted
 }
 
-chargeable contains budget if {
-	some role in input.subject.properties.roles
-	some budget in tenant.roles[role].budgets
+# Every unit of every budget is one that a role of the actor may charge.
+charges_granted if {
+	input.action.name in {"budget.charge", "budget.reserve"}
+	count(input.charges) > 0
+	every charge in input.charges {
+		some role in subject.roles
+		charge.unit in role.budgets[charge.budget]
+	}
 }

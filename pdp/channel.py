@@ -7,12 +7,16 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 from pdp.errors import PdpError
-from pdp.reason import ReasonCode
+from pdp.reason import REASON_CODE_PATTERN, ReasonCode
 
 if TYPE_CHECKING:
     import grpc
+    from google.protobuf.duration_pb2 import Duration
+    from google.rpc.status_pb2 import Status
 
 DETAILS_KEY: Final = "grpc-status-details-bin"
+ERROR_DOMAIN: Final = "agent-pdp"
+"""The google.rpc.ErrorInfo domain of the sidecar's own reasons."""
 
 OPTIONS: Final = (
     # Every mutating call carries an idempotency key, so trying again is safe.
@@ -37,7 +41,8 @@ OPTIONS: Final = (
     ),
     # A sidecar that restarts is found again within a second, not within minutes.
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
+    # This one is how long an attempt to connect may take, in spite of its name.
+    ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.use_local_subchannel_pool", 1),
 )
@@ -82,26 +87,49 @@ def connect_async(
 
 
 def call_error(error: grpc.RpcError) -> CallError:
-    """What a failed call means: the reason of its google.rpc.ErrorInfo, or else one
-    for its status.
+    """What a failed call means: the reason of the sidecar's google.rpc.ErrorInfo,
+    or else one for the status, whoever set it. Never raises.
     """
-    from google.rpc import error_details_pb2, status_pb2  # noqa: PLC0415 - only on failure
-
     code = error.code()  # every failed call is also a grpc.Call
-    reason: str = _REASON_OF_STATUS.get(code.name, ReasonCode.INTERNAL)
-    message = f"The sidecar could not be asked ({code.name})."
-    retry_after_seconds: float | None = None
     metadata: Iterable[tuple[str, str | bytes]] = error.trailing_metadata() or ()  # type: ignore[assignment]
     for key, value in metadata:
-        if key != DETAILS_KEY or not isinstance(value, bytes):
-            continue
-        status = status_pb2.Status.FromString(value)
-        message = status.message
+        if key == DETAILS_KEY and isinstance(value, bytes):
+            own = _own_error(value)
+            if own is not None:
+                return own
+    return CallError(
+        _REASON_OF_STATUS.get(code.name, ReasonCode.INTERNAL),
+        f"The sidecar could not be asked ({code.name}); see that it runs, and listens where it"
+        " is looked for.",
+    )
+
+
+def seconds_of(duration: Duration) -> float:
+    """The length of a protobuf Duration, in range or not."""
+    return float(duration.seconds) + duration.nanos / 1e9
+
+
+def _own_error(details: bytes) -> CallError | None:
+    """The sidecar's own word, if these details hold it."""
+    from google.protobuf.message import DecodeError  # noqa: PLC0415 - only on failure
+    from google.rpc import error_details_pb2, status_pb2  # noqa: PLC0415
+
+    info = error_details_pb2.ErrorInfo()
+    retry = error_details_pb2.RetryInfo()
+    try:
+        status: Status = status_pb2.Status.FromString(details)
         for detail in status.details:
-            info = error_details_pb2.ErrorInfo()
-            retry = error_details_pb2.RetryInfo()
-            if detail.Unpack(info):
-                reason = info.reason
-            elif detail.Unpack(retry):
-                retry_after_seconds = retry.retry_delay.ToTimedelta().total_seconds()
-    return CallError(reason, message, retry_after_seconds=retry_after_seconds)
+            # Each fills the message that it is of, and leaves the other.
+            detail.Unpack(info)
+            detail.Unpack(retry)
+    except DecodeError:
+        return None
+    if info.domain != ERROR_DOMAIN or not REASON_CODE_PATTERN.fullmatch(info.reason):
+        return None
+    return CallError(
+        info.reason,
+        status.message,
+        retry_after_seconds=seconds_of(retry.retry_delay)
+        if retry.HasField("retry_delay")
+        else None,
+    )

@@ -3,22 +3,67 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import json
+import re
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import FrameType, TracebackType
+from typing import Final
 
-from pdp.canonical import JsonObject
+from pdp.canonical import JsonError, JsonObject, check
 from pdp.client.errors import PermitDenied
 from pdp.permit.claims import Permit
 from pdp.reason import ReasonCode
 
+_TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/-]+=*")
+"""RFC 6750 2.1. Anything else can not travel as a bearer token."""
+_TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]*)?")
+_GENERATORS: Final = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+
 
 @dataclass(slots=True, eq=False)
-class _Acting:
+class Acting:
+    """One ``with guard.acting_for(token)``."""
+
     token: str = field(repr=False)
-    context: JsonObject = field(repr=False)
+    context_json: bytes = field(repr=False)
     traceparent: str
     ended: bool = False
+    outer: Acting | None = field(default=None, repr=False)
+    """The one that it was opened inside."""
+    generator: FrameType | None = field(default=None, repr=False)
+    """The body of the generator that opened it, if a generator did."""
+    consumer: FrameType | None = field(default=None, repr=False)
+    """The code that was iterating over that generator then."""
+
+    def opened_by(self, frame: FrameType | None) -> None:
+        """Remember who opened it, where that matters: a generator."""
+        if frame is not None and frame.f_code.co_flags & _GENERATORS:
+            self.generator = frame
+            while frame is not None and frame.f_code.co_flags & _GENERATORS:
+                frame = frame.f_back
+            self.consumer = frame
+
+    def end(self) -> None:
+        """Nobody acts under it any more, wherever it was carried."""
+        self.ended = True
+        self.generator = self.consumer = None
+
+    def is_a_suspended_generators(self) -> bool:
+        """Whether it shows only because the generator that opened it is suspended
+        and shares its context with the code that runs now (Python gives generators
+        none of their own): the consumer, or another generator of the same consumer.
+        """
+        if self.generator is None:
+            return False
+        frame = inspect.currentframe()
+        while frame is not None and frame is not self.generator:
+            if frame is self.consumer:
+                return True
+            frame = frame.f_back
+        return False
 
 
 class Identity:
@@ -30,23 +75,28 @@ class Identity:
     """
 
     def __init__(self) -> None:
-        self._acting: ContextVar[_Acting | None] = ContextVar("pdp_acting", default=None)
+        self._acting: ContextVar[Acting | None] = ContextVar("pdp_acting", default=None)
 
-    @contextlib.contextmanager
-    def acting_for(
-        self, token: str, *, context: JsonObject | None, traceparent: str
-    ) -> Iterator[None]:
-        """Act for the bearer of ``token`` inside the ``with``."""
-        acting = _Acting(token, context or {}, traceparent)
-        before = self._acting.set(acting)
+    def acting_for(self, token: str, *, context: JsonObject | None, traceparent: str) -> ActingFor:
+        """Act for the bearer of ``token`` inside the ``with``. A ``traceparent``
+        that is malformed counts as none. Raises ValueError for a ``context`` that
+        is not JSON.
+        """
         try:
-            yield
-        finally:
-            acting.ended = True
-            self._acting.reset(before)
+            check(context or {})
+        except JsonError as error:
+            raise ValueError(f"acting_for: context {error}") from None
+        return ActingFor(
+            self._acting,
+            Acting(
+                token,
+                json.dumps(context).encode("utf-8") if context else b"",
+                traceparent if _TRACEPARENT.fullmatch(traceparent) else "",
+            ),
+        )
 
-    def current(self, tool: str) -> _Acting:
-        """Raises PermitDenied: identity_missing, identity_ended."""
+    def current(self, tool: str) -> Acting:
+        """Raises PermitDenied: identity_missing, identity_ended, token_invalid."""
         acting = self._acting.get()
         if acting is None or not acting.token:
             raise PermitDenied(
@@ -56,7 +106,56 @@ class Identity:
             raise PermitDenied(
                 ReasonCode.IDENTITY_ENDED, "its guard.acting_for(token) has ended", tool=tool
             )
+        if acting.is_a_suspended_generators():
+            raise PermitDenied(
+                ReasonCode.IDENTITY_MISSING,
+                "the identity in force is that of a generator which is suspended; close the"
+                " generator first, or run it in a task of its own",
+                tool=tool,
+            )
+        if not _TOKEN.fullmatch(acting.token):
+            raise PermitDenied(
+                ReasonCode.TOKEN_INVALID,
+                "what acting_for was given is no bearer token; pass the token alone, without"
+                " the word Bearer",
+                tool=tool,
+            )
         return acting
+
+
+class ActingFor:
+    """The ``with`` of :meth:`Identity.acting_for`. It is entered once."""
+
+    def __init__(self, variable: ContextVar[Acting | None], acting: Acting) -> None:
+        self._variable = variable
+        self._acting = acting
+        self._entered = False
+
+    def __enter__(self) -> None:
+        if self._entered:
+            raise RuntimeError("this acting_for was entered before; call acting_for again")
+        self._entered = True
+        opener = inspect.currentframe()
+        while opener is not None and opener.f_globals.get("__name__") in {__name__, "contextlib"}:
+            opener = opener.f_back
+        self._acting.opened_by(opener)
+        self._acting.outer = self._variable.get()
+        self._variable.set(self._acting)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._acting.end()
+        # Not on top: it is closed in another context than it was opened in, or out
+        # of order, as generators are. Then whoever is on top stays.
+        if self._variable.get() is self._acting:
+            outer = self._acting.outer
+            while outer is not None and outer.ended:
+                outer = outer.outer
+            self._variable.set(outer)
 
 
 _permit: ContextVar[Permit | None] = ContextVar("pdp_permit", default=None)

@@ -1,30 +1,16 @@
-"""One guarded call, without I/O: what is asked, and what an answer must be.
-
-Both faces of the guard run these steps; they differ only in how a message
-travels. A step that needs the sidecar yields an :class:`Ask` and is sent the
-response.
-"""
+"""A guarded function, and a call of it: what is asked for, and what then runs."""
 
 from __future__ import annotations
 
 import inspect
 import json
-import time
 import uuid
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, TypeVar
 
-from google.protobuf.message import Message
-
-from pdp.api.v1 import authorization_pb2, common_pb2, execution_pb2
-from pdp.canonical import JsonError, JsonObject, check, parse_object, sha256_hex
-from pdp.client.acting import Identity
-from pdp.client.decision import Decision
+from pdp.canonical import JsonError, JsonObject, check, parse_object
 from pdp.client.errors import PermitDenied
-from pdp.permit.claims import Permit, PermitError
-from pdp.permit.keys import PermitKeySet
-from pdp.permit.verifier import PermitVerifier
 from pdp.reason import ReasonCode
 
 MAX_ARGUMENTS_BYTES: Final = 1024 * 1024
@@ -33,19 +19,7 @@ Resource = tuple[str, str]
 """What a call is done to: type and id."""
 Charge = tuple[str, str, int]
 """What a call cost: budget, unit, amount."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """A message for the sidecar."""
-
-    method: str
-    """One of Authorize, ReportOutcome, GetPermitKeys."""
-    request: Message
-    metadata: tuple[tuple[str, str], ...] = field(default=(), repr=False)
-
-
-Steps = Generator[Ask, Any, Permit]
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,33 +63,47 @@ class Tool:
         if unknown:
             raise TypeError(f"{name} has no parameter {', '.join(sorted(unknown))} to omit")
 
-    def describe(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[ToolCall, inspect.BoundArguments]:
-        """The call to ask for, and the arguments to run the function with: copies,
-        so that what runs is what was allowed. Raises PermitDenied
-        (arguments_invalid), and TypeError for arguments that the function does not
-        take.
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
+        """The arguments by name, defaults included. Raises TypeError, as the
+        function would, for arguments that it does not take.
         """
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        named = self._named(bound)
-        call = tool_call(self.name, named, audience=self._audience)
+        return bound
+
+    def describe(self, bound: inspect.BoundArguments) -> ToolCall:
+        """The call to ask for. Puts copies in the place of the arguments, so that
+        what runs is what was allowed. Raises PermitDenied (arguments_invalid).
+        """
+        call = tool_call(self.name, self._named(bound), audience=self._audience)
         for name, parameter in self._signature.parameters.items():
             if name in self._omit:
                 continue
             if parameter.kind is parameter.VAR_KEYWORD:
-                bound.arguments[name] = {
-                    key: call.arguments[key] for key in bound.arguments.get(name, {})
-                }
+                bound.arguments[name] = {key: call.arguments[key] for key in bound.arguments[name]}
             elif parameter.kind is parameter.VAR_POSITIONAL:
                 values = call.arguments[name]
                 bound.arguments[name] = tuple(values) if isinstance(values, list) else ()
             else:
                 bound.arguments[name] = call.arguments[name]
-        if self._resource is not None:
-            call = with_resource(call, self._resource(**json.loads(call.encoded)))
-        return call, bound
+        if self._resource is None:
+            return call
+        # It is given copies of its own, so that it can not change what is asked.
+        found = self._resource(**json.loads(call.encoded))
+        return replace(call, resource=checked_resource(found, tool=self.name))
+
+    def finished(self, result: _R) -> _R:
+        """The result, if there is nothing left to run. Raises TypeError: what runs
+        later would run after the outcome was reported.
+        """
+        if inspect.iscoroutine(result) or inspect.isgenerator(result):
+            result.close()
+        elif not (inspect.isawaitable(result) or inspect.isasyncgen(result)):
+            return result
+        raise TypeError(
+            f"{self.name} returned a {type(result).__name__}, which is still to run; guard the"
+            " function that does the work"
+        )
 
     def costs(self, result: Any) -> Sequence[Charge]:  # noqa: ANN401 - whatever the tool returns
         """What the call cost, by the tool's own account."""
@@ -160,135 +148,25 @@ def tool_call(
             f"its arguments are no JSON object of the agreed form: it {problem}",
             tool=tool,
         ) from None
-    return ToolCall(tool, copied, encoded, resource, audience, request_id or str(uuid.uuid4()))
-
-
-def with_resource(call: ToolCall, resource: Resource | None) -> ToolCall:
-    """The call, with what it is done to."""
     return ToolCall(
-        call.tool, call.arguments, call.encoded, resource, call.audience, call.request_id
+        tool,
+        copied,
+        encoded,
+        checked_resource(resource, tool=tool),
+        audience,
+        request_id or str(uuid.uuid4()),
     )
 
 
-class PermitDesk:
-    """Obtains permits and checks them; remembers the sidecar's keys."""
-
-    def __init__(
-        self,
-        identity: Identity,
-        *,
-        issuer: str,
-        keys: PermitKeySet | None,
-        observe: Callable[[Decision], None] | None,
-    ) -> None:
-        self._identity = identity
-        self._observe = observe
-        self._issuer = issuer
-        self._keys = keys
-        self._keys_are_pinned = keys is not None
-
-    def obtain(self, call: ToolCall) -> Steps:
-        """Ask for a permit and return it, verified. Raises PermitDenied."""
-        acting = self._identity.current(call.tool)
-        request = authorization_pb2.AuthorizeRequest(
-            request_id=call.request_id,
-            action=authorization_pb2.Action(name=call.tool),
-            arguments_json=call.encoded,
-            audience=call.audience,
-        )
-        if acting.context:
-            request.context_json = json.dumps(acting.context).encode("utf-8")
-        if call.resource is not None:
-            kind, identifier = call.resource
-            request.resource.type, request.resource.id = kind, identifier
-        metadata = [("authorization", f"Bearer {acting.token}")]
-        if acting.traceparent:
-            metadata.append(("traceparent", acting.traceparent))
-        response = yield Ask("Authorize", request, tuple(metadata))
-        if self._observe is not None:
-            self._observe(Decision.of(request, response))
-        if response.decision is not True or not response.permit:
-            raise PermitDenied(
-                response.reason_code or ReasonCode.PERMIT_MISSING,
-                "the decision was no",
-                tool=call.tool,
-                decision_id=response.decision_id,
-                retry_after_seconds=(
-                    response.retry_after.ToTimedelta().total_seconds()
-                    if response.HasField("retry_after")
-                    else None
-                ),
-            )
-        try:
-            permit = yield from self._verified(call, response.permit)
-        except PermitError as error:
-            raise PermitDenied(
-                error.reason_code,
-                "the answer held no permit for this call",
-                tool=call.tool,
-                decision_id=response.decision_id,
-            ) from None
-        # The identity may have ended while the answer was under way.
-        self._identity.current(call.tool)
-        return permit
-
-    def _verified(self, call: ToolCall, token: str) -> Steps:
-        if self._keys is None:
-            yield from self._fetch_keys()
-        try:
-            permit = self._verifier(call).authenticate(token)
-        except PermitError:
-            if self._keys_are_pinned:
-                raise
-            # The sidecar may have been given a new key since.
-            yield from self._fetch_keys()
-            permit = self._verifier(call).authenticate(token)
-        verifier = self._verifier(call)
-        verifier.check_binding(
-            permit,
-            tool=call.tool,
-            arguments_sha256=sha256_hex(call.arguments),
-            audience=call.audience or permit.audience,
-        )
-        verifier.check_time(permit)
-        if permit.transaction != call.request_id:
-            raise PermitError(ReasonCode.PERMIT_MISMATCH, "The permit answers another question.")
-        return permit
-
-    def _fetch_keys(self) -> Generator[Ask, Any, None]:
-        response = yield Ask("GetPermitKeys", execution_pb2.GetPermitKeysRequest())
-        self._keys = PermitKeySet.from_jwks(response.jwks_json)
-
-    def _verifier(self, call: ToolCall) -> PermitVerifier:
-        assert self._keys is not None  # noqa: S101 - fetched before
-        return PermitVerifier(
-            self._keys, issuer=self._issuer, audience=call.audience, clock=time.time
-        )
-
-
-def report_executed(permit: Permit, charges: Sequence[Charge]) -> Ask:
-    """The report that a tool ran, and what it cost."""
-    return Ask(
-        "ReportOutcome",
-        execution_pb2.ReportOutcomeRequest(
-            permit=permit.token,
-            outcome=execution_pb2.OUTCOME_EXECUTED,
-            charges=[
-                common_pb2.Charge(budget=budget, unit=unit, amount=amount)
-                for budget, unit, amount in charges
-            ],
-        ),
-    )
-
-
-def report_failed(permit: Permit, error: BaseException) -> Ask:
-    """The report that a tool raised: the kind of error, never its text."""
-    name = "".join(letter for letter in type(error).__name__ if letter.isalnum())
-    return Ask(
-        "ReportOutcome",
-        execution_pb2.ReportOutcomeRequest(
-            permit=permit.token,
-            outcome=execution_pb2.OUTCOME_FAILED,
-            error_type=name[:64] if name.isascii() else "",
-        ),
+def checked_resource(resource: object, *, tool: str) -> Resource | None:
+    """The resource, if it is one. Raises PermitDenied (guard_failed)."""
+    match resource:
+        case None:
+            return None
+        case (str(kind), str(identifier)) if kind and identifier:
+            return kind, identifier
+    raise PermitDenied(
+        ReasonCode.GUARD_FAILED,
+        "its resource must be (type, id), two texts that are not empty, or None",
+        tool=tool,
     )

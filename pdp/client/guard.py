@@ -2,44 +2,47 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import inspect
 import logging
-import operator
 import os
-from collections.abc import Awaitable, Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import PurePath
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, ParamSpec, Self, TypeVar
 
 from pdp.canonical import JsonObject
 from pdp.channel import CallError, call_error, connect, connect_async
 from pdp.client.acting import Identity, running_under
-from pdp.client.call import (
-    Ask,
-    Charge,
-    PermitDesk,
-    Resource,
-    Tool,
-    ToolCall,
-    report_executed,
-    report_failed,
-    tool_call,
-)
+from pdp.client.call import Charge, Resource, Tool, ToolCall, tool_call
 from pdp.client.decision import Decision
+from pdp.client.desk import Ask, PermitDesk, Steps, Walk, report_executed, report_failed
 from pdp.client.errors import PermitDenied
 from pdp.permit.claims import Permit
 from pdp.permit.keys import PermitKeySet
 from pdp.reason import ReasonCode
 
 if TYPE_CHECKING:
+    import asyncio
+
     import grpc
 
 _log: Final = logging.getLogger(__name__)
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+_T = TypeVar("_T")
+
+MAX_TIMEOUT_SECONDS: Final = 60.0
+
+
+class _Connection(NamedTuple):
+    channel: Any
+    """A grpc.Channel, or a grpc.aio.Channel."""
+    methods: Mapping[str, Callable[..., Any]]
+    owner: object
+    """The process, or event loop, that the channel works in."""
 
 
 class _Face:
@@ -60,16 +63,20 @@ class _Face:
         ``host:port``, with ``credentials`` for TLS).
 
         ``audience`` is the tool server that is to accept the permits; empty leaves
-        it to the sidecar. ``timeout_seconds`` bounds each question. ``permit_keys``
+        it to the sidecar. ``timeout_seconds`` bounds each question (at most 60). ``permit_keys``
         pins the keys that permits must be signed with; without them the sidecar's
         own are fetched once, so the connection must be one to trust. ``observe`` is
         shown every answer of the sidecar, on the caller's thread and before the tool
         runs; if it raises, the tool does not run.
         """
+        if not 0 < timeout_seconds <= MAX_TIMEOUT_SECONDS:
+            raise ValueError(f"timeout_seconds must be above 0, at most {MAX_TIMEOUT_SECONDS:.0f}")
         self._target = target
         self._credentials = credentials
         self._audience = audience
         self._timeout_seconds = timeout_seconds
+        self._connection: _Connection | None = None
+        self._reports: set[asyncio.Task[None]] = set()
         self._identity = Identity()
         self._desk = PermitDesk(
             self._identity, issuer=permit_issuer, keys=permit_keys, observe=observe
@@ -81,8 +88,8 @@ class _Face:
         """Act for the bearer of ``token``, the verified token of this request,
         inside the ``with``. Nothing else names the tenant.
 
-        ``context`` is shown to the policy as input.context.client. ``traceparent``
-        is a W3C trace context, for the audit record.
+        ``context`` is shown to the policy as input.context.client; it is read once,
+        here. ``traceparent`` is a W3C trace context, for the audit record.
         """
         return self._identity.acting_for(token, context=context, traceparent=traceparent)
 
@@ -124,9 +131,6 @@ class _Face:
 class Guard(_Face):
     """Blocks every tool call that lacks a permit. Threads may share it."""
 
-    _channel: grpc.Channel | None = None
-    _process_id = 0
-
     def tool(
         self,
         name: str,
@@ -145,7 +149,8 @@ class Guard(_Face):
         ``cost`` takes the result and says what the call cost, where the policy
         held a budget for it: ``[(budget, unit, amount), ...]``.
 
-        The guarded function raises PermitDenied when the tool did not run.
+        The guarded function raises PermitDenied when the tool did not run, and
+        TypeError for arguments that the function does not take.
         """
 
         def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -155,19 +160,16 @@ class Guard(_Face):
 
             @functools.wraps(function)
             def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-                with _blocking(name):
-                    call, bound = tool.describe(args, kwargs)
-                    permit = self._walk(self._desk.obtain(call))
-                with running_under(permit):
-                    try:
-                        result = function(*bound.args, **bound.kwargs)
-                    except BaseException as error:
-                        self._report(report_failed(permit, error))
-                        raise
-                if _is_unfinished(result):
-                    self._report(report_failed(permit, TypeError()))
-                    raise _unfinished(result, name)
-                self._report(report_executed(permit, _costs(tool, result)))
+                bound = tool.bind(args, kwargs)
+                with _denying(name):
+                    permit = self._walk(self._desk.obtain(tool.describe(bound)))
+                try:
+                    with running_under(permit):
+                        result = tool.finished(function(*bound.args, **bound.kwargs))
+                except BaseException as error:
+                    self._report(report_failed(permit, error))
+                    raise
+                self._report(report_executed(permit, lambda: tool.costs(result)))
                 return result
 
             return guarded
@@ -189,13 +191,13 @@ class Guard(_Face):
         Raises PermitDenied. The caller runs the tool with exactly ``arguments`` and
         then calls :meth:`executed` or :meth:`failed`.
         """
-        with _blocking(tool):
+        with _denying(tool):
             call = self._call(tool, arguments, resource, request_id, audience)
             return self._walk(self._desk.obtain(call))
 
     def executed(self, permit: Permit, charges: Sequence[Charge] = ()) -> None:
         """Report that the permit's call ran, and what it cost."""
-        self._report(report_executed(permit, charges))
+        self._report(report_executed(permit, lambda: charges))
 
     def failed(self, permit: Permit, error: BaseException) -> None:
         """Report that the permit's call raised."""
@@ -203,9 +205,9 @@ class Guard(_Face):
 
     def close(self) -> None:
         """Close the connection; guarded tools open it again."""
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
+        if self._connection is not None:
+            self._connection.channel.close()
+            self._connection = None
 
     def __enter__(self) -> Self:
         return self
@@ -218,41 +220,38 @@ class Guard(_Face):
     ) -> None:
         self.close()
 
-    def _walk(self, steps: Generator[Ask, Any, Permit]) -> Permit:
+    def _walk(self, steps: Steps[_T]) -> _T:
         import grpc  # noqa: PLC0415 - importing the stub stays cheap until it is used
 
-        try:
-            ask = next(steps)
-            while True:
-                try:
-                    response = self._send(ask)
-                except grpc.RpcError as error:
-                    ask = steps.throw(call_error(error))
-                else:
-                    ask = steps.send(response)
-        except StopIteration as done:
-            permit: Permit = done.value
-            return permit
+        walk = Walk(steps)
+        while walk.ask is not None:
+            try:
+                response = self._send(walk.ask)
+            except grpc.RpcError as error:
+                walk.fail(call_error(error))
+            else:
+                walk.answer(response)
+        return walk.result()
 
-    def _report(self, ask: Ask) -> None:
+    def _report(self, steps: Steps[None]) -> None:
         try:
-            self._send(ask)
+            self._walk(steps)
         except Exception as error:  # noqa: BLE001 - the tool has run; its result must not be lost
             _log_unreported(error)
 
     def _send(self, ask: Ask) -> Any:  # noqa: ANN401 - as many kinds as methods
-        if self._channel is None or self._process_id != os.getpid():
+        connection = self._connection
+        if connection is None or connection.owner != os.getpid():
             # A channel does not survive a fork.
-            self._channel, self._process_id = connect(self._target, self._credentials), os.getpid()
-        return _method(self._channel, ask)(
+            channel = connect(self._target, self._credentials)
+            self._connection = connection = _Connection(channel, _methods(channel), os.getpid())
+        return connection.methods[ask.method](
             ask.request, timeout=self._timeout_seconds, metadata=ask.metadata
         )
 
 
 class AsyncGuard(_Face):
-    """The same face for coroutine functions. Belongs to one event loop."""
-
-    _channel: grpc.aio.Channel | None = None
+    """The same face for coroutine functions. Belongs to one event loop at a time."""
 
     def tool(
         self,
@@ -272,16 +271,16 @@ class AsyncGuard(_Face):
 
             @functools.wraps(function)
             async def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-                with _blocking(name):
-                    call, bound = tool.describe(args, kwargs)
-                    permit = await self._walk(self._desk.obtain(call))
-                with running_under(permit):
-                    try:
-                        result: _R = await function(*bound.args, **bound.kwargs)
-                    except BaseException as error:
-                        await self._report(report_failed(permit, error))
-                        raise
-                await self._report(report_executed(permit, _costs(tool, result)))
+                bound = tool.bind(args, kwargs)
+                with _denying(name):
+                    permit = await self._walk(self._desk.obtain(tool.describe(bound)))
+                try:
+                    with running_under(permit):
+                        result = tool.finished(await function(*bound.args, **bound.kwargs))
+                except BaseException as error:
+                    await self._report(report_failed(permit, error))
+                    raise
+                await self._report(report_executed(permit, lambda: tool.costs(result)))
                 return result
 
             return guarded
@@ -298,23 +297,29 @@ class AsyncGuard(_Face):
         audience: str | None = None,
     ) -> Permit:
         """As :meth:`Guard.authorize`."""
-        with _blocking(tool):
+        with _denying(tool):
             call = self._call(tool, arguments, resource, request_id, audience)
             return await self._walk(self._desk.obtain(call))
 
     async def executed(self, permit: Permit, charges: Sequence[Charge] = ()) -> None:
         """As :meth:`Guard.executed`."""
-        await self._report(report_executed(permit, charges))
+        await self._report(report_executed(permit, lambda: charges))
 
     async def failed(self, permit: Permit, error: BaseException) -> None:
         """As :meth:`Guard.failed`."""
         await self._report(report_failed(permit, error))
 
     async def close(self) -> None:
-        """Close the connection; guarded tools open it again."""
-        if self._channel is not None:
-            await self._channel.close()
-            self._channel = None
+        """Finish the reports that are under way, and close the connection; guarded
+        tools open it again.
+        """
+        import asyncio  # noqa: PLC0415 - as grpc
+
+        loop = asyncio.get_running_loop()
+        await asyncio.gather(*(report for report in self._reports if report.get_loop() is loop))
+        if self._connection is not None:
+            await self._connection.channel.close()
+            self._connection = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -327,40 +332,48 @@ class AsyncGuard(_Face):
     ) -> None:
         await self.close()
 
-    async def _walk(self, steps: Generator[Ask, Any, Permit]) -> Permit:
+    async def _walk(self, steps: Steps[_T]) -> _T:
         import grpc  # noqa: PLC0415 - as in Guard
 
-        try:
-            ask = next(steps)
-            while True:
-                try:
-                    response = await self._send(ask)
-                except grpc.RpcError as error:
-                    ask = steps.throw(call_error(error))
-                else:
-                    ask = steps.send(response)
-        except StopIteration as done:
-            permit: Permit = done.value
-            return permit
+        walk = Walk(steps)
+        while walk.ask is not None:
+            try:
+                response = await self._send(walk.ask)
+            except grpc.RpcError as error:
+                walk.fail(call_error(error))
+            else:
+                walk.answer(response)
+        return walk.result()
 
-    async def _report(self, ask: Ask) -> None:
-        # Shielded: a tool that was cancelled is reported on all the same.
-        report = asyncio.ensure_future(self._send(ask))
+    async def _report(self, steps: Steps[None]) -> None:
+        import asyncio  # noqa: PLC0415 - as grpc
+
+        # A task of its own: a tool that was cancelled is reported on all the same.
+        report = asyncio.ensure_future(self._deliver(steps))
+        self._reports.add(report)
+        report.add_done_callback(self._reports.discard)
+        await asyncio.shield(report)
+
+    async def _deliver(self, steps: Steps[None]) -> None:
         try:
-            await asyncio.shield(report)
+            await self._walk(steps)
         except Exception as error:  # noqa: BLE001 - as in Guard
             _log_unreported(error)
 
     async def _send(self, ask: Ask) -> Any:  # noqa: ANN401 - as many kinds as methods
-        if self._channel is None:
-            self._channel = connect_async(self._target, self._credentials)
-        return await _method(self._channel, ask)(
+        import asyncio  # noqa: PLC0415 - as grpc
+
+        connection, loop = self._connection, asyncio.get_running_loop()
+        if connection is None or connection.owner is not loop:
+            channel = connect_async(self._target, self._credentials)
+            self._connection = connection = _Connection(channel, _methods(channel), loop)
+        return await connection.methods[ask.method](
             ask.request, timeout=self._timeout_seconds, metadata=ask.metadata
         )
 
 
 @contextlib.contextmanager
-def _blocking(tool: str) -> Iterator[None]:
+def _denying(tool: str) -> Iterator[None]:
     """Whatever goes wrong inside comes out as PermitDenied: the tool does not run."""
     try:
         yield
@@ -373,46 +386,37 @@ def _blocking(tool: str) -> Iterator[None]:
             tool=tool,
             retry_after_seconds=error.retry_after_seconds,
         ) from None
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, nothing runs
+        # Its text may hold an argument or the token, so only kind and place are told.
         raise PermitDenied(
-            ReasonCode.GUARD_FAILED, f"the guard failed with {type(error).__name__}", tool=tool
-        ) from error
+            ReasonCode.GUARD_FAILED,
+            f"the guard failed with {type(error).__name__} at {_place(error)}",
+            tool=tool,
+        ) from None
 
 
-def _method(channel: Any, ask: Ask) -> Any:  # noqa: ANN401 - a channel of either kind
+def _place(error: Exception) -> str:
+    """File and line that raised it."""
+    traceback = error.__traceback__
+    place = "an unknown place"
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        place = f"{PurePath(code.co_filename).name}:{traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    return place
+
+
+def _methods(channel: Any) -> Mapping[str, Callable[..., Any]]:  # noqa: ANN401 - of either kind
+    """What an :class:`Ask` may name, on this channel."""
     from pdp.api.v1 import authorization_pb2_grpc, execution_pb2_grpc  # noqa: PLC0415
 
-    if ask.method == "Authorize":
-        return authorization_pb2_grpc.AuthorizationServiceStub(channel).Authorize
-    return getattr(execution_pb2_grpc.ExecutionServiceStub(channel), ask.method)
-
-
-def _costs(tool: Tool, result: object) -> Sequence[Charge]:
-    try:
-        return [
-            (str(budget), str(unit), operator.index(amount))
-            for budget, unit, amount in tool.costs(result)
-        ]
-    except Exception as error:  # noqa: BLE001 - the tool has run; then all that is held is spent
-        _log.warning("%s: its cost function raised %s", tool.name, type(error).__name__)
-        return ()
-
-
-def _is_unfinished(result: object) -> bool:
-    """Whether the work of a tool is still to be done, so that it would run after
-    its permit was reported on.
-    """
-    return inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result)
-
-
-def _unfinished(result: object, tool: str) -> PermitDenied:
-    if inspect.iscoroutine(result) or inspect.isgenerator(result):
-        result.close()
-    return PermitDenied(
-        ReasonCode.GUARD_FAILED,
-        "it returned something that is still to run; guard the function that does the work",
-        tool=tool,
-    )
+    authorization = authorization_pb2_grpc.AuthorizationServiceStub(channel)
+    execution = execution_pb2_grpc.ExecutionServiceStub(channel)
+    return {
+        "Authorize": authorization.Authorize,
+        "GetPermitKeys": execution.GetPermitKeys,
+        "ReportOutcome": execution.ReportOutcome,
+    }
 
 
 def _log_unreported(error: Exception) -> None:

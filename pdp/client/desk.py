@@ -1,0 +1,234 @@
+"""What the sidecar is asked for a call, and what its answer must be, without I/O.
+
+Both faces of the guard walk these steps; they differ only in how a message
+travels. A step that needs the sidecar yields an :class:`Ask` and is sent the
+response, or thrown the CallError.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import operator
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Generic, TypeVar
+
+from google.protobuf.message import Message
+
+from pdp.api.v1 import authorization_pb2, common_pb2, execution_pb2
+from pdp.canonical import sha256_hex
+from pdp.channel import CallError, seconds_of
+from pdp.client.acting import Identity
+from pdp.client.call import Charge, ToolCall
+from pdp.client.decision import Decision
+from pdp.client.errors import PermitDenied
+from pdp.permit.claims import Permit, PermitError
+from pdp.permit.keys import PermitKeySet
+from pdp.permit.verifier import PermitVerifier
+from pdp.reason import REASON_CODE_PATTERN, ReasonCode
+
+_log: Final = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+_CHARGES_REFUSED: Final = frozenset({ReasonCode.CHARGE_NOT_HELD, ReasonCode.REQUEST_INVALID})
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A message for the sidecar."""
+
+    method: str
+    """One of Authorize, ReportOutcome, GetPermitKeys."""
+    request: Message = field(repr=False)
+    metadata: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+
+
+Steps = Generator[Ask, Any, _T]
+
+
+class Walk(Generic[_T]):
+    """Steps on their way. Nothing but their own end gives a result."""
+
+    def __init__(self, steps: Steps[_T]) -> None:
+        self._steps = steps
+        self._results: list[_T] = []
+        self.ask: Ask | None = None
+        """What the sidecar is to be asked next; None when the steps are done."""
+        self._advance(functools.partial(next, steps))
+
+    def answer(self, response: Message) -> None:
+        """Go on with the sidecar's response."""
+        self._advance(functools.partial(self._steps.send, response))
+
+    def fail(self, error: CallError) -> None:
+        """Go on without one."""
+        self._advance(functools.partial(self._steps.throw, error))
+
+    def result(self) -> _T:
+        """What the steps came to. Raises ValueError while they are under way."""
+        [result] = self._results
+        return result
+
+    def _advance(self, resume: Callable[[], Ask]) -> None:
+        try:
+            self.ask = resume()
+        except StopIteration as done:
+            self.ask = None
+            self._results.append(done.value)
+
+
+class PermitDesk:
+    """Obtains permits and checks them; remembers the sidecar's keys."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        issuer: str,
+        keys: PermitKeySet | None,
+        observe: Callable[[Decision], None] | None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._identity = identity
+        self._observe = observe
+        self._issuer = issuer
+        self._clock = clock
+        self._verifier = self._verifier_with(keys) if keys is not None else None
+        self._keys_are_pinned = keys is not None
+
+    def obtain(self, call: ToolCall) -> Steps[Permit]:
+        """Ask for a permit and return it, verified. Raises PermitDenied."""
+        acting = self._identity.current(call.tool)
+        request = authorization_pb2.AuthorizeRequest(
+            request_id=call.request_id,
+            action=authorization_pb2.Action(name=call.tool),
+            arguments_json=call.encoded,
+            context_json=acting.context_json,
+            audience=call.audience,
+        )
+        if call.resource is not None:
+            request.resource.type, request.resource.id = call.resource
+        metadata = [("authorization", f"Bearer {acting.token}")]
+        if acting.traceparent:
+            metadata.append(("traceparent", acting.traceparent))
+        response = yield Ask("Authorize", request, tuple(metadata))
+        if self._observe is not None:
+            self._observe(Decision.of(request, response))
+        if response.decision is not True:
+            raise _denied(call, response)
+        try:
+            permit = yield from self._verified(call, response)
+        except PermitError as error:
+            raise PermitDenied(
+                error.reason_code,
+                "the answer held no permit for this call",
+                tool=call.tool,
+                decision_id=response.decision_id,
+            ) from None
+        # The identity may have ended while the answer was under way.
+        self._identity.current(call.tool)
+        return permit
+
+    def _verified(
+        self, call: ToolCall, response: authorization_pb2.AuthorizeResponse
+    ) -> Steps[Permit]:
+        verifier = self._verifier or (yield from self._fetch_keys())
+        try:
+            permit = verifier.authenticate(response.permit)
+        except PermitError as error:
+            if self._keys_are_pinned or error.reason_code == ReasonCode.PERMIT_MISSING:
+                raise
+            # The sidecar may have been given a new key since.
+            verifier = yield from self._fetch_keys()
+            permit = verifier.authenticate(response.permit)
+        verifier.check_binding(
+            permit,
+            tool=call.tool,
+            arguments_sha256=sha256_hex(call.arguments),
+            audience=call.audience or permit.audience,
+        )
+        verifier.check_time(permit)
+        if (permit.transaction, permit.resource, permit.decision_id, permit.tenant) != (
+            call.request_id,
+            "/".join(call.resource) if call.resource is not None else "",
+            response.decision_id,
+            response.tenant_id,
+        ):
+            raise PermitError(ReasonCode.PERMIT_MISMATCH, "The permit answers another question.")
+        return permit
+
+    def _fetch_keys(self) -> Steps[PermitVerifier]:
+        response = yield Ask("GetPermitKeys", execution_pb2.GetPermitKeysRequest())
+        self._verifier = self._verifier_with(PermitKeySet.from_jwks(response.jwks_json))
+        return self._verifier
+
+    def _verifier_with(self, keys: PermitKeySet) -> PermitVerifier:
+        # The audience is that of each call, not one of the guard's.
+        return PermitVerifier(keys, issuer=self._issuer, audience="", clock=self._clock)
+
+
+def report_executed(permit: Permit, cost: Callable[[], Sequence[Charge]]) -> Steps[None]:
+    """Report that a tool ran, and what it cost. Where ``cost`` fails, or names what
+    was not held, all that is held counts as spent: the tool has run.
+    """
+    charges = _charges(permit.tool, cost)
+    request = execution_pb2.ReportOutcomeRequest(
+        permit=permit.token, outcome=execution_pb2.OUTCOME_EXECUTED, charges=charges
+    )
+    try:
+        yield Ask("ReportOutcome", request)
+    except CallError as error:
+        if not charges or error.reason_code not in _CHARGES_REFUSED:
+            raise
+        _log.warning(
+            "%s: what it says it cost was refused (%s); all that was held for it is spent",
+            permit.tool,
+            error.reason_code,
+        )
+        request.ClearField("charges")
+        yield Ask("ReportOutcome", request)
+
+
+def report_failed(permit: Permit, error: BaseException) -> Steps[None]:
+    """Report that a tool raised: the kind of error, never its text."""
+    name = "".join(letter for letter in type(error).__name__ if letter.isalnum())
+    yield Ask(
+        "ReportOutcome",
+        execution_pb2.ReportOutcomeRequest(
+            permit=permit.token,
+            outcome=execution_pb2.OUTCOME_FAILED,
+            error_type=name[:64] if name.isascii() else "",
+        ),
+    )
+
+
+def _denied(call: ToolCall, response: authorization_pb2.AuthorizeResponse) -> PermitDenied:
+    reason_code = response.reason_code
+    if not REASON_CODE_PATTERN.fullmatch(reason_code) or reason_code == ReasonCode.OK:
+        reason_code = ReasonCode.PERMIT_MISSING
+    return PermitDenied(
+        reason_code,
+        "the decision was no",
+        tool=call.tool,
+        decision_id=response.decision_id,
+        retry_after_seconds=(
+            seconds_of(response.retry_after) if response.HasField("retry_after") else None
+        ),
+    )
+
+
+def _charges(tool: str, cost: Callable[[], Sequence[Charge]]) -> list[common_pb2.Charge]:
+    try:
+        return [
+            common_pb2.Charge(budget=budget, unit=unit, amount=operator.index(amount))
+            for budget, unit, amount in cost()
+        ]
+    except Exception as error:  # noqa: BLE001 - the tool has run; then all that is held is spent
+        _log.warning(
+            "%s: its cost function failed with %s; all that was held for it is spent",
+            tool,
+            type(error).__name__,
+        )
+        return []

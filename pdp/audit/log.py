@@ -94,6 +94,7 @@ class ChainedAuditLog:
                     detail["torn_bytes"] = end.torn_bytes
                 self._extend([self._encode_own(START, detail=detail)])
                 self._segments.sync()
+                self._unsynced.clear()
             except (OSError, DamagedError) as error:
                 raise AuditError(
                     ReasonCode.AUDIT_UNAVAILABLE,

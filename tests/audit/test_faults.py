@@ -29,6 +29,10 @@ WriteLog = Callable[..., list[AuditReceipt]]
 FIRST_SEGMENT = "audit-0000000000000001.jsonl"
 
 
+def names_in(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
 def restart(directory: Path, open_log: OpenLog) -> None:
     asyncio.run(open_log(directory).close())
 
@@ -133,7 +137,7 @@ def test_a_broken_record_stops_the_start_and_names_the_command(
     assert f"record {line + 1}: the content does not match" in refusal.value.message
     assert f"pdp audit verify {directory}" in refusal.value.message
     assert segment.read_bytes() == before
-    assert [path.name for path in directory.iterdir()] == [FIRST_SEGMENT]
+    assert names_in(directory) == [FIRST_SEGMENT]
 
 
 def test_an_unreadable_line_that_is_not_the_last_stops_the_start(
@@ -145,6 +149,17 @@ def test_an_unreadable_line_that_is_not_the_last_stops_the_start(
         segment.write_bytes(damaged)
         with pytest.raises(AuditError, match="pdp audit verify"):
             open_log(directory)
+
+
+def test_a_record_missing_near_the_end_stops_the_start(
+    directory: Path, record: MakeRecord, write_log: WriteLog, open_log: OpenLog
+) -> None:
+    write_log(directory, [record()])
+    segment = directory / FIRST_SEGMENT
+    start, _, stop = segment.read_bytes().splitlines(keepends=True)
+    segment.write_bytes(start + stop)
+    with pytest.raises(AuditError, match="records between them are missing"):
+        open_log(directory)
 
 
 def test_a_segment_that_ends_torn_though_it_is_not_the_newest_stops_the_start(
@@ -290,6 +305,114 @@ def test_no_room_for_a_new_segment_refuses_and_recovers(
 
     asyncio.run(run())
     assert verify(directory).is_intact
+
+
+def test_a_new_segment_whose_name_can_not_be_synced_is_not_left_behind(
+    directory: Path, record: MakeRecord, open_log: OpenLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = open_log(directory, segment_max_bytes=1)
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    async def run() -> None:
+        with monkeypatch.context() as broken:
+            broken.setattr(os, "fsync", fail)
+            with pytest.raises(AuditError):
+                await log.append(record())
+        assert names_in(directory) == [FIRST_SEGMENT]
+        await log.append(record())
+        await log.close()
+
+    asyncio.run(run())
+    assert verify(directory).is_intact
+
+
+class NotingDisk:
+    """Notes what is written and synced, and in which file."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.notes: list[tuple[str, str]] = []
+        for name in ("write", "fsync", "fdatasync"):
+            monkeypatch.setattr(os, name, self._noting(name, getattr(os, name)))
+
+    def _noting(self, name: str, operation: Callable[..., int | None]) -> Callable[..., int | None]:
+        def note(descriptor: int, *arguments: object) -> int | None:
+            file = Path(f"/proc/self/fd/{descriptor}").readlink().name
+            self.notes.append((name, file))
+            return operation(descriptor, *arguments)
+
+        return note
+
+    def has_in_order(self, *notes: tuple[str, str]) -> bool:
+        rest = iter(self.notes)
+        return all(note in rest for note in notes)
+
+
+def test_a_segment_is_on_disk_before_the_next_and_its_name_before_its_records(
+    directory: Path, record: MakeRecord, open_log: OpenLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = open_log(directory, segment_max_bytes=1)
+    disk = NotingDisk(monkeypatch)
+
+    async def run() -> None:
+        await log.append(record())
+        await log.close()
+
+    asyncio.run(run())
+    second, third = (f"audit-000000000000000{sequence}.jsonl" for sequence in (2, 3))
+    assert disk.has_in_order(
+        ("fdatasync", FIRST_SEGMENT),
+        ("fsync", "audit"),
+        ("write", second),
+        ("fdatasync", second),
+        ("fsync", "audit"),
+        ("write", third),
+        ("fdatasync", third),
+    )
+    assert disk.notes[-1] == ("fdatasync", third)
+
+
+def test_torn_bytes_are_on_disk_before_they_are_cut_off(
+    directory: Path,
+    record: MakeRecord,
+    write_log: WriteLog,
+    open_log: OpenLog,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_log(directory, [record()])
+    with (directory / FIRST_SEGMENT).open("ab") as file:
+        file.write(b"torn")
+    disk = NotingDisk(monkeypatch)
+    restart(directory, open_log)
+    assert disk.has_in_order(
+        ("fsync", "audit-0000000000000001.torn-2"),
+        ("fsync", "audit"),
+        ("fsync", FIRST_SEGMENT),
+        ("write", FIRST_SEGMENT),
+    )
+
+
+def test_no_write_holds_more_than_a_batch(
+    directory: Path, record: MakeRecord, open_log: OpenLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = open_log(directory)
+    write = os.write
+    sizes: list[int] = []
+
+    def noting_write(descriptor: int, data: memoryview) -> int:
+        sizes.append(bytes(data).count(b"\n"))
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", noting_write)
+
+    async def run() -> None:
+        await asyncio.gather(*(log.append(record()) for _ in range(2_000)))
+        await log.close()
+
+    asyncio.run(run())
+    assert sum(sizes) == 2_001
+    assert max(sizes) <= audit_log.MAX_BATCH
 
 
 def test_a_write_that_can_not_be_taken_back_closes_the_log_for_writing(

@@ -9,6 +9,7 @@ import asyncio
 import sys
 import tempfile
 import time
+import uuid
 from pathlib import Path
 
 from pdp.budget.ledger import Account, Charge, IdempotencyKey, Limit, Scope, Window
@@ -55,12 +56,12 @@ async def measure(durability: Durability, callers: int, operations: int) -> None
         ledger = SqliteLedger(Path(directory) / "ledger.sqlite", durability=durability)
         times: list[tuple[float, float]] = []
 
-        async def call(caller: int) -> None:
-            for number in range(operations // callers):
-                times.append(await reserve_and_settle(ledger, f"{caller}-{number}"))  # noqa: PERF401
+        async def call() -> None:
+            for _ in range(operations // callers):
+                times.append(await reserve_and_settle(ledger, str(uuid.uuid4())))  # noqa: PERF401
 
         started = time.perf_counter()
-        await asyncio.gather(*(call(caller) for caller in range(callers)))
+        await asyncio.gather(*(call() for _ in range(callers)))
         elapsed = time.perf_counter() - started
         await ledger.close()
     print(

@@ -13,6 +13,8 @@ from pdp.policy.engine import PolicyError
 from pdp.reason import REASON_CODE_PATTERN, ReasonCode
 
 MAX_SCOPES: Final = 64
+MAX_SCOPES_LENGTH: Final = 4096
+"""Characters of all scopes together: the permit that lists them travels in metadata."""
 MAX_CHARGES: Final = 16
 MAX_LIMITS: Final = 64
 MAX_TTL_SECONDS: Final = 3600
@@ -70,10 +72,7 @@ def parse_verdict(value: JsonValue) -> Verdict:
     return Verdict(
         allow=allow,
         reason_code=reason_code,
-        scopes=tuple(
-            _text(scope, "scopes", _SCOPE)
-            for scope in _list(answer.get("scopes", []), "scopes", MAX_SCOPES)
-        ),
+        scopes=_scopes(answer.get("scopes", [])),
         permit_ttl_seconds=ttl_seconds,
         charges=tuple(charges),
     )
@@ -122,6 +121,15 @@ def _ruling(answer: JsonObject) -> tuple[bool, str]:
     return allow, reason_code
 
 
+def _scopes(value: JsonValue) -> tuple[str, ...]:
+    scopes = [_text(scope, "scopes", _SCOPE) for scope in _list(value, "scopes", MAX_SCOPES)]
+    if len(set(scopes)) != len(scopes):
+        raise _invalid("scopes names a scope twice")
+    if sum(map(len, scopes)) > MAX_SCOPES_LENGTH:
+        raise _invalid(f"scopes must be at most {MAX_SCOPES_LENGTH} characters together")
+    return tuple(scopes)
+
+
 def _charge(value: JsonValue) -> Charge:
     charge = _object(value, required={"budget", "unit", "amount"}, optional=set())
     return Charge(
@@ -134,9 +142,12 @@ def _charge(value: JsonValue) -> Charge:
 def _object(value: JsonValue, *, required: set[str], optional: set[str]) -> JsonObject:
     if not isinstance(value, dict):
         raise _invalid("an object was expected")
-    missing, unknown = required - value.keys(), value.keys() - required - optional
-    if missing or unknown:
-        raise _invalid(f"keys missing or not known: {_shown(missing | unknown)}")
+    missing = required - value.keys()
+    if missing:
+        raise _invalid(f"keys are missing: {_listed(missing)}")
+    if not value.keys() <= required | optional:
+        # Not named: a policy may have made the key out of what it was asked.
+        raise _invalid(f"a key is none of {_listed(required | optional)}")
     return value
 
 
@@ -163,12 +174,12 @@ def _integer(value: JsonValue, field: str, *, least: int, most: int) -> int:
 
 def _member(value: JsonValue, field: str, kind: type[_E]) -> _E:
     if not isinstance(value, str) or value not in set(kind):
-        raise _invalid(f"{field} must be one of {_shown(kind)}")
+        raise _invalid(f"{field} must be one of {_listed(kind)}")
     return kind(value)
 
 
-def _shown(names: Iterable[str]) -> str:
-    return ", ".join(sorted(name[:64] for name in names))
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
 
 
 def _invalid(what: str) -> PolicyError:

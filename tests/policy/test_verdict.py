@@ -1,0 +1,268 @@
+"""What a policy answers is read strictly: anything of another form is a denial."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdp.budget.ledger import MAX_AMOUNT, Charge, Limit, Scope, Window
+from pdp.canonical import JsonObject, JsonValue
+from pdp.policy.engine import PolicyError
+from pdp.policy.verdict import (
+    BudgetVerdict,
+    Verdict,
+    parse_budget_verdict,
+    parse_limits,
+    parse_verdict,
+)
+
+ALLOW: JsonObject = {"allow": True, "reason_code": "ok"}
+CHARGE: JsonObject = {"budget": "tools", "unit": "calls", "amount": 1}
+LIMIT: JsonObject = {
+    "id": "tools-per-day",
+    "budget": "tools",
+    "unit": "calls",
+    "window": "day",
+    "limit": 10,
+    "scope": "tenant",
+}
+SECRET = "s3cret-argument"
+
+ODD_VALUES: list[JsonValue] = [None, True, 1, 1.5, "text", [], {}]
+
+
+def each(key: str, *values: JsonValue) -> list[JsonObject]:
+    """Documents with one key, one for each value."""
+    return [{key: value} for value in values]
+
+
+def without(document: JsonObject, key: str) -> JsonObject:
+    return {name: value for name, value in document.items() if name != key}
+
+
+def test_an_allow_is_read_in_full() -> None:
+    verdict = parse_verdict(
+        {
+            "allow": True,
+            "reason_code": "ok",
+            "scopes": ["orders:write", "mail:send"],
+            "permit": {"binds": ["tool", "arguments"], "ttl_seconds": 30, "max_uses": 1},
+            "charge": [CHARGE, {"budget": "spend", "unit": "usd_micros", "amount": MAX_AMOUNT}],
+        }
+    )
+
+    assert verdict == Verdict(
+        allow=True,
+        reason_code="ok",
+        scopes=("orders:write", "mail:send"),
+        permit_ttl_seconds=30,
+        charges=(Charge("tools", "calls", 1), Charge("spend", "usd_micros", MAX_AMOUNT)),
+    )
+
+
+def test_the_least_allow_and_the_least_denial() -> None:
+    assert parse_verdict(ALLOW) == Verdict(allow=True, reason_code="ok")
+    assert parse_verdict({"allow": False, "reason_code": "closed_on_sundays"}) == Verdict(
+        allow=False, reason_code="closed_on_sundays"
+    )
+
+
+def test_a_number_that_json_wrote_with_a_fraction_of_zero_is_an_integer() -> None:
+    verdict = parse_verdict({**ALLOW, "charge": [{**CHARGE, "amount": 3.0}]})
+
+    assert verdict.charges == (Charge("tools", "calls", 3),)
+    assert type(verdict.charges[0].amount) is int
+
+
+def test_an_allow_that_asks_for_approval_is_a_denial() -> None:
+    approval: JsonObject = {"roles": ["manager"], "expires_seconds": 600, "four_eyes": True}
+
+    verdict = parse_verdict({**ALLOW, "approval": approval, "charge": [CHARGE]})
+
+    assert verdict == Verdict(allow=False, reason_code="approval_required")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    (
+        *ODD_VALUES,
+        without(ALLOW, "allow"),
+        without(ALLOW, "reason_code"),
+        *(ALLOW | odd for odd in each("allow", None, 1, 0, "true", "yes", [], {})),
+        *(ALLOW | odd for odd in each("reason_code", None, True, 0, [], {}, "", "Ok", "o k")),
+        {"allow": False, "reason_code": "9lives"},
+        {"allow": False, "reason_code": "a" * 65},
+        {"allow": False, "reason_code": "denied\n"},
+        {"allow": False, "reason_code": "ok"},
+        {"allow": True, "reason_code": "tool_not_allowed"},
+        {**ALLOW, "obligations": []},
+        {**ALLOW, "credential": {"provider": "vault"}},
+        {**ALLOW, "": True},
+        *(ALLOW | odd for odd in each("scopes", None, True, 1, "orders:read", {})),
+        {**ALLOW, "scopes": ["orders read"]},
+        {**ALLOW, "scopes": [""]},
+        {**ALLOW, "scopes": ["a" * 256]},
+        {**ALLOW, "scopes": ["caf\u00e9"]},
+        {**ALLOW, "scopes": [1]},
+        {**ALLOW, "scopes": ["one", "one"]},
+        {**ALLOW, "scopes": [f"scope-{n}" for n in range(65)]},
+        {**ALLOW, "scopes": [f"{n:0>100}" for n in range(42)]},
+        *(ALLOW | odd for odd in each("permit", None, True, 1, "tool", [])),
+        {**ALLOW, "permit": {"binds": ["tool"]}},
+        {**ALLOW, "permit": {"binds": ["arguments", "tool"]}},
+        {**ALLOW, "permit": {"binds": ["tool", "arguments", "tenant"]}},
+        {**ALLOW, "permit": {"binds": []}},
+        {**ALLOW, "permit": {"binds": "tool"}},
+        {**ALLOW, "permit": {"binds": None}},
+        *(
+            {**ALLOW, "permit": {"ttl_seconds": odd}}
+            for odd in (0, -1, 3601, 1.5, True, "60", None, [60], float("inf"), float("nan"))
+        ),
+        *({**ALLOW, "permit": {"max_uses": odd}} for odd in (0, 2, True, "1", None)),
+        {**ALLOW, "permit": {"audience": "tools"}},
+        *({**ALLOW, "charge": odd} for odd in (None, True, 1, "tools", {}, CHARGE)),
+        {**ALLOW, "charge": [CHARGE, CHARGE]},
+        {**ALLOW, "charge": [{**CHARGE, "budget": f"b{n}"} for n in range(17)]},
+        *({**ALLOW, "charge": [odd]} for odd in ODD_VALUES),
+        *({**ALLOW, "charge": [without(CHARGE, key)]} for key in CHARGE),
+        {**ALLOW, "charge": [{**CHARGE, "tenant": "tenant_globex"}]},
+        *(
+            {**ALLOW, "charge": [{**CHARGE, "amount": odd}]}
+            for odd in (0, -1, MAX_AMOUNT + 1, 2.0**53, 1e300, 0.5, True, "1", None, float("nan"))
+        ),
+        *({**ALLOW, "charge": [{**CHARGE, "budget": odd}]} for odd in ("", "A", "a/b", 1, None)),
+        *({**ALLOW, "charge": [{**CHARGE, "unit": odd}]} for odd in ("", "a b", "a" * 65)),
+        *(ALLOW | odd for odd in each("approval", None, True, 1, "manager", [])),
+        {**ALLOW, "approval": {"by": ["manager"]}},
+    ),
+    ids=repr,
+)
+def test_a_verdict_of_another_form_is_invalid(answer: JsonValue) -> None:
+    with pytest.raises(PolicyError) as refusal:
+        parse_verdict(answer)
+
+    assert refusal.value.reason_code == "policy_invalid"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    (
+        *ODD_VALUES,
+        without(ALLOW, "allow"),
+        without(ALLOW, "reason_code"),
+        {"allow": "true", "reason_code": "ok"},
+        {"allow": True, "reason_code": "budget_not_allowed"},
+        {"allow": False, "reason_code": "ok"},
+        {**ALLOW, "charge": []},
+    ),
+    ids=repr,
+)
+def test_a_budget_verdict_of_another_form_is_invalid(answer: JsonValue) -> None:
+    with pytest.raises(PolicyError) as refusal:
+        parse_budget_verdict(answer)
+
+    assert refusal.value.reason_code == "policy_invalid"
+
+
+def test_a_budget_verdict_is_read() -> None:
+    assert parse_budget_verdict(ALLOW) == BudgetVerdict(allow=True, reason_code="ok")
+    denial: JsonObject = {"allow": False, "reason_code": "budget_not_allowed"}
+    assert parse_budget_verdict(denial) == BudgetVerdict(
+        allow=False, reason_code="budget_not_allowed"
+    )
+
+
+def test_limits_are_read_in_the_policys_order() -> None:
+    last: JsonObject = {**LIMIT, "id": "a-minute", "window": "minute", "limit": 0, "scope": "tool"}
+
+    limits = parse_limits([LIMIT, last])
+
+    assert [limit.id for limit in limits] == ["tools-per-day", "a-minute"]
+    assert limits[1] == Limit(
+        id="a-minute",
+        budget="tools",
+        unit="calls",
+        window=Window.MINUTE,
+        limit=0,
+        scope=Scope.TOOL,
+    )
+    assert parse_limits([]) == ()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    (
+        None,
+        True,
+        {},
+        "limits",
+        LIMIT,
+        [LIMIT, LIMIT],
+        [{**LIMIT, "id": f"limit-{n}"} for n in range(65)],
+        *([odd] for odd in ODD_VALUES),
+        *([without(LIMIT, key)] for key in LIMIT),
+        [{**LIMIT, "tenant": "tenant_globex"}],
+        *([{**LIMIT, "limit": odd}] for odd in (-1, MAX_AMOUNT + 1, 0.5, "10", True, None)),
+        *([LIMIT | odd] for odd in each("window", "week", "DAY", "", 1, None, ["day"])),
+        *([LIMIT | odd] for odd in each("scope", "organisation", "", 1, None, {})),
+        *([{**LIMIT, "id": odd}] for odd in ("", "Tools", "a" * 65, 1, None)),
+    ),
+    ids=repr,
+)
+def test_limits_of_another_form_are_invalid(answer: JsonValue) -> None:
+    with pytest.raises(PolicyError) as refusal:
+        parse_limits(answer)
+
+    assert refusal.value.reason_code == "policy_invalid"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    (
+        {**ALLOW, SECRET: 1},
+        {**ALLOW, "permit": {SECRET: 1}},
+        {**ALLOW, "permit": {"binds": [SECRET]}},
+        {**ALLOW, "permit": {"ttl_seconds": SECRET}},
+        {**ALLOW, "scopes": [SECRET + " "]},
+        {**ALLOW, "charge": [{**CHARGE, SECRET: 1}]},
+        {**ALLOW, "charge": [{**CHARGE, "budget": SECRET + "/"}]},
+        {**ALLOW, "approval": {SECRET: 1}},
+        {"allow": SECRET, "reason_code": "ok"},
+        {"allow": False, "reason_code": SECRET},
+        SECRET,
+        [SECRET],
+    ),
+    ids=repr,
+)
+def test_a_message_never_holds_what_the_policy_said(answer: JsonValue) -> None:
+    with pytest.raises(PolicyError) as refusal:
+        parse_verdict(answer)
+
+    assert SECRET not in str(refusal.value)
+    assert SECRET not in repr(refusal.value)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["allow", "reason_code", "scopes", "permit", "charge", "approval"])
+            | st.text(max_size=3),
+            inner,
+            max_size=6,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@given(answer=json_values)
+def test_any_answer_is_a_sound_verdict_or_a_policy_error(answer: JsonValue) -> None:
+    for parse in (parse_verdict, parse_budget_verdict):
+        try:
+            verdict = parse(answer)
+        except PolicyError:
+            continue
+        assert verdict.allow is (verdict.reason_code == "ok")

@@ -1,10 +1,11 @@
-"""gRPC channels to a sidecar, and what its errors mean: shared by stub and tool side."""
+"""Connections to a sidecar, and what its errors mean: shared by stub and tool side."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Final
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pdp.errors import PdpError
 from pdp.reason import REASON_CODE_PATTERN, ReasonCode
@@ -12,6 +13,7 @@ from pdp.reason import REASON_CODE_PATTERN, ReasonCode
 if TYPE_CHECKING:
     import grpc
     from google.protobuf.duration_pb2 import Duration
+    from google.protobuf.message import Message
     from google.rpc.status_pb2 import Status
 
 DETAILS_KEY: Final = "grpc-status-details-bin"
@@ -46,6 +48,10 @@ OPTIONS: Final = (
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.use_local_subchannel_pool", 1),
 )
+
+MAX_TIMEOUT_SECONDS: Final = 60.0
+
+Metadata = tuple[tuple[str, str], ...]
 
 _REASON_OF_STATUS: Final = {
     "UNAVAILABLE": ReasonCode.PDP_UNAVAILABLE,
@@ -84,6 +90,108 @@ def connect_async(
     if credentials is None:
         return grpc.aio.insecure_channel(target, options=OPTIONS)
     return grpc.aio.secure_channel(target, credentials, options=OPTIONS)
+
+
+class _Channel(NamedTuple):
+    channel: Any
+    """A grpc.Channel, or a grpc.aio.Channel."""
+    methods: Mapping[str, Callable[..., Any]]
+    owner: object
+    """The process, or event loop, that it works in."""
+
+
+class _Connection:
+    """What a blocking and an awaiting connection share. Neither is made before the
+    first call.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        timeout_seconds: float,
+        credentials: grpc.ChannelCredentials | None,
+    ) -> None:
+        """``target`` is ``unix:///path`` or ``host:port``, with ``credentials`` for
+        TLS; ``timeout_seconds`` bounds each call.
+        """
+        if not 0 < timeout_seconds <= MAX_TIMEOUT_SECONDS:
+            raise ValueError(f"timeout_seconds must be above 0, at most {MAX_TIMEOUT_SECONDS:.0f}")
+        self._target = target
+        self._timeout_seconds = timeout_seconds
+        self._credentials = credentials
+        self._open: _Channel | None = None
+
+    def _method(
+        self, name: str, owner: object, connect: Callable[..., grpc.Channel | grpc.aio.Channel]
+    ) -> Callable[..., Any]:
+        """A method over the channel of ``owner``, which is made if there is none."""
+        found = self._open
+        if found is None or found.owner != owner:
+            channel = connect(self._target, self._credentials)
+            self._open = found = _Channel(channel, _methods(channel), owner)
+        return found.methods[name]
+
+    def _take_channel(self) -> Any:  # noqa: ANN401 - of either kind
+        found, self._open = self._open, None
+        return found.channel if found is not None else None
+
+
+class Connection(_Connection):
+    """A blocking connection. Threads may share it, and it survives a fork."""
+
+    def call(self, method: str, request: Message, metadata: Metadata = ()) -> Any:  # noqa: ANN401
+        """The response. Raises CallError."""
+        import grpc  # noqa: PLC0415 - as in connect
+
+        try:
+            return self._method(method, os.getpid(), connect)(
+                request, timeout=self._timeout_seconds, metadata=metadata
+            )
+        except grpc.RpcError as error:
+            raise call_error(error) from None
+
+    def close(self) -> None:
+        """Close it; the next call opens it again."""
+        channel = self._take_channel()
+        if channel is not None:
+            channel.close()
+
+
+class AsyncConnection(_Connection):
+    """An awaiting connection, of one event loop at a time."""
+
+    async def call(self, method: str, request: Message, metadata: Metadata = ()) -> Any:  # noqa: ANN401
+        """The response. Raises CallError."""
+        import asyncio  # noqa: PLC0415 - as in connect
+
+        import grpc  # noqa: PLC0415
+
+        try:
+            return await self._method(method, asyncio.get_running_loop(), connect_async)(
+                request, timeout=self._timeout_seconds, metadata=metadata
+            )
+        except grpc.RpcError as error:
+            raise call_error(error) from None
+
+    async def close(self) -> None:
+        """Close it; the next call opens it again."""
+        channel = self._take_channel()
+        if channel is not None:
+            await channel.close()
+
+
+def _methods(channel: Any) -> Mapping[str, Callable[..., Any]]:  # noqa: ANN401 - of either kind
+    from pdp.api.v1 import authorization_pb2_grpc, execution_pb2_grpc  # noqa: PLC0415
+
+    authorization = authorization_pb2_grpc.AuthorizationServiceStub(channel)
+    execution = execution_pb2_grpc.ExecutionServiceStub(channel)
+    return {
+        "Authorize": authorization.Authorize,
+        "GetPermitKeys": execution.GetPermitKeys,
+        "RedeemPermit": execution.RedeemPermit,
+        "ReportOutcome": execution.ReportOutcome,
+    }
 
 
 def call_error(error: grpc.RpcError) -> CallError:

@@ -6,19 +6,18 @@ import contextlib
 import functools
 import inspect
 import logging
-import os
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import PurePath
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, ParamSpec, Self, TypeVar
 
 from pdp.canonical import JsonObject
-from pdp.channel import CallError, call_error, connect, connect_async
+from pdp.channel import AsyncConnection, CallError, Connection
 from pdp.client.acting import Identity, running_under
 from pdp.client.call import Charge, Resource, Tool, ToolCall, tool_call
 from pdp.client.decision import Decision
-from pdp.client.desk import Ask, PermitDesk, Steps, Walk, report_executed, report_failed
+from pdp.client.desk import PermitDesk, Steps, Walk, report_executed, report_failed
 from pdp.client.errors import PermitDenied
 from pdp.permit.claims import Permit
 from pdp.permit.keys import PermitKeySet
@@ -34,19 +33,14 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _T = TypeVar("_T")
 
-MAX_TIMEOUT_SECONDS: Final = 60.0
+
+_C = TypeVar("_C", Connection, AsyncConnection)
 
 
-class _Connection(NamedTuple):
-    channel: Any
-    """A grpc.Channel, or a grpc.aio.Channel."""
-    methods: Mapping[str, Callable[..., Any]]
-    owner: object
-    """The process, or event loop, that the channel works in."""
-
-
-class _Face:
+class _Face(Generic[_C]):
     """What both faces share: everything but how a message travels."""
+
+    _connect: type[_C]
 
     def __init__(
         self,
@@ -69,13 +63,10 @@ class _Face:
         shown every answer of the sidecar, on the caller's thread and before the tool
         runs; if it raises, the tool does not run.
         """
-        if not 0 < timeout_seconds <= MAX_TIMEOUT_SECONDS:
-            raise ValueError(f"timeout_seconds must be above 0, at most {MAX_TIMEOUT_SECONDS:.0f}")
-        self._target = target
-        self._credentials = credentials
+        self._connection: _C = self._connect(
+            target, timeout_seconds=timeout_seconds, credentials=credentials
+        )
         self._audience = audience
-        self._timeout_seconds = timeout_seconds
-        self._connection: _Connection | None = None
         self._reports: set[asyncio.Task[None]] = set()
         self._identity = Identity()
         self._desk = PermitDesk(
@@ -128,8 +119,12 @@ class _Face:
         )
 
 
-class Guard(_Face):
-    """Blocks every tool call that lacks a permit. Threads may share it."""
+class Guard(_Face[Connection]):
+    """Blocks every tool call that lacks a permit. Threads may share it, and it
+    survives a fork.
+    """
+
+    _connect = Connection
 
     def tool(
         self,
@@ -205,9 +200,7 @@ class Guard(_Face):
 
     def close(self) -> None:
         """Close the connection; guarded tools open it again."""
-        if self._connection is not None:
-            self._connection.channel.close()
-            self._connection = None
+        self._connection.close()
 
     def __enter__(self) -> Self:
         return self
@@ -221,14 +214,14 @@ class Guard(_Face):
         self.close()
 
     def _walk(self, steps: Steps[_T]) -> _T:
-        import grpc  # noqa: PLC0415 - importing the stub stays cheap until it is used
-
         walk = Walk(steps)
         while walk.ask is not None:
             try:
-                response = self._send(walk.ask)
-            except grpc.RpcError as error:
-                walk.fail(call_error(error))
+                response = self._connection.call(
+                    walk.ask.method, walk.ask.request, walk.ask.metadata
+                )
+            except CallError as error:
+                walk.fail(error)
             else:
                 walk.answer(response)
         return walk.result()
@@ -239,19 +232,11 @@ class Guard(_Face):
         except Exception as error:  # noqa: BLE001 - the tool has run; its result must not be lost
             _log_unreported(error)
 
-    def _send(self, ask: Ask) -> Any:  # noqa: ANN401 - as many kinds as methods
-        connection = self._connection
-        if connection is None or connection.owner != os.getpid():
-            # A channel does not survive a fork.
-            channel = connect(self._target, self._credentials)
-            self._connection = connection = _Connection(channel, _methods(channel), os.getpid())
-        return connection.methods[ask.method](
-            ask.request, timeout=self._timeout_seconds, metadata=ask.metadata
-        )
 
-
-class AsyncGuard(_Face):
+class AsyncGuard(_Face[AsyncConnection]):
     """The same face for coroutine functions. Belongs to one event loop at a time."""
+
+    _connect = AsyncConnection
 
     def tool(
         self,
@@ -313,13 +298,11 @@ class AsyncGuard(_Face):
         """Finish the reports that are under way, and close the connection; guarded
         tools open it again.
         """
-        import asyncio  # noqa: PLC0415 - as grpc
+        import asyncio  # noqa: PLC0415 - importing the stub stays cheap until it is used
 
         loop = asyncio.get_running_loop()
         await asyncio.gather(*(report for report in self._reports if report.get_loop() is loop))
-        if self._connection is not None:
-            await self._connection.channel.close()
-            self._connection = None
+        await self._connection.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -333,20 +316,20 @@ class AsyncGuard(_Face):
         await self.close()
 
     async def _walk(self, steps: Steps[_T]) -> _T:
-        import grpc  # noqa: PLC0415 - as in Guard
-
         walk = Walk(steps)
         while walk.ask is not None:
             try:
-                response = await self._send(walk.ask)
-            except grpc.RpcError as error:
-                walk.fail(call_error(error))
+                response = await self._connection.call(
+                    walk.ask.method, walk.ask.request, walk.ask.metadata
+                )
+            except CallError as error:
+                walk.fail(error)
             else:
                 walk.answer(response)
         return walk.result()
 
     async def _report(self, steps: Steps[None]) -> None:
-        import asyncio  # noqa: PLC0415 - as grpc
+        import asyncio  # noqa: PLC0415 - importing the stub stays cheap until it is used
 
         # A task of its own: a tool that was cancelled is reported on all the same.
         report = asyncio.ensure_future(self._deliver(steps))
@@ -359,17 +342,6 @@ class AsyncGuard(_Face):
             await self._walk(steps)
         except Exception as error:  # noqa: BLE001 - as in Guard
             _log_unreported(error)
-
-    async def _send(self, ask: Ask) -> Any:  # noqa: ANN401 - as many kinds as methods
-        import asyncio  # noqa: PLC0415 - as grpc
-
-        connection, loop = self._connection, asyncio.get_running_loop()
-        if connection is None or connection.owner is not loop:
-            channel = connect_async(self._target, self._credentials)
-            self._connection = connection = _Connection(channel, _methods(channel), loop)
-        return await connection.methods[ask.method](
-            ask.request, timeout=self._timeout_seconds, metadata=ask.metadata
-        )
 
 
 @contextlib.contextmanager
@@ -404,19 +376,6 @@ def _place(error: Exception) -> str:
         place = f"{PurePath(code.co_filename).name}:{traceback.tb_lineno}"
         traceback = traceback.tb_next
     return place
-
-
-def _methods(channel: Any) -> Mapping[str, Callable[..., Any]]:  # noqa: ANN401 - of either kind
-    """What an :class:`Ask` may name, on this channel."""
-    from pdp.api.v1 import authorization_pb2_grpc, execution_pb2_grpc  # noqa: PLC0415
-
-    authorization = authorization_pb2_grpc.AuthorizationServiceStub(channel)
-    execution = execution_pb2_grpc.ExecutionServiceStub(channel)
-    return {
-        "Authorize": authorization.Authorize,
-        "GetPermitKeys": execution.GetPermitKeys,
-        "ReportOutcome": execution.ReportOutcome,
-    }
 
 
 def _log_unreported(error: Exception) -> None:

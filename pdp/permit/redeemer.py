@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import uuid
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 from pdp.permit.claims import Permit, PermitError
 from pdp.permit.keys import PermitKeySet
 
 if TYPE_CHECKING:
     import grpc
-
-_Request = TypeVar("_Request")
-_Response = TypeVar("_Response")
+    from google.protobuf.message import Message
 
 
 class PermitRedeemer:
-    """A tool server's connection to the sidecar. Threads may share it."""
+    """A tool server's connection to the sidecar. Threads may share it, and it
+    survives a fork.
+    """
 
     def __init__(
         self,
@@ -27,19 +27,18 @@ class PermitRedeemer:
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         """``target`` is ``unix:///path`` or ``host:port``, with ``credentials`` for TLS."""
-        from pdp.api.v1 import execution_pb2_grpc  # noqa: PLC0415 - verifying needs no gRPC
-        from pdp.channel import connect  # noqa: PLC0415
+        from pdp.channel import Connection  # noqa: PLC0415 - verifying needs no connection
 
-        self._timeout_seconds = timeout_seconds
-        self._channel = connect(target, credentials)
-        self._stub = execution_pb2_grpc.ExecutionServiceStub(self._channel)
+        self._connection = Connection(
+            target, timeout_seconds=timeout_seconds, credentials=credentials
+        )
 
     def keys(self) -> PermitKeySet:
         """The sidecar's public permit keys. Raises PermitError."""
         from pdp.api.v1 import execution_pb2  # noqa: PLC0415
 
         request = execution_pb2.GetPermitKeysRequest()
-        return PermitKeySet.from_jwks(self._call(self._stub.GetPermitKeys, request).jwks_json)
+        return PermitKeySet.from_jwks(self._call("GetPermitKeys", request).jwks_json)
 
     def redeem(self, permit: Permit, *, key: str | None = None) -> None:
         """Spend the permit's one use; act only after this has returned.
@@ -52,7 +51,7 @@ class PermitRedeemer:
         from pdp.api.v1 import execution_pb2  # noqa: PLC0415
 
         self._call(
-            self._stub.RedeemPermit,
+            "RedeemPermit",
             execution_pb2.RedeemPermitRequest(
                 permit=permit.token,
                 idempotency_key=key or str(uuid.uuid4()),
@@ -63,8 +62,8 @@ class PermitRedeemer:
         )
 
     def close(self) -> None:
-        """Close the connection."""
-        self._channel.close()
+        """Close the connection; the next call opens it again."""
+        self._connection.close()
 
     def __enter__(self) -> Self:
         return self
@@ -77,15 +76,10 @@ class PermitRedeemer:
     ) -> None:
         self.close()
 
-    def _call(
-        self, method: grpc.UnaryUnaryMultiCallable[_Request, _Response], request: _Request
-    ) -> _Response:
-        import grpc  # noqa: PLC0415
-
-        from pdp.channel import call_error  # noqa: PLC0415
+    def _call(self, method: str, request: Message) -> Any:  # noqa: ANN401 - as many as methods
+        from pdp.channel import CallError  # noqa: PLC0415
 
         try:
-            return method(request, timeout=self._timeout_seconds)
-        except grpc.RpcError as error:
-            failure = call_error(error)
-            raise PermitError(failure.reason_code, failure.message) from None
+            return self._connection.call(method, request)
+        except CallError as error:
+            raise PermitError(error.reason_code, error.message) from None

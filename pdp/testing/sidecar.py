@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -30,21 +31,29 @@ class SidecarProcess:
         issuer: TokenIssuer,
         bundle: Path,
         config: Mapping[str, Any] | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
-        """``config`` takes the place of whole sections of the usual configuration."""
+        """``config`` takes the place of whole sections of the usual configuration;
+        in ``listen`` only of the keys that it names. ``environment`` is added to
+        that of this process.
+        """
         self.directory = directory
         self.log = directory / "sidecar.log"
         # The path of a socket must be short, which that of a test's directory is not.
         self._sockets = tempfile.TemporaryDirectory(prefix="pdp-")
         self.socket = Path(self._sockets.name) / "pdp.sock"
         self.target = f"unix://{self.socket}"
+        self.state = directory / "state"
         self.config_file = directory / "pdp.yaml"
+        self._environment = {**os.environ, **(environment or {})}
+        sections = dict(config or {})
+        listen = {"unix": str(self.socket), "metrics": None, **sections.pop("listen", {})}
         self.config_file.write_text(
             yaml.safe_dump(
                 {
-                    "state_dir": str(directory / "state"),
+                    "state_dir": str(self.state),
                     "instance": "test",
-                    "listen": {"unix": str(self.socket), "metrics": None},
+                    "listen": listen,
                     "identity": {
                         "mode": "jwt",
                         "issuers": [
@@ -56,7 +65,7 @@ class SidecarProcess:
                         ],
                     },
                     "policy": {"bundle": str(bundle)},
-                    **(config or {}),
+                    **sections,
                 }
             ),
             encoding="utf-8",
@@ -71,6 +80,7 @@ class SidecarProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                env=self._environment,
             )
         self.wait_until_ready()
         return self

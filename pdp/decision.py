@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from typing import Final
 
 from pdp.audit.record import AuditReceipt, AuditRecord, Outcome
 from pdp.budget.ledger import (
@@ -29,6 +30,10 @@ from pdp.policy.question import authorize_input
 from pdp.policy.verdict import Verdict, parse_verdict
 from pdp.reason import ReasonCode
 from pdp.rooms import Rooms, StepWatch, charges_json, identify, isolate, limits_for
+
+MAX_SCOPES_LENGTH: Final = 2048
+"""Characters of all scopes together: with every other claim at its longest, a
+permit then stays within what verifiers read (pdp.permit.jws.MAX_LENGTH)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,8 +124,8 @@ async def authorize(rooms: Rooms, credentials: Credentials, question: Question) 
 
     failure: PolicyError | LedgerError | None = None
     try:
-        verdict = await _ask_policy(rooms, subject, question)
-        receipt = await _hold(rooms, account, question, verdict)
+        ruling = await _ask_policy(rooms, subject, question)
+        receipt = await _hold(rooms, account, question, ruling)
         watch.done("authorize")
         answer = _execute(rooms, subject, question, receipt)
         watch.done("execute")
@@ -141,7 +146,9 @@ async def authorize(rooms: Rooms, credentials: Credentials, question: Question) 
     return Recorded(answer=answer, receipt=audit, step_seconds=watch.seconds)
 
 
-_ERRORS_IN_ASKING = frozenset({ReasonCode.IDEMPOTENCY_KEY_REUSED, ReasonCode.BUDGET_UNAVAILABLE})
+_ERRORS_IN_ASKING: Final = frozenset(
+    {ReasonCode.IDEMPOTENCY_KEY_REUSED, ReasonCode.BUDGET_UNAVAILABLE}
+)
 """What the ledger refuses without a decision on the call itself."""
 
 
@@ -159,6 +166,11 @@ async def _ask_policy(rooms: Rooms, subject: Subject, question: Question) -> _Ru
         context=question.context,
     )
     verdict = parse_verdict(await rooms.policy.evaluate(Entrypoint.AUTHZ_DECISION, document))
+    if sum(map(len, verdict.scopes)) > MAX_SCOPES_LENGTH:
+        raise PolicyError(
+            ReasonCode.POLICY_INVALID,
+            f"The policy's scopes are longer than {MAX_SCOPES_LENGTH} characters together.",
+        )
     limits = await limits_for(rooms, document) if verdict.charges else ()
     return _Ruling(verdict, limits, rooms.policy.revision)
 

@@ -50,6 +50,7 @@ class Reported:
     """The report is taken in, on record."""
 
     settled: tuple[Charge, ...]
+    """What the hold was settled with; empty when there was none or it is released."""
     replayed: bool
     receipt: AuditReceipt
 
@@ -130,7 +131,13 @@ async def report(rooms: Rooms, report: Report) -> Reported:
     if failure is not None:
         raise failure
     assert result is not None  # noqa: S101 - no failure means a result
-    return Reported(settled=result.charges, replayed=result.replayed, receipt=receipt)
+    settled = result.charges if _costs(report) else ()
+    return Reported(settled=settled, replayed=result.replayed, receipt=receipt)
+
+
+def _costs(report: Report) -> bool:
+    """Whether the hold is settled; it is released when the tool failed at no cost."""
+    return report.executed or bool(report.charges)
 
 
 async def _resolve_hold(rooms: Rooms, permit: Permit, report: Report) -> Receipt:
@@ -151,7 +158,7 @@ async def _resolve_hold(rooms: Rooms, permit: Permit, report: Report) -> Receipt
     )
     if permit.hold_id:
         try:
-            if report.executed or report.charges:
+            if _costs(report):
                 return await rooms.ledger.settle(
                     account, key, hold_id=permit.hold_id, charges=report.charges or None
                 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import traceback
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
@@ -58,14 +59,16 @@ class CallRunner:
                     ReasonCode.DEADLINE_EXCEEDED,
                     "The answer did not come in time; ask again with the same key.",
                 )
-            except Exception:  # noqa: BLE001 - whatever it is, nothing is allowed
-                # The traceback names code, not data; the client learns only that it failed.
-                _log.exception("%s failed", method)
+            except Exception as error:  # noqa: BLE001 - whatever it is, nothing is allowed
+                # The error's own text may quote data, so only its kind and the code
+                # that it came from are logged; the client learns that it failed.
+                places = "".join(traceback.format_tb(error.__traceback__))
+                _log.error("%s failed with %s:\n%s", method, type(error).__name__, places)
                 failure = PdpError(ReasonCode.INTERNAL, "The PDP failed; nothing was allowed.")
             else:
                 timer.status = "OK"
                 return result
-            timer.status = status_code(failure.reason_code).name
+            timer.status = status_code(failure).name
             self._metrics.failed(method, failure.reason_code)
             return await abort(context, failure)
 

@@ -9,6 +9,7 @@ import os
 import secrets
 import signal
 import socket
+import stat
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Final
@@ -200,7 +201,7 @@ async def _listen(
         lock = ExclusiveLock(path.with_name(path.name + ".lock"), holds=f"The socket {path}")
         stack.callback(lock.release)
         # With the lock in hand, a socket that is there is what a killed sidecar left.
-        path.unlink(missing_ok=True)
+        _remove_socket(path)
         # Others have no access from the moment the socket exists.
         earlier = os.umask(0o777 & ~int(config.listen.unix_mode, 8))
         try:
@@ -209,7 +210,7 @@ async def _listen(
             raise StartError(f"The socket {path} can not be made; is its path too long?") from None
         finally:
             os.umask(earlier)
-        stack.callback(path.unlink, missing_ok=True)
+        stack.callback(_remove_socket, path)
         places.append(f"unix:{path}")
     tcp = config.listen.tcp
     if tcp is not None:
@@ -225,6 +226,18 @@ async def _listen(
             ) from None
         places.append(f"{tcp.address.rpartition(':')[0]}:{port}")
     return places
+
+
+def _remove_socket(path: Path) -> None:
+    """Raises StartError for a file of another kind: the configuration is wrong."""
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise StartError(
+                f"{path} is no socket, and is left as it is: name another path (listen.unix)."
+            )
+        path.unlink()
+    except FileNotFoundError:
+        pass
 
 
 def _server_credentials(tls: Tls) -> grpc.ServerCredentials:
@@ -282,16 +295,18 @@ def _make_private_directory(path: Path) -> None:
 
 def _secret(path: Path) -> bytes:
     """32 random bytes, kept in a file that nobody but its owner may read."""
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        secret = path.read_bytes()
-        if len(secret) != _SECRET_BYTES:
-            raise StartError(f"{path} does not hold {_SECRET_BYTES} bytes; restore it.") from None
-        return secret
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(secret := secrets.token_bytes(_SECRET_BYTES))
-        os.fsync(file.fileno())
+    if not path.exists():
+        # Whole or not there: a sidecar that is killed now must be able to start again.
+        scratch = path.with_suffix(".new")
+        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(secrets.token_bytes(_SECRET_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.rename(path)
+    secret = path.read_bytes()
+    if len(secret) != _SECRET_BYTES:
+        raise StartError(f"{path} does not hold {_SECRET_BYTES} bytes; restore it.")
     return secret
 
 

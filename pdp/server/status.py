@@ -64,14 +64,17 @@ class RequestError(PdpError):
         self.description = description
 
 
-def status_code(reason_code: str) -> grpc.StatusCode:
-    """The gRPC status of a reason code."""
-    return STATUS_OF_REASON.get(reason_code, grpc.StatusCode.PERMISSION_DENIED)
+def status_code(error: PdpError) -> grpc.StatusCode:
+    """The gRPC status of an error."""
+    if isinstance(error, SpendingError) and error.refused_by is None:
+        # The policy's own word, even where it borrows a code of the product.
+        return grpc.StatusCode.PERMISSION_DENIED
+    return STATUS_OF_REASON.get(error.reason_code, grpc.StatusCode.PERMISSION_DENIED)
 
 
 async def abort(context: grpc.aio.ServicerContext[object, object], error: PdpError) -> NoReturn:
     """End the call with the error's status, its fixed text and its details."""
-    code = status_code(error.reason_code)
+    code = status_code(error)
     status = Status(code=code.value[0], message=error.message)
     for detail in _details(error):
         packed = Any()

@@ -12,7 +12,7 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -88,8 +88,9 @@ def _compile(path: Path, opa: Path | None) -> Bundle:
         except (OSError, subprocess.TimeoutExpired) as error:
             raise _refused(path, f"could not be compiled: {type(error).__name__}") from None
         if done.returncode != 0:
-            raise _refused(path, f"does not compile:\n{done.stderr.strip()}")
-        return _bundle(_read_archive(target), path)
+            raise _refused(path, f"does not compile:\n{(done.stdout + done.stderr).strip()}")
+        # What opa puts into a bundle lacks the rules that became Wasm.
+        return replace(_bundle(_read_archive(target), path), rego=_rego(_read_directory(path)))
 
 
 def _bundle(files: Mapping[str, bytes], path: Path) -> Bundle:
@@ -105,12 +106,16 @@ def _bundle(files: Mapping[str, bytes], path: Path) -> Bundle:
         revision=revision or content_revision(wasm, data),
         wasm=wasm,
         data=data,
-        rego={
-            name: content.decode("utf-8", errors="replace")
-            for name, content in files.items()
-            if name.endswith(".rego")
-        },
+        rego=_rego(files),
     )
+
+
+def _rego(files: Mapping[str, bytes]) -> dict[str, str]:
+    return {
+        name: content.decode("utf-8", errors="replace")
+        for name, content in files.items()
+        if name.endswith(".rego")
+    }
 
 
 def _data(files: Mapping[str, bytes], path: Path) -> bytes:

@@ -1,0 +1,329 @@
+"""The embedded engine answers as the policy says, or refuses with a code of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+
+import pytest
+
+from pdp.canonical import MAX_SAFE_INTEGER, JsonObject, JsonValue
+from pdp.policy.bundle import Bundle
+from pdp.policy.engine import BundleError, Entrypoint, PolicyError
+from pdp.policy.wasm import MAX_WAITING_PER_WORKER, WasmEngine
+
+BuildPolicy = Callable[[Mapping[str, str | JsonObject]], Bundle]
+
+BUDGET = """package pdp.budget
+
+limits := []
+
+decision := {"allow": false, "reason_code": "budget_not_allowed"}
+"""
+
+# Every way in which a rule can end, by what the input asks for.
+AUTHZ = """package pdp.authz
+
+decision := input.value if input.ask == "echo"
+
+decision := null if input.ask == "null"
+
+decision := "exact" if {
+	input.ask == "integer"
+	input.value == 9007199254740991
+	input.value - 1 == 9007199254740990
+	input.value != 9007199254740990
+}
+
+decision := "seen" if {
+	input.ask == "text"
+	input.value == "caf\u00e9 \u2603 \U0001f600"
+	count(input.value) == 8
+}
+
+# Two values at once: a conflict, which traps.
+decision := [value] if {
+	input.ask == "conflict"
+	some value in [input.value, 2]
+}
+
+decision := "printed" if {
+	input.ask == "print"
+	print(input.value)
+}
+
+# Runs for hours.
+decision := "done" if {
+	input.ask == "runaway"
+	many := numbers.range(1, 3000)
+	some a in many
+	some b in many
+	some c in many
+	a < b
+	b < c
+	c < a
+}
+
+decision := [concat("", [input.value, format_int(n, 10)]) | some n in numbers.range(1, 1000000)] if {
+	input.ask == "memory"
+}
+
+decision := [long | some _ in numbers.range(1, 3000)] if input.ask == "long"
+
+long := concat("", ["x" | some _ in numbers.range(1, 500)])
+"""
+
+SECRET = "s3cret-argument"
+
+
+@pytest.fixture(scope="session")
+def bundle(build_policy: BuildPolicy) -> Bundle:
+    return build_policy({"pdp/authz/authz.rego": AUTHZ, "pdp/budget/budget.rego": BUDGET})
+
+
+def started(
+    bundle: Bundle, *, deadline_ms: int = 1_000, workers: int = 2, memory_max_mib: int = 64
+) -> WasmEngine:
+    return WasmEngine(
+        bundle, deadline_ms=deadline_ms, workers=workers, memory_max_mib=memory_max_mib
+    )
+
+
+def run(engine: WasmEngine, use: Callable[[], Awaitable[None]]) -> None:
+    async def walk() -> None:
+        try:
+            await use()
+        finally:
+            await engine.close()
+
+    asyncio.run(walk())
+
+
+async def ask(engine: WasmEngine, what: str, value: JsonValue = None) -> JsonValue:
+    return await engine.evaluate(Entrypoint.AUTHZ_DECISION, {"ask": what, "value": value})
+
+
+async def reason_of(answer: Awaitable[JsonValue]) -> str:
+    with pytest.raises(PolicyError) as refusal:
+        await answer
+    return refusal.value.reason_code
+
+
+def test_a_policy_sees_what_was_sent_and_its_value_comes_back(bundle: Bundle) -> None:
+    engine = started(bundle)
+    values: list[JsonValue] = [
+        True,
+        "",
+        "line\n\t\x00\x7f end",
+        'quote " and \\ backslash',
+        "caf\u00e9 \u2603 \U0001f600 \u2028",
+        0,
+        -MAX_SAFE_INTEGER,
+        MAX_SAFE_INTEGER,
+        0.1,
+        1e300,
+        -2.5e-7,
+        [],
+        {},
+        [None, [True, {"a": [1, 2.5, "x"]}]],
+        {"": 1, "\u00e9": {"deep": [[[[]]]]}},
+    ]
+
+    async def use() -> None:
+        for value in values:
+            assert await ask(engine, "echo", value) == value
+
+    run(engine, use)
+
+
+def test_integers_and_text_compare_exactly_inside_the_policy(bundle: Bundle) -> None:
+    engine = started(bundle)
+
+    async def use() -> None:
+        assert await ask(engine, "integer", MAX_SAFE_INTEGER) == "exact"
+        assert await reason_of(ask(engine, "integer", MAX_SAFE_INTEGER - 1)) == "policy_undefined"
+        assert await ask(engine, "text", "caf\u00e9 \u2603 \U0001f600") == "seen"
+
+    run(engine, use)
+
+
+def test_undefined_is_a_denial_and_null_is_a_value(bundle: Bundle) -> None:
+    engine = started(bundle)
+
+    async def use() -> None:
+        assert await reason_of(ask(engine, "nothing of the kind")) == "policy_undefined"
+        assert await ask(engine, "null") is None
+
+    run(engine, use)
+
+
+@pytest.mark.parametrize("failing", ("conflict", "memory", "long"))
+def test_a_failed_evaluation_is_a_denial_and_leaves_the_next_one_clean(
+    bundle: Bundle, failing: str
+) -> None:
+    engine = started(bundle, deadline_ms=10_000, workers=1, memory_max_mib=16)
+
+    async def use() -> None:
+        for _ in range(3):
+            assert await reason_of(ask(engine, failing, SECRET)) == "policy_error"
+            assert await ask(engine, "echo", "clean") == "clean"
+
+    run(engine, use)
+
+
+def test_a_runaway_is_cut_at_its_deadline_while_another_is_served(bundle: Bundle) -> None:
+    engine = started(bundle, deadline_ms=300, workers=2)
+
+    async def use() -> None:
+        runaway = asyncio.create_task(reason_of(ask(engine, "runaway")))
+        await asyncio.sleep(0)
+        for _ in range(20):
+            assert await ask(engine, "echo", 1) == 1
+        assert not runaway.done()
+        assert await runaway == "policy_timeout"
+
+    run(engine, use)
+
+
+def test_workers_serve_on_after_every_one_of_them_was_cut(bundle: Bundle) -> None:
+    engine = started(bundle, deadline_ms=50, workers=2)
+
+    async def use() -> None:
+        cut = await asyncio.gather(*(reason_of(ask(engine, "runaway")) for _ in range(4)))
+        assert cut == ["policy_timeout"] * 4
+        served = await asyncio.gather(*(ask(engine, "echo", n) for n in range(8)))
+        assert served == list(range(8))
+
+    run(engine, use)
+
+
+def test_a_full_queue_refuses_at_once_and_takes_again_when_it_has_room(bundle: Bundle) -> None:
+    engine = started(bundle, deadline_ms=500, workers=1)
+
+    async def use() -> None:
+        runaway = asyncio.create_task(reason_of(ask(engine, "runaway")))
+        waiting = [
+            asyncio.create_task(ask(engine, "echo", n)) for n in range(MAX_WAITING_PER_WORKER - 1)
+        ]
+        await asyncio.sleep(0)
+        assert await reason_of(ask(engine, "echo", 0)) == "policy_unavailable"
+        assert not runaway.done()
+        assert await runaway == "policy_timeout"
+        assert await asyncio.gather(*waiting) == list(range(MAX_WAITING_PER_WORKER - 1))
+        assert await ask(engine, "echo", 1) == 1
+
+    run(engine, use)
+
+
+def test_an_asker_who_gives_up_gives_its_place_back(bundle: Bundle) -> None:
+    engine = started(bundle, deadline_ms=200, workers=1)
+
+    async def use() -> None:
+        runaway = asyncio.create_task(reason_of(ask(engine, "runaway")))
+        await asyncio.sleep(0)
+        waiting = [
+            asyncio.create_task(ask(engine, "echo", n)) for n in range(MAX_WAITING_PER_WORKER - 1)
+        ]
+        await asyncio.sleep(0)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        assert not runaway.done()
+        assert await ask(engine, "echo", 1) == 1
+
+    run(engine, use)
+
+
+def test_a_closed_engine_takes_no_question(bundle: Bundle) -> None:
+    engine = started(bundle)
+
+    async def use() -> None:
+        begun = asyncio.create_task(ask(engine, "echo", 1))
+        await asyncio.sleep(0)
+        await engine.close()
+        assert await begun == 1
+        assert await reason_of(ask(engine, "echo", 1)) == "policy_unavailable"
+
+    run(engine, use)
+
+
+@pytest.mark.parametrize("ending", ("conflict", "memory", "runaway", "print", "long"))
+def test_neither_message_nor_log_holds_what_was_asked(
+    bundle: Bundle, ending: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    engine = started(bundle, deadline_ms=100, memory_max_mib=16)
+    said: list[str] = []
+
+    async def use() -> None:
+        try:
+            said.append(str(await ask(engine, ending, SECRET)))
+        except PolicyError as error:
+            said.extend([str(error), repr(error), error.message, repr(error.__cause__)])
+
+    run(engine, use)
+
+    assert said
+    assert SECRET not in "".join(said)
+    assert SECRET not in caplog.text
+
+
+def test_an_engine_leaves_no_thread_behind(bundle: Bundle) -> None:
+    before = set(threading.enumerate())
+    engine = started(bundle)
+
+    async def use() -> None:
+        assert await ask(engine, "echo", 1) == 1
+
+    run(engine, use)
+    with pytest.raises(BundleError):
+        started(replace(bundle, data=b'{"broken":'))
+
+    left = {thread.name for thread in set(threading.enumerate()) - before}
+    assert not {name for name in left if "policy" in name or "ticker" in name}
+
+
+@pytest.mark.parametrize(
+    ("call", "builtin"),
+    (
+        ("time.now_ns() > input.since", "time.now_ns"),
+        ('http.send({"method": "get", "url": input.url}).status_code == 200', "http.send"),
+        ('sprintf("%v", [input.value]) == "1"', "sprintf"),
+        ("yaml.is_valid(input.text)", "yaml.is_valid"),
+        ('rand.intn("seed", input.most) == 1', "rand.intn"),
+        ("opa.runtime().env.HOME == input.home", "opa.runtime"),
+        ("io.jwt.decode(input.token)[0].alg == input.alg", "io.jwt.decode"),
+    ),
+)
+def test_a_built_in_that_the_host_lacks_is_refused_at_load_by_name_and_file(
+    build_policy: BuildPolicy, call: str, builtin: str
+) -> None:
+    needy = build_policy(
+        {
+            "pdp/authz/authz.rego": f"package pdp.authz\n\ndecision := true if {call}\n",
+            "pdp/budget/budget.rego": BUDGET,
+        }
+    )
+
+    with pytest.raises(BundleError, match="built-in") as refusal:
+        started(needy)
+
+    assert builtin in refusal.value.message
+    assert "pdp/authz/authz.rego" in refusal.value.message
+    assert refusal.value.reason_code == "policy_unavailable"
+
+
+def test_a_module_that_is_not_opas_is_refused(bundle: Bundle) -> None:
+    for wasm in (b"", b"not wasm", b"\x00asm\x01\x00\x00\x00", bundle.wasm[:-100]):
+        with pytest.raises(BundleError, match="Wasm"):
+            started(replace(bundle, wasm=wasm))
+
+
+def test_data_that_does_not_fit_into_the_memory_is_refused_at_load(bundle: Bundle) -> None:
+    data = b'{"tenants":"' + b"x" * (32 * 1024 * 1024) + b'"}'
+
+    with pytest.raises(BundleError, match="can not be evaluated"):
+        started(replace(bundle, data=data), memory_max_mib=16)

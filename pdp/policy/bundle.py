@@ -213,6 +213,10 @@ def _read_archive(path: Path) -> dict[str, bytes]:
                     raise _refused(path, f"holds {name} twice")
                 file = archive.extractfile(member)
                 files[name] = file.read() if file is not None else b""
+            # At a header that it can not read, tarfile stops as if that were the end.
+            content.seek(archive.offset)
+            if content.read().strip(b"\0"):
+                raise _refused(path, "is not a whole .tar.gz")
     except (tarfile.TarError, ValueError, OverflowError, EOFError):
         raise _refused(path, "is not a whole .tar.gz") from None
     return files

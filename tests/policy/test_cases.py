@@ -176,16 +176,26 @@ def test_opa_itself_gives_the_very_same_answers(
     )
     query = """[answer |
         some question in input
-        authz := data.pdp.authz.decision with input as question.input
-        budget := data.pdp.budget.decision with input as question.input
-        limits := data.pdp.budget.limits with input as question.input
+        document := question.input
+        authz := data.pdp.authz.decision with input as document
+        budget := data.pdp.budget.decision with input as document
+        limits := data.pdp.budget.limits with input as document
         answer := {
             "pdp/authz/decision": authz,
             "pdp/budget/decision": budget,
             "pdp/budget/limits": limits,
         }[question.entrypoint]
     ]"""
-    command = [opa, "eval", "--bundle", ROOT / "policies", "--input", questions, "--format", "raw"]
+    command: list[str | Path] = [
+        opa,
+        "eval",
+        "--bundle",
+        ROOT / "policies",
+        "--input",
+        questions,
+        "--format",
+        "raw",
+    ]
     done = subprocess.run(
         [*command, query],
         capture_output=True,

@@ -50,12 +50,13 @@ def demo(
         raise typer.BadParameter(str(error), param_hint="--request") from None
     try:
         from pdp.demo.play import play  # noqa: PLC0415
+        from pdp.demo.stage import StageError  # noqa: PLC0415
     except ModuleNotFoundError as error:
         typer.echo(f'{error.name} is missing: pip install "agent-pdp[demo]"', err=True)
         raise typer.Exit(exit_codes.USAGE) from None
     try:
         holds = play(request, plan, chosen, _show(output))
-    except RuntimeError as error:
+    except StageError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(exit_codes.CAN_NOT_START) from None
     if not holds:
@@ -63,12 +64,18 @@ def demo(
 
 
 def _show(output: Output) -> Show:
+    import sys  # noqa: PLC0415
+    from io import TextIOWrapper  # noqa: PLC0415
+
     from rich.console import Console  # noqa: PLC0415
 
     from pdp.demo.show import JsonShow, TextShow  # noqa: PLC0415
 
     if output is Output.JSON:
         return JsonShow(typer.echo)
+    if isinstance(sys.stdout, TextIOWrapper):
+        # The request is shown, whatever letters it has and the terminal lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")
     console = Console(highlight=False, emoji=False)
     # A pipe has no width; the tables need this one.
     return TextShow(console if console.is_terminal else Console(highlight=False, width=100))

@@ -71,7 +71,7 @@ def _own_order(stage: Stage) -> Check:
     own = stage.orders_logins[stage.tenant.id].name
     return Check(
         "order_changed_once_per_permit",
-        f"{stage.tenant.id}'s order changed once per permit",
+        f"{stage.tenant.id}'s order: one change a permit",
         logins == [own] * len(executed),
         f"{len(logins)} changes by login {', '.join(sorted(set(logins))) or 'none'}",
     )
@@ -90,8 +90,7 @@ def _mail(stage: Stage) -> Check:
         "one_mail",
         "one mail, to the customer" if number else "no mail, as none was asked for",
         delivered == [expected] * number,
-        f"{len(delivered)} sent"
-        + "".join(f", by login {mail.login} to {', '.join(mail.recipients)}" for mail in delivered),
+        ", ".join(f"{mail.login} to {' '.join(mail.recipients)}" for mail in delivered) or "none",
     )
 
 
@@ -103,7 +102,7 @@ def _budgets(stage: Stage, budgets: Budgets) -> Iterator[Check]:
     whole = [limit for limit in budgets.own if limit.scope == "tenant"]
     yield Check(
         "budgets_as_expected",
-        f"{stage.tenant.id} spent what its calls cost, and no more",
+        f"{stage.tenant.id} spent what its calls cost",
         bool(whole)
         and all(
             limit.spent == spent[limit.budget, limit.unit] and limit.remaining >= 0
@@ -133,13 +132,13 @@ def _audit(stage: Stage) -> Iterator[Check]:
         "audit_chain_intact",
         "the audit chain verifies, to its end",
         report.is_intact and report.is_closed and report.has_receipt is True,
-        f"{report.records} records, each with the hash of the one before",
+        f"{report.records} records, chained by hash",
     )
     records = list(_read(directory))
     tenants = {record["tenant_id"] for record in records if record.get("tenant_id")}
     yield Check(
         "audit_names_one_tenant",
-        f"every record is {stage.tenant.id}'s, or nobody's",
+        f"every record names {stage.tenant.id} or nobody",
         tenants == {stage.tenant.id},
         ", ".join(sorted(str(tenant) for tenant in tenants)),
     )
@@ -148,7 +147,7 @@ def _audit(stage: Stage) -> Iterator[Check]:
     yield Check(
         "refusals_on_record",
         "every refusal by the sidecar is on record",
-        bool(refusals) and refusals <= recorded,
+        refusals <= recorded,
         f"{len(refusals)} reason codes",
     )
 

@@ -18,7 +18,7 @@ def play(
 ) -> bool:
     """Play the main job, the attacks and the outage; whether every check holds.
 
-    ``plan`` is what ``request`` comes to. Raises RuntimeError when the sidecar does
+    ``plan`` is what ``request`` comes to. Raises StageError when the sidecar does
     not start.
     """
     with set_stage(plan, tenant, listener=show.called) as stage:

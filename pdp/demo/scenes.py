@@ -41,10 +41,10 @@ class Ending:
 
     @property
     def summary(self) -> str:
-        """The note, if it is true; else how the calls ended."""
-        return (
-            self.note if self.holds else f"ended with {', '.join(_codes(self.calls)) or 'nothing'}"
-        )
+        """The note, where it is true or there is nothing else; else how the calls ended."""
+        if self.holds or not self.calls:
+            return self.note
+        return f"ended with {', '.join(_codes(self.calls))}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,7 +143,7 @@ class TextShow:
         as_expected = sum(check.holds for check in played)
         all_played = Check(
             "scenes",
-            "the request and the attacks ended as they must",
+            "every scene ended as it must",
             as_expected == len(played),
             f"{as_expected} of {len(played)}",
         )

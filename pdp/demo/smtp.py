@@ -38,7 +38,7 @@ class SmtpServer:
         self.delivered: list[Delivered] = []
         self._accounts = {account.login.name: account for account in accounts}
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="smtp")
+        self._thread = threading.Thread(target=self._loop.run_forever, name="smtp", daemon=True)
         # The library warns of each login without TLS; this server is on loopback.
         logging.getLogger("mail.log").setLevel(logging.ERROR)
 

@@ -6,7 +6,7 @@ import contextlib
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -31,6 +31,10 @@ PERMIT_ISSUER: Final = "agent-pdp"
 FIRST_STATUS: Final = "processing"
 _TIMEOUT_SECONDS: Final = 10.0
 _SCOPES: Final = ("orders:read", "orders:write", "mail:send", "reports:generate")
+
+
+class StageError(Exception):
+    """The stage can not be set; says what to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +105,7 @@ def set_stage(
     new_secret: Callable[[], str] = secrets.token_urlsafe,
 ) -> Iterator[Stage]:
     """Build it all in a temporary directory; take it down at the end. ``listener``
-    is told of every call. Raises RuntimeError if the sidecar does not start.
+    is told of every call. Raises StageError if the sidecar does not start.
     """
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pdp-demo-")))
@@ -110,7 +114,10 @@ def set_stage(
             directory, issuer=issuer, bundle=find_bundle(), config={"instance": "demo"}
         )
         began = time.perf_counter()
-        stack.enter_context(sidecar)
+        try:
+            stack.enter_context(sidecar)
+        except RuntimeError as error:
+            raise StageError(str(error)) from None
         ready_seconds = time.perf_counter() - began
 
         # What only the tool servers know: a login for each tenant at each system.
@@ -175,13 +182,13 @@ def set_stage(
 
 def find_bundle() -> Path:
     """The starter policy: the copy in the wheel, or that of the checkout. Raises
-    RuntimeError when there is neither.
+    StageError when there is neither.
     """
-    candidates: Sequence[Path] = (
+    candidates = (
         Path(__file__).parent / "bundle.tar.gz",
         Path(pdp.__file__).parents[1] / "policies" / "bundle.tar.gz",
     )
     for path in candidates:
         if path.is_file():
             return path
-    raise RuntimeError("The starter policy is missing: run `make policies` in the checkout.")
+    raise StageError("The starter policy is missing: run `make policies` in the checkout.")

@@ -168,11 +168,14 @@ class AsyncConnection(_Connection):
         import grpc  # noqa: PLC0415
 
         try:
-            return await self._method(method, asyncio.get_running_loop(), connect_async)(
+            response = await self._method(method, asyncio.get_running_loop(), connect_async)(
                 request, timeout=self._timeout_seconds, metadata=metadata
             )
         except grpc.RpcError as error:
             raise call_error(error) from None
+        if response is None:  # how grpc.aio hands over what it can not read
+            raise CallError(ReasonCode.INTERNAL, "The sidecar's answer can not be read.")
+        return response
 
     async def close(self) -> None:
         """Close it; the next call opens it again."""

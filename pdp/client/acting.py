@@ -83,7 +83,9 @@ class Identity:
         is not JSON.
         """
         try:
-            check(context or {})
+            check(context)
+            if context is not None and type(context) is not dict:
+                raise JsonError("must be a JSON object")
         except JsonError as error:
             raise ValueError(f"acting_for: context {error}") from None
         return ActingFor(

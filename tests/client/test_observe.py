@@ -1,37 +1,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from pdp.client import AsyncGuard, Decision, Guard, PermitDenied
-from pdp.testing import SidecarProcess, TokenIssuer
-
-BUNDLE = Path(__file__).parents[2] / "policies" / "bundle.tar.gz"
 
 
-@pytest.fixture(scope="module")
-def issuer() -> TokenIssuer:
-    return TokenIssuer()
-
-
-@pytest.fixture(scope="module")
-def token(issuer: TokenIssuer) -> str:
-    return issuer.token(
-        "tenant_acme", "alice", roles=["support_agent"], scopes=["orders:read", "orders:write"]
-    )
-
-
-@pytest.fixture(scope="module")
-def target(issuer: TokenIssuer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    directory = tmp_path_factory.mktemp("sidecar")
-    with SidecarProcess(directory, issuer=issuer, bundle=BUNDLE) as sidecar:
-        yield sidecar.target
-
-
-def test_an_observer_sees_an_allowed_call_before_its_tool_runs(target: str, token: str) -> None:
+def test_an_observer_sees_an_allowed_call_before_its_tool_runs(
+    target: str, token: str, actor: str
+) -> None:
     seen: list[str] = []
     decisions: list[Decision] = []
 
@@ -56,7 +34,7 @@ def test_an_observer_sees_an_allowed_call_before_its_tool_runs(target: str, toke
     assert (decision.tool, decision.tenant, decision.actor) == (
         "orders.update",
         "tenant_acme",
-        "alice",
+        actor,
     )
     assert decision.charges == (("tools", "calls", 1),)
     assert decision.audit_sequence > 0

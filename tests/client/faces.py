@@ -1,0 +1,73 @@
+"""Both faces of the guard, called alike, so that one suite proves the two."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager
+from contextvars import copy_context
+from typing import Any, Protocol
+
+from pdp.client import AsyncGuard, Guard, Permit
+
+Function = Callable[..., Any]
+
+
+class Face(Protocol):
+    def tool(self, name: str, **options: Any) -> Callable[[Function], Function]: ...
+    def acting_for(self, token: str, **options: Any) -> AbstractContextManager[None]: ...
+    def authorize(self, tool: str, arguments: dict[str, Any], **options: Any) -> Permit: ...
+    def executed(self, permit: Permit, charges: Any = ()) -> None: ...
+    def close(self) -> None: ...
+
+
+class Blocking:
+    def __init__(self, target: str, **options: Any) -> None:
+        guard = Guard(target, **options)
+        self.tool = guard.tool
+        self.acting_for = guard.acting_for
+        self.authorize = guard.authorize
+        self.executed = guard.executed
+        self.close = guard.close
+
+
+class Awaiting:
+    def __init__(self, target: str, **options: Any) -> None:
+        self._guard = AsyncGuard(target, **options)
+        self._runner = asyncio.Runner()
+        self.acting_for = self._guard.acting_for
+
+    def tool(self, name: str, **options: Any) -> Callable[[Function], Function]:
+        def decorate(function: Function) -> Function:
+            @functools.wraps(function)
+            async def awaited(*args: Any, **kwargs: Any) -> Any:
+                return function(*args, **kwargs)
+
+            guarded = self._guard.tool(name, **options)(awaited)
+
+            @functools.wraps(guarded)
+            def call(*args: Any, **kwargs: Any) -> Any:
+                return self._run(guarded(*args, **kwargs))
+
+            return call
+
+        return decorate
+
+    def authorize(self, tool: str, arguments: dict[str, Any], **options: Any) -> Permit:
+        permit: Permit = self._run(self._guard.authorize(tool, arguments, **options))
+        return permit
+
+    def executed(self, permit: Permit, charges: Any = ()) -> None:
+        self._run(self._guard.executed(permit, charges))
+
+    def close(self) -> None:
+        self._run(self._guard.close())
+        self._runner.close()
+
+    def _run(self, work: Any) -> Any:
+        async def awaited() -> Any:
+            return await work
+
+        coroutine: Coroutine[Any, Any, Any] = awaited()
+        return self._runner.run(coroutine, context=copy_context())

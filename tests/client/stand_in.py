@@ -1,0 +1,146 @@
+"""A sidecar that answers as it is told: for the answers that a real one never gives."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from concurrent import futures
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from pdp.api.v1 import authorization_pb2, execution_pb2
+from pdp.canonical import parse_object, sha256_hex
+from pdp.permit import Permit
+from pdp.permit.issuer import PermitIssuer
+from pdp.permit.keys import SigningKey
+
+Request = authorization_pb2.AuthorizeRequest
+Response = authorization_pb2.AuthorizeResponse
+Context = grpc.ServicerContext
+Raw = Any
+"""A message, or the bytes to send in its place."""
+
+_SERVICE = "pdp.v1."
+
+
+class StandIn:
+    """Allows everything, unless ``answer`` or ``take_report`` are replaced."""
+
+    def __init__(self) -> None:
+        self.key = SigningKey.generate()
+        self.asked: list[Request] = []
+        self.tokens: list[str] = []
+        self.reports: list[execution_pb2.ReportOutcomeRequest] = []
+        self.keys_asked = 0
+        self.answer: Callable[[Request, Context], Raw] = lambda request, _: self.allow(request)
+        self.take_report: Callable[[execution_pb2.ReportOutcomeRequest, Context], Raw] = (
+            lambda _request, _context: execution_pb2.ReportOutcomeResponse()
+        )
+        self._directory = tempfile.TemporaryDirectory(prefix="pdp-")
+        self.target = f"unix://{Path(self._directory.name) / 'pdp.sock'}"
+        self._server = grpc.server(futures.ThreadPoolExecutor(8))
+        self._server.add_generic_rpc_handlers(
+            (
+                _handlers("AuthorizationService", {"Authorize": (Request, self._authorize)}),
+                _handlers(
+                    "ExecutionService",
+                    {
+                        "ReportOutcome": (execution_pb2.ReportOutcomeRequest, self._report),
+                        "GetPermitKeys": (execution_pb2.GetPermitKeysRequest, self._keys),
+                    },
+                ),
+            )
+        )
+        self._server.add_insecure_port(self.target)
+        self.released = threading.Event()
+        """Set when the stand-in closes, for answers that are to hang until then."""
+
+    def permit(self, request: Request, **changes: object) -> Permit:
+        """The right permit for this question, with these fields changed."""
+        now = int(time.time())
+        right = Permit(
+            id=str(uuid.uuid4()),
+            issuer="agent-pdp",
+            audience=request.audience or "tools",
+            tenant="tenant_acme",
+            actor="alice",
+            tool=request.action.name,
+            arguments_sha256=sha256_hex(parse_object(request.arguments_json, max_bytes=1 << 21)),
+            scopes=(),
+            transaction=request.request_id,
+            decision_id=str(uuid.uuid4()),
+            policy_revision="r-1",
+            issued_at=now,
+            expires_at=now + 60,
+            resource=(
+                f"{request.resource.type}/{request.resource.id}"
+                if request.HasField("resource")
+                else ""
+            ),
+        )
+        return replace(right, **changes)  # type: ignore[arg-type]
+
+    def allow(
+        self, request: Request, *, signed_by: SigningKey | None = None, **changes: object
+    ) -> Response:
+        """Yes, with the right permit but for these changes."""
+        permit = self.permit(request, **changes)
+        signed = PermitIssuer(signed_by or self.key, issuer="agent-pdp").sign(permit)
+        return Response(
+            decision=True,
+            reason_code="ok",
+            decision_id=permit.decision_id,
+            tenant_id="tenant_acme",
+            actor_id="alice",
+            permit=signed.token,
+        )
+
+    def __enter__(self) -> Self:
+        self._server.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.released.set()
+        self._server.stop(None).wait()
+        self._directory.cleanup()
+
+    def _authorize(self, request: Request, context: Context) -> Raw:
+        self.asked.append(request)
+        self.tokens.append(str(dict(context.invocation_metadata()).get("authorization", "")))
+        return self.answer(request, context)
+
+    def _report(self, request: execution_pb2.ReportOutcomeRequest, context: Context) -> Raw:
+        self.reports.append(request)
+        return self.take_report(request, context)
+
+    def _keys(self, _request: execution_pb2.GetPermitKeysRequest, _context: Context) -> Raw:
+        self.keys_asked += 1
+        return execution_pb2.GetPermitKeysResponse(jwks_json=self.key.public_set.to_jwks())
+
+
+def _handlers(service: str, methods: dict[str, tuple[Any, Callable[..., Raw]]]) -> Any:
+    return grpc.method_handlers_generic_handler(
+        _SERVICE + service,
+        {
+            name: grpc.unary_unary_rpc_method_handler(
+                answer,
+                request_deserializer=request.FromString,
+                response_serializer=lambda raw: (
+                    raw if isinstance(raw, bytes) else raw.SerializeToString()
+                ),
+            )
+            for name, (request, answer) in methods.items()
+        },
+    )

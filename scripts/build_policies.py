@@ -37,11 +37,11 @@ def build() -> dict[str, bytes]:
     """The files of the bundle that the sources build, by their path."""
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "bundle.tar.gz"
-        command = [str(OPA), "build", "--target", "wasm", "--bundle", SOURCES.name]
+        command = [str(OPA), "build", "--target", "wasm", "--bundle", "."]
         command += ["--ignore", "*_test.rego", "--output", str(target)]
         for entrypoint in Entrypoint:
             command += ["--entrypoint", entrypoint]
-        subprocess.run(command, cwd=ROOT, check=True)
+        subprocess.run(command, cwd=SOURCES, check=True)
         files = members(target)
     manifest = json.loads(files["/.manifest"])
     manifest["revision"] = content_revision(files["/policy.wasm"], files["/data.json"])

@@ -72,13 +72,14 @@ def _compile(path: Path, opa: Path | None) -> Bundle:
         )
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "bundle.tar.gz"
-        arguments = ["build", "--target", "wasm", "--bundle", str(path), "--output", str(target)]
+        arguments = ["build", "--target", "wasm", "--bundle", ".", "--output", str(target)]
         arguments += ["--ignore", "*_test.rego"]
         for entrypoint in Entrypoint:
             arguments += ["--entrypoint", entrypoint]
         try:
             done = subprocess.run(  # noqa: S603 - the operator's own opa
-                [str(command), *arguments],
+                [Path(command).absolute(), *arguments],
+                cwd=path,  # so that the Wasm is the same wherever the sources lie
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,

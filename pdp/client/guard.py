@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import logging
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import PurePath
 from types import TracebackType
@@ -246,10 +246,12 @@ class AsyncGuard(_Face[AsyncConnection]):
         cost: Callable[[Any], Sequence[Charge]] | None = None,
         omit: Collection[str] = (),
         audience: str | None = None,
-    ) -> Callable[[Callable[_P, Awaitable[_R]]], Callable[_P, Awaitable[_R]]]:
+    ) -> Callable[[Callable[_P, Awaitable[_R]]], Callable[_P, Coroutine[Any, Any, _R]]]:
         """As :meth:`Guard.tool`, for a coroutine function."""
 
-        def decorate(function: Callable[_P, Awaitable[_R]]) -> Callable[_P, Awaitable[_R]]:
+        def decorate(
+            function: Callable[_P, Awaitable[_R]],
+        ) -> Callable[_P, Coroutine[Any, Any, _R]]:
             if not inspect.iscoroutinefunction(function):
                 raise TypeError(f"{name} is not a coroutine function: guard it with Guard")
             tool = self._tool(function, name, resource, cost, omit, audience)

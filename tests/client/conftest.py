@@ -92,7 +92,7 @@ def face_of(request: pytest.FixtureRequest) -> Iterator[Callable[..., Face]]:
 
     yield face
     for made in faces:
-        made.close()
+        made.dispose()
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ class Face(Protocol):
     def authorize(self, tool: str, arguments: dict[str, Any], **options: Any) -> Permit: ...
     def executed(self, permit: Permit, charges: Any = ()) -> None: ...
     def close(self) -> None: ...
+    def dispose(self) -> None: ...
 
 
 class Blocking:
@@ -29,7 +30,7 @@ class Blocking:
         self.acting_for = guard.acting_for
         self.authorize = guard.authorize
         self.executed = guard.executed
-        self.close = guard.close
+        self.close = self.dispose = guard.close
 
 
 class Awaiting:
@@ -63,6 +64,9 @@ class Awaiting:
 
     def close(self) -> None:
         self._run(self._guard.close())
+
+    def dispose(self) -> None:
+        self.close()
         self._runner.close()
 
     def _run(self, work: Any) -> Any:

@@ -41,3 +41,6 @@ def serve(
     except PdpError as error:
         typer.echo(f"pdp: {error.message}", err=True)
         raise typer.Exit(exit_codes.CAN_NOT_START) from None
+    except OSError as error:
+        typer.echo(f"pdp: can not start: {error.filename}: {error.strerror}.", err=True)
+        raise typer.Exit(exit_codes.CAN_NOT_START) from None

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Final
 
 import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -241,15 +243,31 @@ def _remove_socket(path: Path) -> None:
 
 
 def _server_credentials(tls: Tls) -> grpc.ServerCredentials:
+    certificate, key = _read(tls.certificate_file), _read(tls.key_file)
+    authorities = _read(tls.client_ca_file) if tls.client_ca_file else None
+    # gRPC itself says no more of a bad file than that it could not listen.
     try:
-        authorities = tls.client_ca_file.read_bytes() if tls.client_ca_file else None
-        return grpc.ssl_server_credentials(
-            [(tls.key_file.read_bytes(), tls.certificate_file.read_bytes())],
-            root_certificates=authorities,
-            require_client_auth=authorities is not None,
-        )
+        public = x509.load_pem_x509_certificates(certificate)[0].public_key()
+    except ValueError:
+        raise StartError(f"{tls.certificate_file} holds no PEM certificate.") from None
+    try:
+        private = load_pem_private_key(key, password=None)
+    except (ValueError, TypeError):
+        raise StartError(f"{tls.key_file} holds no unencrypted PEM key.") from None
+    if private.public_key() != public:
+        raise StartError(f"{tls.key_file} is not the key of {tls.certificate_file}.")
+    return grpc.ssl_server_credentials(
+        [(key, certificate)],
+        root_certificates=authorities,
+        require_client_auth=authorities is not None,
+    )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
     except OSError as error:
-        raise StartError(f"{error.filename} can not be read: {error.strerror}.") from None
+        raise StartError(f"{path} can not be read: {error.strerror}.") from None
 
 
 def _options(limits: ServerLimits) -> list[tuple[str, int]]:
@@ -304,7 +322,7 @@ def _secret(path: Path) -> bytes:
             file.flush()
             os.fsync(file.fileno())
         scratch.rename(path)
-    secret = path.read_bytes()
+    secret = _read(path)
     if len(secret) != _SECRET_BYTES:
         raise StartError(f"{path} does not hold {_SECRET_BYTES} bytes; restore it.")
     return secret

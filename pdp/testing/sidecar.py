@@ -118,6 +118,12 @@ class SidecarProcess:
         self.process.kill()
         self.process.wait(20)
 
+    def close(self) -> None:
+        """Terminate it if it runs, and remove its socket; ``directory`` stays."""
+        if self.process is not None and self.process.poll() is None:
+            self.terminate()
+        self._sockets.cleanup()
+
     def __enter__(self) -> Self:
         return self.start()
 
@@ -127,6 +133,4 @@ class SidecarProcess:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.terminate()
-        self._sockets.cleanup()
+        self.close()

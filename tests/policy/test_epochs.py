@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
+from pdp.policy import epochs as epochs_module
 from pdp.policy.epochs import Epochs
 
 
@@ -22,7 +23,8 @@ class CountingEngine:
 
 
 @pytest.fixture
-def engine() -> CountingEngine:
+def engine(monkeypatch: pytest.MonkeyPatch) -> CountingEngine:
+    monkeypatch.setattr(epochs_module, "REST_AFTER_SECONDS", 0.05)
     return CountingEngine()
 
 
@@ -35,7 +37,7 @@ def until(met: Callable[[], bool], *, seconds: float = 10.0) -> None:
 
 def rests(engine: CountingEngine) -> bool:
     before = engine.epoch
-    threading.Event().wait(0.2)
+    threading.Event().wait(0.1)
     return engine.epoch == before
 
 
@@ -45,7 +47,7 @@ def test_epochs_pass_while_an_evaluation_runs_and_stop_after_the_last(
     epochs = Epochs(engine)  # type: ignore[arg-type]
     try:
         with epochs, epochs:
-            until(lambda: engine.epoch > 150)  # longer than it takes to fall asleep
+            until(lambda: engine.epoch > 30)  # longer than it takes to fall asleep
         until(lambda: rests(engine))
         before = engine.epoch
         with epochs:
@@ -56,7 +58,7 @@ def test_epochs_pass_while_an_evaluation_runs_and_stop_after_the_last(
 
 def test_a_resting_clock_closes(engine: CountingEngine) -> None:
     epochs = Epochs(engine)  # type: ignore[arg-type]
-    until(lambda: engine.epoch > 100)
+    until(lambda: engine.epoch > 1)
     until(lambda: rests(engine))
     epochs.close()
     assert not epochs._thread.is_alive()

@@ -89,6 +89,25 @@ test_where_the_tenant_must_say_its_silence_is_a_no if {
 	not arguments.allowed({"id": "7", "to": "kim@customers.example"}, rules, {})
 }
 
+test_texts_are_texts_and_counted_in_characters if {
+	rule := {"type": "string", "max_length": 4}
+	every value in ["", "abcd", "\u2603\u2603\u2603\u2603"] {
+		arguments.allowed({"note": value}, {"note": rule}, {})
+	}
+	every value in ["abcde", 1, true, null, ["a"], {"a": 1}] {
+		not arguments.allowed({"note": value}, {"note": rule}, {})
+	}
+	every value in [1, true, null, ["a"], {"a": 1}] {
+		not arguments.allowed({"note": value}, {"note": {"type": "string"}}, {})
+	}
+}
+
+test_a_slip_in_a_bound_refuses if {
+	every keyword, value in {"maximum": 7, "minimum": 7, "tenant_rule_required": 7, "required": 7} {
+		not arguments.allowed({"size": value}, {"size": {"type": "integer", keyword: "9"}}, {"size": {"enum": [7]}})
+	}
+}
+
 test_a_slip_in_a_rule_refuses if {
 	every rule in [
 		{},
@@ -111,6 +130,12 @@ test_a_slip_in_a_rule_refuses if {
 		["type"],
 	] {
 		not arguments.allowed({"id": "7"}, {"id": rule}, {})
+	}
+}
+
+test_a_rule_of_the_tenant_that_is_no_object_refuses if {
+	every slip in [null, true, "id", []] {
+		not arguments.allowed({"id": "7"}, rules, {"id": slip})
 	}
 }
 

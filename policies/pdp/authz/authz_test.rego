@@ -90,6 +90,12 @@ test_a_scope_that_only_the_token_has_is_missing if {
 	decision.reason_code == "scope_missing"
 }
 
+test_a_tool_that_is_not_on_the_allowlist_is_not_allowed if {
+	decision := authz.decision with input as read
+		with data.tenants.tenant_acme.allowlist as ["orders.update"]
+	decision == {"allow": false, "reason_code": "tool_not_allowed"}
+}
+
 test_an_allowlisted_tool_that_is_not_defined_is_not_allowed if {
 	decision := authz.decision with input as call("tenant_acme", ["viewer"], [], "orders.drop", {})
 		with data.tenants.tenant_acme.allowlist as ["orders.drop"]

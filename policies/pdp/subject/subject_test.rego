@@ -22,3 +22,9 @@ test_nothing_is_known_of_an_unknown_tenant if {
 		roles == set()
 	}
 }
+
+test_a_tenant_whose_data_is_no_object_is_unknown if {
+	every slip in [true, "active", ["active"]] {
+		not subject.tenant with input as of("tenant_slip", []) with data.tenants.tenant_slip as slip
+	}
+}

@@ -131,3 +131,9 @@ test_a_subject_holds_no_further_header if {
 		decision.reason_code == "argument_not_allowed"
 	}
 }
+
+test_a_slip_in_the_permit_of_a_tool_refuses if {
+	tool := object.union(data.tools["orders.read"], {"permit": "60"})
+	decision := authz.decision with input as read with data.tools as {"orders.read": tool}
+	decision == {"allow": false, "reason_code": "policy_denied"}
+}

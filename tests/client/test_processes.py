@@ -144,9 +144,13 @@ def test_the_stub_works_with_only_the_base_dependencies(
     python = directory / "venv" / "bin" / "python"
     wheels = directory / "wheels"
     quiet = ["--disable-pip-version-check", "--quiet"]
-    build = ["--no-deps", "--no-build-isolation", "--wheel-dir", wheels, ROOT]
-    base = ["--require-hashes", "--requirement", ROOT / "requirements" / "base.txt"]
-    product = ["--no-deps", "--no-index", "--find-links", wheels, "agent-pdp"]
+    build: list[str | Path] = ["--no-deps", "--no-build-isolation", "--wheel-dir", wheels, ROOT]
+    base: list[str | Path] = [
+        "--require-hashes",
+        "--requirement",
+        ROOT / "requirements" / "base.txt",
+    ]
+    product: list[str | Path] = ["--no-deps", "--no-index", "--find-links", wheels, "agent-pdp"]
     commands: tuple[list[str | Path], ...] = (
         [sys.executable, "-m", "venv", directory / "venv"],
         [sys.executable, "-m", "pip", *quiet, "wheel", *build],  # with its own hatchling

@@ -15,7 +15,7 @@ demo: .venv/demo ## Watch the main job and the attacks on it (no Go, no service 
 	@.venv/bin/pdp demo
 
 test: .venv/dev $(OPA) ## Set up what the tests need and run them
-	@.venv/bin/pytest -m "not slow"
+	@.venv/bin/pytest -m "not slow" --cov --cov-report=term
 
 test-slow: .venv/dev $(OPA) ## The suites that take longer: kill loops, long property tests
 	@.venv/bin/pytest -m slow
@@ -28,9 +28,9 @@ check: .venv/dev $(OPA) .tools/regal ## Lint, types, and that everything generat
 	.venv/bin/buf format --diff --exit-code
 	$(PY) scripts/generate_api.py --check
 	$(OPA) fmt --fail --list policies
-	$(OPA) check --strict policies
+	$(OPA) check --strict --bundle policies
 	.tools/regal lint policies
-	$(OPA) test policies
+	$(OPA) test --bundle policies
 	$(PY) scripts/build_policies.py --check
 
 fmt: .venv/dev $(OPA) ## Format Python, proto and Rego

@@ -66,7 +66,13 @@ def main() -> int:
         names = sorted(map(str, fresh | kept))
         _, mismatch, errors = filecmp.cmpfiles(scratch, TARGET, names, shallow=False)
     if mismatch or errors:
-        print("pdp/api differs from proto/: run `make proto`.", *mismatch, *errors, sep="\n  ", file=sys.stderr)
+        print(
+            "pdp/api differs from proto/: run `make proto`.",
+            *mismatch,
+            *errors,
+            sep="\n  ",
+            file=sys.stderr,
+        )
         return 1
     print("pdp/api is current")
     return 0

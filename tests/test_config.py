@@ -88,8 +88,10 @@ def test_what_kubernetes_sets_for_a_service_named_pdp_is_passed_over(tmp_path: P
         (GOOD + "listn: {}\n", "pdp.yaml:10: listn: unknown key; did you mean listen?"),
         (
             GOOD + "limits:\n  call_timeout_second: 5\n",
-            "pdp.yaml:11: limits.call_timeout_second: unknown key;"
-            " did you mean call_timeout_seconds?",
+            (
+                "pdp.yaml:11: limits.call_timeout_second: unknown key;"
+                " did you mean call_timeout_seconds?"
+            ),
         ),
         (
             GOOD.replace("jwks_file", "jwks_fil"),
@@ -109,8 +111,10 @@ def test_what_kubernetes_sets_for_a_service_named_pdp_is_passed_over(tmp_path: P
         ),
         (
             GOOD.replace("mode: jwt", "mode: trust_me"),
-            "pdp.yaml:2: identity: input tag 'trust_me' found using 'mode' does not match any of"
-            " the expected tags: 'jwt', 'single_tenant'",
+            (
+                "pdp.yaml:2: identity: input tag 'trust_me' found using 'mode' does not match any of"
+                " the expected tags: 'jwt', 'single_tenant'"
+            ),
         ),
         (GOOD.replace("  bundle: /etc/pdp/bundle.tar.gz", "  {}"), "policy.bundle: is required"),
         (GOOD + "listen: {unix_mode: '0666'}\n", "must be an octal mode without access for others"),

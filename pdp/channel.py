@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -47,9 +48,15 @@ OPTIONS: Final = (
     ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.use_local_subchannel_pool", 1),
+    # A proxy that the environment names for the web is not to see tokens.
+    ("grpc.enable_http_proxy", 0),
 )
 
 MAX_TIMEOUT_SECONDS: Final = 60.0
+
+_ON_THIS_MACHINE: Final = re.compile(
+    r"unix(-abstract)?:.+|((ipv4|ipv6):)?(localhost|127(\.[0-9]{1,3}){3}|\[::1\]):[0-9]+"
+)
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -113,8 +120,15 @@ class _Connection:
         credentials: grpc.ChannelCredentials | None,
     ) -> None:
         """``target`` is ``unix:///path`` or ``host:port``, with ``credentials`` for
-        TLS; ``timeout_seconds`` bounds each call.
+        TLS; ``timeout_seconds`` bounds each call. Raises ValueError for a target
+        beyond this machine without credentials: tokens and permits would travel
+        readable, and permit keys come from whoever answers.
         """
+        if credentials is None and not _ON_THIS_MACHINE.fullmatch(target):
+            raise ValueError(
+                f"{target} is neither a unix: socket nor host:port on loopback, so it needs"
+                " credentials: pass grpc.ssl_channel_credentials(...)"
+            )
         if not 0 < timeout_seconds <= MAX_TIMEOUT_SECONDS:
             raise ValueError(f"timeout_seconds must be above 0, at most {MAX_TIMEOUT_SECONDS:.0f}")
         self._target = target

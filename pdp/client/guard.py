@@ -32,8 +32,6 @@ _log: Final = logging.getLogger(__name__)
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _T = TypeVar("_T")
-
-
 _C = TypeVar("_C", Connection, AsyncConnection)
 
 
@@ -57,17 +55,19 @@ class _Face(Generic[_C]):
         ``host:port``, with ``credentials`` for TLS).
 
         ``audience`` is the tool server that is to accept the permits; empty leaves
-        it to the sidecar. ``timeout_seconds`` bounds each question (at most 60). ``permit_keys``
-        pins the keys that permits must be signed with; without them the sidecar's
-        own are fetched once, so the connection must be one to trust. ``observe`` is
-        shown every answer of the sidecar, on the caller's thread and before the tool
-        runs; if it raises, the tool does not run.
+        it to the sidecar. ``timeout_seconds`` bounds each question: at most 60.
+        ``permit_keys`` pins the keys that permits must be signed with; without them
+        the sidecar's own are fetched once, so the connection must be one to trust.
+        ``observe`` is shown every answer of the sidecar, on the caller's thread and
+        before the tool runs; if it raises, the tool does not run.
+
+        Raises ValueError for a target beyond this machine without ``credentials``.
         """
         self._connection: _C = self._connect(
             target, timeout_seconds=timeout_seconds, credentials=credentials
         )
         self._audience = audience
-        self._reports: set[asyncio.Task[None]] = set()
+        self._reports: set[asyncio.Task[None]] = set()  # under way; an AsyncGuard's only
         self._identity = Identity()
         self._desk = PermitDesk(
             self._identity, issuer=permit_issuer, keys=permit_keys, observe=observe

@@ -59,6 +59,7 @@ class StandIn:
             )
         )
         self._server.add_insecure_port(self.target)
+        self.port = self._server.add_insecure_port("127.0.0.1:0")
         self.released = threading.Event()
         """Set when the stand-in closes, for answers that are to hang until then."""
 

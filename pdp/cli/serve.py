@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pdp.cli import exit_codes
+
+if TYPE_CHECKING:
+    from pdp.config import Policy
+    from pdp.policy.engine import PolicyEngine
 
 
 def serve(
@@ -19,6 +23,7 @@ def serve(
     """
     import logging  # noqa: PLC0415 - start-up imports only what the command needs
     import os  # noqa: PLC0415
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415
 
     from pdp.config import ConfigError, load_config  # noqa: PLC0415
     from pdp.errors import PdpError  # noqa: PLC0415
@@ -32,15 +37,30 @@ def serve(
         typer.echo(error.message, err=True)
         raise typer.Exit(exit_codes.USAGE) from None
 
+    # Compiling the policy takes about as long as importing the rest: both at once.
+    loader = ThreadPoolExecutor(1, thread_name_prefix="policy-loader")
+    policy = loader.submit(_load_policy, loaded.policy)
+    loader.shutdown(wait=False)
+
     import uvloop  # noqa: PLC0415
 
     from pdp.server import sidecar  # noqa: PLC0415
 
     try:
-        uvloop.run(sidecar.serve(loaded, started=lambda line: typer.echo(f"pdp: {line}", err=True)))
+        uvloop.run(
+            sidecar.serve(
+                loaded, policy=policy, started=lambda line: typer.echo(f"pdp: {line}", err=True)
+            )
+        )
     except PdpError as error:
         typer.echo(f"pdp: {error.message}", err=True)
         raise typer.Exit(exit_codes.CAN_NOT_START) from None
     except OSError as error:
         typer.echo(f"pdp: can not start: {error.filename}: {error.strerror}.", err=True)
         raise typer.Exit(exit_codes.CAN_NOT_START) from None
+
+
+def _load_policy(policy: Policy) -> PolicyEngine:
+    from pdp.server.policy import load_policy  # noqa: PLC0415 - off the main thread
+
+    return load_policy(policy)

@@ -11,6 +11,7 @@ import signal
 import socket
 import stat
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Final
 
@@ -38,8 +39,7 @@ from pdp.permit.issuer import PermitIssuer
 from pdp.permit.keys import SigningKey
 from pdp.permit.uses import PermitUses
 from pdp.permit.verifier import PermitVerifier
-from pdp.policy.bundle import load_bundle
-from pdp.policy.wasm import WasmEngine
+from pdp.policy.engine import PolicyEngine
 from pdp.rooms import Rooms
 from pdp.server.http import HttpListener
 from pdp.server.locks import ExclusiveLock, StartError
@@ -65,9 +65,9 @@ SERVICE_NAMES: Final = tuple(
 
 
 @contextlib.asynccontextmanager
-async def open_rooms(config: Config, key: SigningKey) -> AsyncIterator[Rooms]:
-    """The rooms that the configuration describes. Closed in the order in which
-    nothing that was answered can be lost: audit last.
+async def open_rooms(config: Config, key: SigningKey, policy: PolicyEngine) -> AsyncIterator[Rooms]:
+    """The rooms that the configuration describes, the policy being loaded. Closed in
+    the order in which nothing that was answered can be lost: audit last.
     """
     state = config.state_dir
     async with contextlib.AsyncExitStack() as stack:
@@ -82,13 +82,6 @@ async def open_rooms(config: Config, key: SigningKey) -> AsyncIterator[Rooms]:
         stack.push_async_callback(ledger.close)
         permit_uses = PermitUses(state / "permits.db", durability=config.budget.durability)
         stack.push_async_callback(permit_uses.close)
-        policy = WasmEngine(
-            load_bundle(config.policy.bundle),
-            deadline_ms=config.policy.evaluation_timeout_ms,
-            workers=config.policy.workers,
-            memory_max_mib=config.policy.max_memory_mib,
-        )
-        stack.push_async_callback(policy.close)
         yield Rooms(
             identity=identity_from(config),
             policy=policy,
@@ -133,10 +126,12 @@ def identity_from(config: Config) -> IdentityResolver:
     )
 
 
-async def serve(config: Config, *, started: Callable[[str], None]) -> None:
+async def serve(
+    config: Config, *, policy: Future[PolicyEngine], started: Callable[[str], None]
+) -> None:
     """Serve until SIGTERM or SIGINT; then finish what has begun, and close.
 
-    ``started`` is called with a line for the operator once calls are answered.
+    ``policy`` may still be loading; it is closed here. ``started`` is called with a line for the operator once calls are answered.
     Raises StartError, and the rooms' own errors when one can not be opened.
     """
     stop = asyncio.Event()
@@ -152,7 +147,9 @@ async def serve(config: Config, *, started: Callable[[str], None]) -> None:
         key = SigningKey.from_file_or_new(
             config.permit.key_file or config.state_dir / "permit-key.pem"
         )
-        rooms = await stack.enter_async_context(open_rooms(config, key))
+        engine = await asyncio.wrap_future(policy)
+        stack.push_async_callback(engine.close)
+        rooms = await stack.enter_async_context(open_rooms(config, key, engine))
         metrics = Metrics()
         metrics.policy_is(rooms.policy.revision)
         runner = CallRunner(

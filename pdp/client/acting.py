@@ -51,7 +51,7 @@ class Acting:
         self.ended = True
         self.generator = self.consumer = None
 
-    def is_a_suspended_generators(self) -> bool:
+    def shows_by_suspension(self) -> bool:
         """Whether it shows only because the generator that opened it is suspended
         and shares its context with the code that runs now (Python gives generators
         none of their own): the consumer, or another generator of the same consumer.
@@ -108,7 +108,7 @@ class Identity:
             raise PermitDenied(
                 ReasonCode.IDENTITY_ENDED, "its guard.acting_for(token) has ended", tool=tool
             )
-        if acting.is_a_suspended_generators():
+        if acting.shows_by_suspension():
             raise PermitDenied(
                 ReasonCode.IDENTITY_MISSING,
                 "the identity in force is that of a generator which is suspended; close the"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import signal
+import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +107,60 @@ def test_a_sidecar_that_hangs_meets_the_deadline(
     denied = attempt(face_of(stand_in.target, timeout_seconds=0.2))
     assert denied.reason_code == "deadline_exceeded"
     assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize(
+    "greeting",
+    (b"", b"HTTP/1.1 200 OK\r\n\r\n{}", b"\x00" * 64),
+    ids=("silent", "http/1.1", "zeros"),
+)
+def test_something_else_at_the_socket(face_of: Callable[..., Face], greeting: bytes) -> None:
+    with (
+        tempfile.TemporaryDirectory(prefix="pdp-") as directory,
+        socket.socket(socket.AF_UNIX) as listener,
+    ):
+        path = f"{directory}/other.sock"
+        listener.bind(path)
+        listener.listen()
+        accepted: list[socket.socket] = []
+
+        def greet() -> None:
+            with suppress(OSError):
+                while True:
+                    accepted.append(listener.accept()[0])
+                    accepted[-1].sendall(greeting)
+
+        greeter = threading.Thread(target=greet)
+        greeter.start()
+        started = time.monotonic()
+        denied = attempt(face_of(f"unix://{path}", timeout_seconds=0.5))
+        assert denied.reason_code in {"deadline_exceeded", "pdp_unavailable"}
+        assert time.monotonic() - started < 3
+        listener.shutdown(socket.SHUT_RDWR)
+        greeter.join()
+        for connection in accepted:
+            connection.close()
+
+
+def test_ctrl_c_while_the_sidecar_is_asked_runs_nothing(
+    face_of: Callable[..., Face], stand_in: StandIn
+) -> None:
+    def interrupt(request: Request, _context: Context) -> Response:
+        os.kill(os.getpid(), signal.SIGINT)
+        stand_in.released.wait()
+        return stand_in.allow(request)
+
+    stand_in.answer = interrupt
+    face = face_of(stand_in.target, timeout_seconds=20)
+    ran = []
+
+    @face.tool("orders.read")
+    def read_order() -> None:
+        ran.append(1)
+
+    with face.acting_for(TOKEN), pytest.raises(KeyboardInterrupt):
+        read_order()
+    assert not ran
 
 
 @pytest.mark.parametrize("timeout_seconds", (0, -1, 61, float("inf"), float("nan")))

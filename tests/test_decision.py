@@ -1,0 +1,347 @@
+"""The five steps: their order, and what each leaves behind when the next one fails.
+
+The rooms here are small ones in memory, for faults that can not be made for real;
+tests/server runs the same steps against the real ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pdp import decision
+from pdp.audit.record import AuditError, AuditReceipt, AuditRecord, Outcome
+from pdp.budget.ledger import Account, Charge, IdempotencyKey, LedgerError, Limit, Receipt
+from pdp.budget.sqlite import SqliteLedger
+from pdp.canonical import JsonObject, JsonValue, sha256_hex
+from pdp.identity.resolver import Credentials, IdentityError
+from pdp.identity.subject import Subject
+from pdp.permit.claims import Permit
+from pdp.permit.issuer import PermitIssuer
+from pdp.permit.keys import SigningKey
+from pdp.permit.uses import PermitUses
+from pdp.permit.verifier import PermitVerifier
+from pdp.policy.engine import Entrypoint, PolicyError
+from pdp.reason import ReasonCode
+from pdp.rooms import Rooms, StepWatch
+from pdp.storage import Durability
+
+NOW = 1_800_000_000.0
+KEY = SigningKey.generate()
+CREDENTIALS = Credentials(bearer="token")
+ARGUMENTS: JsonObject = {"order_id": "918"}
+QUESTION = decision.Question(
+    request_id="request-1",
+    tool="orders.update",
+    resource={"type": "order", "id": "918"},
+    arguments=ARGUMENTS,
+    arguments_sha256=sha256_hex(ARGUMENTS),
+    context={},
+    audience="tools",
+)
+ALLOWED: JsonObject = {
+    "allow": True,
+    "reason_code": "ok",
+    "charge": [{"budget": "tools", "unit": "calls", "amount": 1}],
+}
+LIMITS: list[JsonValue] = [
+    {
+        "id": "day",
+        "budget": "tools",
+        "unit": "calls",
+        "window": "day",
+        "limit": 1,
+        "scope": "tenant",
+    }
+]
+
+
+@dataclass
+class Steps:
+    """What was done, in order; and what is to fail."""
+
+    done: list[str] = field(default_factory=list)
+    failing: dict[str, Exception] = field(default_factory=dict)
+    records: list[AuditRecord] = field(default_factory=list)
+    answers: dict[Entrypoint, JsonValue] = field(
+        default_factory=lambda: {
+            Entrypoint.AUTHZ_DECISION: ALLOWED,
+            Entrypoint.BUDGET_LIMITS: LIMITS,
+        }
+    )
+    documents: list[JsonObject] = field(default_factory=list)
+
+    def do(self, step: str) -> None:
+        self.done.append(step)
+        if step in self.failing:
+            raise self.failing[step]
+
+
+class Identity:
+    def __init__(self, steps: Steps) -> None:
+        self.steps = steps
+
+    async def resolve(self, credentials: Credentials) -> Subject:
+        self.steps.do("identify")
+        return Subject(tenant="tenant_acme", actor="user-7", roles=("agent",))
+
+
+class Policy:
+    revision = "revision-1"
+
+    def __init__(self, steps: Steps) -> None:
+        self.steps = steps
+
+    async def evaluate(self, entrypoint: Entrypoint, document: JsonObject) -> JsonValue:
+        self.steps.do(entrypoint.value)
+        self.steps.documents.append(document)
+        return self.steps.answers[entrypoint]
+
+    async def close(self) -> None: ...
+
+
+class Ledger(SqliteLedger):
+    """The real one, noted."""
+
+    steps: Steps
+
+    async def reserve(
+        self,
+        account: Account,
+        key: IdempotencyKey,
+        *,
+        charges: Sequence[Charge],
+        limits: Sequence[Limit],
+        ttl_seconds: int,
+    ) -> Receipt:
+        self.steps.do("hold")
+        return await super().reserve(
+            account, key, charges=charges, limits=limits, ttl_seconds=ttl_seconds
+        )
+
+
+class Issuer(PermitIssuer):
+    """The real one, noted."""
+
+    steps: Steps
+
+    def sign(self, permit: Permit) -> Permit:
+        self.steps.do("sign")
+        return super().sign(permit)
+
+
+class Audit:
+    healthy = True
+
+    def __init__(self, steps: Steps) -> None:
+        self.steps = steps
+
+    async def append(self, record: AuditRecord) -> AuditReceipt:
+        self.steps.do("record")
+        self.steps.records.append(record)
+        return AuditReceipt(len(self.steps.records), "0" * 64)
+
+    async def close(self) -> None: ...
+
+
+async def ask(
+    directory: Path, steps: Steps, *questions: decision.Question
+) -> list[decision.Recorded | Exception]:
+    """Ask one after the other, in rooms that are opened for it."""
+    ids = itertools.count(1)
+    ledger = Ledger(
+        directory / "ledger.db",
+        durability=Durability.PROCESS,
+        clock=lambda: NOW,
+        new_id=lambda: f"hold-{next(ids)}",
+    )
+    ledger.steps = steps
+    issuer = Issuer(KEY, issuer="agent-pdp")
+    issuer.steps = steps
+    uses = PermitUses(directory / "permits.db", durability=Durability.PROCESS, clock=lambda: NOW)
+    rooms = Rooms(
+        identity=Identity(steps),
+        policy=Policy(steps),
+        ledger=ledger,
+        permits=issuer,
+        permit_verifier=PermitVerifier(KEY.public_set, issuer="agent-pdp", audience="tools"),
+        permit_uses=uses,
+        audit=Audit(steps),
+        digest_key=b"k" * 32,
+        permit_ttl_seconds=60,
+        hold_ttl_seconds=120,
+        clock=lambda: NOW,
+        new_id=lambda: f"id-{next(ids)}",
+    )
+    answers: list[decision.Recorded | Exception] = []
+    for question in questions:
+        try:
+            answers.append(await decision.authorize(rooms, CREDENTIALS, question))
+        except Exception as error:  # noqa: BLE001 - the answer of this question
+            answers.append(error)
+    await ledger.close()
+    await uses.close()
+    return answers
+
+
+def asked(directory: Path, steps: Steps, *questions: decision.Question) -> list[Any]:
+    return asyncio.run(ask(directory, steps, *(questions or (QUESTION,))))
+
+
+def test_the_hold_comes_before_the_permit_and_the_record_before_the_answer(tmp_path: Path) -> None:
+    steps = Steps()
+    (recorded,) = asked(tmp_path, steps)
+    assert steps.done == [
+        "identify", "pdp/authz/decision", "pdp/budget/limits", "hold", "sign", "record",
+    ]  # fmt: skip
+    assert list(recorded.step_seconds) == ["identify", "isolate", "authorize", "execute", "audit"]
+    assert recorded.answer.permit.token
+    assert recorded.receipt.sequence == 1
+    (record,) = steps.records
+    assert (record.outcome, record.reason_code) == (Outcome.ALLOWED, "ok")
+
+
+def test_without_identity_no_later_step_is_taken(tmp_path: Path) -> None:
+    steps = Steps(failing={"identify": IdentityError(ReasonCode.TOKEN_EXPIRED, "Sign in again.")})
+    (error,) = asked(tmp_path, steps)
+    assert error.reason_code == "token_expired"
+    assert steps.done == ["identify", "record"]
+    assert (steps.records[0].tenant_id, steps.records[0].outcome) == (None, Outcome.DENIED)
+
+
+@pytest.mark.parametrize("step", ("pdp/authz/decision", "pdp/budget/limits"))
+def test_without_an_answer_of_the_policy_nothing_is_held_or_signed(
+    tmp_path: Path, step: str
+) -> None:
+    steps = Steps(failing={step: PolicyError(ReasonCode.POLICY_TIMEOUT, "Too slow.")})
+    (recorded,) = asked(tmp_path, steps)
+    assert (recorded.answer.permit, recorded.answer.reason_code) == (None, "policy_timeout")
+    assert "hold" not in steps.done
+    assert "sign" not in steps.done
+    assert list(recorded.step_seconds) == ["identify", "isolate", "authorize", "audit"]
+
+
+def test_a_ledger_that_fails_is_an_error_on_record_and_signs_nothing(tmp_path: Path) -> None:
+    steps = Steps(failing={"hold": LedgerError(ReasonCode.BUDGET_UNAVAILABLE, "Try again.")})
+    (error,) = asked(tmp_path, steps)
+    assert error.reason_code == "budget_unavailable"
+    assert steps.done[-2:] == ["hold", "record"]
+    assert steps.records[0].reason_code == "budget_unavailable"
+
+
+def test_without_a_record_there_is_no_answer(tmp_path: Path) -> None:
+    steps = Steps(failing={"record": AuditError(ReasonCode.AUDIT_UNAVAILABLE, "Not written.")})
+    (error,) = asked(tmp_path, steps)
+    assert isinstance(error, AuditError)
+    assert steps.done[-1] == "record"
+
+
+def test_a_bug_in_signing_is_no_answer(tmp_path: Path) -> None:
+    steps = Steps(failing={"sign": RuntimeError("a bug")})
+    (error,) = asked(tmp_path, steps)
+    assert isinstance(error, RuntimeError)
+
+
+def test_a_question_whose_answer_was_lost_gets_it_when_it_is_asked_again(tmp_path: Path) -> None:
+    steps = Steps(failing={"record": AuditError(ReasonCode.AUDIT_UNAVAILABLE, "Not written.")})
+    (lost,) = asked(tmp_path, steps)
+    steps.failing.clear()
+    again, third = asked(tmp_path, steps, QUESTION, QUESTION)
+    assert isinstance(lost, AuditError)
+    assert again.answer.replayed
+    assert again.answer.permit == third.answer.permit
+    # The limit is 1: had the second try been held anew, it would have been refused.
+    assert again.answer.charges == (Charge("tools", "calls", 1),)
+
+
+def test_a_refusal_for_want_of_budget_names_the_limit_and_signs_nothing(tmp_path: Path) -> None:
+    steps = Steps()
+    first, second = asked(tmp_path, steps, QUESTION, replace(QUESTION, request_id="request-2"))
+    assert first.answer.permit is not None
+    assert second.answer.permit is None
+    assert second.answer.reason_code == "tenant_budget_exceeded"
+    assert second.answer.refused_by.limit.id == "day"
+    assert steps.done.count("sign") == 1
+    assert steps.records[1].limit_id == "day"
+
+
+def test_a_denial_holds_nothing_even_where_the_policy_names_a_charge(tmp_path: Path) -> None:
+    steps = Steps()
+    steps.answers[Entrypoint.AUTHZ_DECISION] = {
+        "allow": False,
+        "reason_code": "policy_denied",
+        "charge": [{"budget": "tools", "unit": "calls", "amount": 1}],
+    }
+    (denied,) = asked(tmp_path, steps)
+    steps.answers[Entrypoint.AUTHZ_DECISION] = ALLOWED
+    (allowed,) = asked(tmp_path, steps, replace(QUESTION, request_id="request-2"))
+    assert denied.answer.permit is None
+    assert denied.answer.charges == ()
+    assert allowed.answer.permit is not None, "the limit of 1 was still free"
+
+
+def test_the_policy_may_shorten_a_permit_and_not_lengthen_it(tmp_path: Path) -> None:
+    steps = Steps()
+    lives = []
+    for number, ttl_seconds in enumerate((10, 3_600)):
+        steps.answers[Entrypoint.AUTHZ_DECISION] = {
+            "allow": True,
+            "reason_code": "ok",
+            "permit": {"ttl_seconds": ttl_seconds},
+        }
+        (recorded,) = asked(tmp_path, steps, replace(QUESTION, request_id=f"request-{number}"))
+        lives.append(recorded.answer.permit.expires_at - NOW)
+    assert lives == [10, 60]
+
+
+def test_what_the_policy_calls_subject_comes_from_the_token_alone(tmp_path: Path) -> None:
+    steps = Steps()
+    forged: JsonObject = {"subject": {"properties": {"tenant": "tenant_globex"}}}
+    asked(tmp_path, steps, replace(QUESTION, context=forged, arguments=forged))
+    (subject,) = {str(document["subject"]) for document in steps.documents}
+    assert "tenant_acme" in subject
+    assert "tenant_globex" not in subject
+
+
+def test_arguments_are_on_record_as_a_digest_keyed_by_tenant(tmp_path: Path) -> None:
+    steps = Steps()
+    asked(tmp_path, steps)
+    digest = steps.records[0].arguments_digest
+    assert digest is not None
+    assert digest != QUESTION.arguments_sha256
+    assert "order_id" not in repr(QUESTION)
+
+
+@pytest.mark.parametrize(
+    "change",
+    (
+        lambda question: replace(question, tool="orders.read"),
+        lambda question: replace(question, resource=None),
+        lambda question: replace(question, arguments_sha256="0" * 64),
+        lambda question: replace(question, context={"a": 1}),
+        lambda question: replace(question, audience="elsewhere"),
+    ),
+)
+def test_whatever_is_asked_is_part_of_the_content_of_a_request_id(
+    change: Callable[[decision.Question], decision.Question],
+) -> None:
+    assert change(QUESTION).content_sha256() != QUESTION.content_sha256()
+
+
+def test_the_content_of_a_request_id_does_not_depend_on_when_it_is_asked() -> None:
+    later = replace(QUESTION, request_id="request-2", trace_id="0" * 31 + "1")
+    assert later.content_sha256() == QUESTION.content_sha256()
+
+
+def test_a_step_watch_takes_the_time_of_each_step() -> None:
+    watch = StepWatch()
+    watch.done("first")
+    watch.done("second")
+    assert list(watch.seconds) == ["first", "second"]
+    assert all(0 <= seconds < 5 for seconds in watch.seconds.values())

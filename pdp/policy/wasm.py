@@ -17,7 +17,7 @@ from opapywasm.types import UNDEFINED
 from pdp.canonical import JsonObject, JsonValue
 from pdp.policy.bundle import Bundle
 from pdp.policy.engine import BundleError, Entrypoint, PolicyError
-from pdp.policy.epochs import Epochs
+from pdp.policy.epochs import TICK_SECONDS, Epochs
 from pdp.reason import ReasonCode
 
 ADMITTED_BUILTINS: Final[frozenset[str]] = frozenset()
@@ -60,7 +60,8 @@ class WasmEngine:
                 bundle.wasm,
                 PolicyConfig(
                     pool_size=workers,
-                    eval_timeout_seconds=deadline_ms / 1000,
+                    # The first tick may come at once: one more, so that none is cut early.
+                    eval_timeout_seconds=deadline_ms / 1000 + TICK_SECONDS,
                     max_memory_pages=memory_max_mib * 1024 * 1024 // _PAGE_BYTES,
                     max_input_bytes=MAX_DOCUMENT_BYTES,
                     max_data_bytes=MAX_DATA_BYTES,
@@ -78,7 +79,9 @@ class WasmEngine:
                 self._policy.evaluate(b"{}", entrypoint.value)
         except OpaWasmError as error:
             self._policy.close()
-            raise _refused(f"can not be evaluated: {error}") from None
+            raise _refused(
+                f"can not be evaluated within {memory_max_mib} MiB (policy.max_memory_mib): {error}"
+            ) from None
         except BundleError:
             self._policy.close()
             raise

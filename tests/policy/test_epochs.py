@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from pdp.policy import epochs as epochs_module
-from pdp.policy.epochs import Epochs
+from pdp.policy.epochs import TICK_SECONDS, Epochs
 
 
 class CountingEngine:
@@ -22,10 +22,36 @@ class CountingEngine:
         self.epoch += 1
 
 
+class Clock:
+    """The real time, moved on by hand; counts how often it is read."""
+
+    def __init__(self) -> None:
+        self.ahead_seconds = 0.0
+        self.readings = 0
+
+    def __call__(self) -> float:
+        self.readings += 1
+        return time.monotonic() + self.ahead_seconds
+
+
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> CountingEngine:
-    monkeypatch.setattr(epochs_module, "REST_AFTER_SECONDS", 0.05)
+def engine() -> CountingEngine:
     return CountingEngine()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def epochs(
+    engine: CountingEngine, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Epochs]:
+    monkeypatch.setattr(epochs_module, "REST_AFTER_SECONDS", 0.05)
+    epochs = Epochs(engine, clock=clock)  # type: ignore[arg-type]
+    yield epochs
+    epochs.close()
 
 
 def until(met: Callable[[], bool], *, seconds: float = 10.0) -> None:
@@ -35,30 +61,44 @@ def until(met: Callable[[], bool], *, seconds: float = 10.0) -> None:
         threading.Event().wait(0.005)
 
 
-def rests(engine: CountingEngine) -> bool:
-    before = engine.epoch
+def rests(clock: Clock) -> bool:
+    before = clock.readings
     threading.Event().wait(0.1)
-    return engine.epoch == before
+    return clock.readings == before
 
 
 def test_epochs_pass_while_an_evaluation_runs_and_stop_after_the_last(
-    engine: CountingEngine,
+    epochs: Epochs, engine: CountingEngine, clock: Clock
 ) -> None:
-    epochs = Epochs(engine)  # type: ignore[arg-type]
-    try:
-        with epochs, epochs:
-            until(lambda: engine.epoch > 30)  # longer than it takes to fall asleep
-        until(lambda: rests(engine))
-        before = engine.epoch
+    with epochs, epochs:
+        until(lambda: engine.epoch > 30)  # longer than it takes to fall asleep
+    passed = engine.epoch
+    until(lambda: rests(clock))
+    assert engine.epoch == passed
+    with epochs:
+        until(lambda: engine.epoch > passed)
+
+
+def test_ticks_that_came_late_are_made_up_for(
+    epochs: Epochs, engine: CountingEngine, clock: Clock
+) -> None:
+    with epochs:
+        clock.ahead_seconds = 1_000 * TICK_SECONDS
+        until(lambda: engine.epoch >= 1_000)
+
+
+def test_an_evaluation_does_not_pay_for_what_went_before_it(
+    epochs: Epochs, engine: CountingEngine, clock: Clock
+) -> None:
+    clock.ahead_seconds = 1_000 * TICK_SECONDS
+    with epochs:
+        assert engine.epoch < 1_000
+        clock.ahead_seconds += 1_000 * TICK_SECONDS
         with epochs:
-            until(lambda: engine.epoch > before)
-    finally:
-        epochs.close()
+            assert engine.epoch >= 1_000  # counted before the second one's deadline is set
 
 
-def test_a_resting_clock_closes(engine: CountingEngine) -> None:
-    epochs = Epochs(engine)  # type: ignore[arg-type]
-    until(lambda: engine.epoch > 1)
-    until(lambda: rests(engine))
+def test_a_resting_clock_closes(epochs: Epochs, clock: Clock) -> None:
+    until(lambda: rests(clock))
     epochs.close()
     assert not epochs._thread.is_alive()

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -172,6 +173,27 @@ def test_a_failed_evaluation_is_a_denial_and_leaves_the_next_one_clean(
             assert await ask(engine, "echo", "clean") == "clean"
 
     run(engine, use)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_over_many_evaluations(bundle: Bundle) -> None:
+    engine = started(bundle, workers=1)
+
+    async def use() -> None:
+        async def evaluate(times: int) -> int:
+            for n in range(times):
+                await ask(engine, "echo", ["x" * (n % 2_000), n])
+            return resident_kib()
+
+        settled = await evaluate(2_000)
+        assert await evaluate(20_000) - settled < 4 * 1024
+
+    run(engine, use)
+
+
+def resident_kib() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0])
 
 
 def test_a_runaway_is_cut_at_its_deadline_while_another_is_served(bundle: Bundle) -> None:

@@ -180,7 +180,7 @@ async def serve(
             await probes.set(name, health_pb2.HealthCheckResponse.SERVING)
         if config.listen.metrics is not None:
             http = _http_listener(config.listen.metrics, metrics, rooms, key, stop)
-            stack.callback(http.close)
+            stack.push_async_callback(asyncio.to_thread, http.close)
             places.append(f"http://{config.listen.metrics.rpartition(':')[0]}:{http.port}")
         started(f"serving on {', '.join(places)} with policy {rooms.policy.revision}")
         await stop.wait()

@@ -45,8 +45,12 @@ class Bundle:
 
 
 def content_revision(wasm: bytes, data: bytes) -> str:
-    """The revision of a bundle whose manifest names none."""
-    return f"sha256:{hashlib.sha256(wasm + data).hexdigest()[:16]}"
+    """The revision of a bundle whose manifest names none.
+
+    128 bits, so that no second bundle can be made to which the same records fit.
+    """
+    module = hashlib.sha256(wasm).digest()
+    return f"sha256:{hashlib.sha256(module + data).hexdigest()[:32]}"
 
 
 def load_bundle(path: Path, *, opa: Path | None = None) -> Bundle:

@@ -140,6 +140,18 @@ def test_links_devices_and_what_else_is_no_file_are_refused(
     assert "link or a device" in refusal_of(tmp_path, bundle_of((member, b"")))
 
 
+def test_a_sparse_file_is_refused(tmp_path: Path) -> None:
+    member = tarfile.TarInfo("extra")
+    member.pax_headers = {
+        "GNU.sparse.major": "1",
+        "GNU.sparse.minor": "0",
+        "GNU.sparse.name": "extra",
+        "GNU.sparse.realsize": "99999999999",
+    }
+
+    assert "sparse" in refusal_of(tmp_path, bundle_of((member, b"0\n".ljust(512, b"\0"))))
+
+
 @pytest.mark.parametrize(
     "name",
     (
@@ -374,3 +386,20 @@ def test_a_link_out_of_the_directory_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(BundleError, match="leads elsewhere"):
         load_bundle(directory)
+
+
+@pytest.mark.parametrize(
+    ("bound", "most", "complaint"),
+    (("MAX_ENTRIES", 2, "more than 2 files"), ("MAX_CONTENT_BYTES", 60, "more than 60 bytes")),
+)
+def test_a_directory_is_read_within_its_bounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: str, most: int, complaint: str
+) -> None:
+    monkeypatch.setattr(bundle_module, bound, most)
+    tmp_path.joinpath("policy.wasm").write_bytes(WASM)
+    for name in ("tenants", "tools"):
+        tmp_path.joinpath(name).mkdir()
+        tmp_path.joinpath(name, "data.json").write_bytes(b'{"a":"some text"}')
+
+    with pytest.raises(BundleError, match=complaint):
+        load_bundle(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import subprocess
 import threading
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from pdp.canonical import MAX_SAFE_INTEGER, JsonObject, JsonValue
-from pdp.policy.bundle import Bundle
+from pdp.policy import wasm
+from pdp.policy.bundle import Bundle, load_bundle
 from pdp.policy.engine import BundleError, Entrypoint, PolicyError
 from pdp.policy.wasm import MAX_WAITING_PER_WORKER, WasmEngine
 
@@ -293,6 +295,43 @@ def test_neither_message_nor_log_holds_what_was_asked(
     assert SECRET not in caplog.text
 
 
+def test_a_document_that_can_not_be_written_is_a_denial_without_its_content(
+    bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = started(bundle)
+
+    async def use() -> None:
+        with pytest.raises(PolicyError) as refusal:
+            await ask(engine, "echo", SECRET + "\ud800")
+        assert refusal.value.reason_code == "policy_error"
+        assert SECRET not in str(refusal.value)
+        assert await ask(engine, "echo", 1) == 1
+
+    run(engine, use)
+    assert SECRET not in caplog.text
+
+
+def test_what_the_library_says_of_a_policy_is_not_logged() -> None:
+    assert not logging.getLogger("opapywasm.runtime").isEnabledFor(logging.INFO)
+
+
+def test_an_answer_comes_in_time_even_if_the_deadline_in_the_sandbox_fails(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wasm, "MAX_WAIT_SECONDS", 0.1)
+    engine = started(bundle, deadline_ms=50, workers=1)
+    monkeypatch.setattr(engine._epochs, "_clock", lambda: 0.0)
+
+    async def use() -> None:
+        runaway = asyncio.create_task(reason_of(ask(engine, "runaway")))
+        await asyncio.sleep(0)
+        assert await reason_of(ask(engine, "echo", 1)) == "policy_unavailable"
+        assert await runaway == "policy_timeout"
+        monkeypatch.undo()
+
+    run(engine, use)
+
+
 def test_an_engine_leaves_no_thread_behind(bundle: Bundle) -> None:
     before = set(threading.enumerate())
     engine = started(bundle)
@@ -338,10 +377,27 @@ def test_a_built_in_that_the_host_lacks_is_refused_at_load_by_name_and_file(
     assert refusal.value.reason_code == "policy_unavailable"
 
 
+def test_a_missing_entrypoint_is_refused_at_load_by_name(
+    opa: Path, write_policy: Callable[[Mapping[str, str | JsonObject]], Path], tmp_path: Path
+) -> None:
+    sources = write_policy({"pdp/authz/authz.rego": AUTHZ, "pdp/budget/budget.rego": BUDGET})
+    command: list[str | Path] = [opa, "build", "-t", "wasm", "-b", sources]
+    command += ["-e", "pdp/authz/decision", "-o", tmp_path / "bundle.tar.gz"]
+    subprocess.run(command, check=True)
+
+    with pytest.raises(BundleError, match="no entrypoint") as refusal:
+        started(load_bundle(tmp_path / "bundle.tar.gz"))
+
+    named = refusal.value.message.split(";")[0]
+    assert "pdp/budget/decision" in named
+    assert "pdp/budget/limits" in named
+    assert "pdp/authz/decision" not in named
+
+
 def test_a_module_that_is_not_opas_is_refused(bundle: Bundle) -> None:
-    for wasm in (b"", b"not wasm", b"\x00asm\x01\x00\x00\x00", bundle.wasm[:-100]):
+    for module in (b"", b"not wasm", b"\x00asm\x01\x00\x00\x00", bundle.wasm[:-100]):
         with pytest.raises(BundleError, match="Wasm"):
-            started(replace(bundle, wasm=wasm))
+            started(replace(bundle, wasm=module))
 
 
 def test_data_that_does_not_fit_into_the_memory_is_refused_at_load(bundle: Bundle) -> None:

@@ -1,0 +1,95 @@
+"""What a policy is asked: who it is comes from the token, the rest is the caller's word."""
+
+from __future__ import annotations
+
+from pdp.budget.ledger import Charge
+from pdp.canonical import check
+from pdp.identity.subject import Subject
+from pdp.policy.question import authorize_input, budget_input
+
+ALICE = Subject(
+    tenant="tenant_acme",
+    actor="alice",
+    roles=("support_agent",),
+    scopes=("orders:write",),
+    issuer="https://id.example",
+    token_id="token-1",
+)
+SUBJECT = {
+    "type": "user",
+    "id": "alice",
+    "properties": {
+        "tenant": "tenant_acme",
+        "roles": ["support_agent"],
+        "scopes": ["orders:write"],
+    },
+}
+
+
+def test_a_call_is_put_as_authzen_puts_it() -> None:
+    document = authorize_input(
+        ALICE,
+        tool="orders.update",
+        arguments={"order_id": "918", "tenant": "tenant_globex"},
+        resource={"type": "order", "id": "918"},
+        time=1_800_000_000.25,
+        request_id="req-1",
+        context={"tenant": "tenant_globex", "ip": "192.0.2.1"},
+    )
+
+    assert document == {
+        "subject": SUBJECT,
+        "action": {
+            "name": "orders.update",
+            "properties": {"arguments": {"order_id": "918", "tenant": "tenant_globex"}},
+        },
+        "resource": {"type": "order", "id": "918"},
+        "context": {
+            "time": "2027-01-15T08:00:00.250+00:00",
+            "request_id": "req-1",
+            "client": {"tenant": "tenant_globex", "ip": "192.0.2.1"},
+        },
+        "tool": "orders.update",
+    }
+    check(document)
+
+
+def test_a_call_without_a_resource_names_none() -> None:
+    document = authorize_input(
+        ALICE,
+        tool="orders.read",
+        arguments={},
+        resource=None,
+        time=0,
+        request_id="req-1",
+        context={},
+    )
+
+    assert "resource" not in document
+
+
+def test_a_charge_is_put_with_what_is_asked_for() -> None:
+    document = budget_input(
+        ALICE,
+        operation="reserve",
+        charges=[Charge("llm", "tokens_in", 1200), Charge("llm", "tokens_out", 2**53 - 1)],
+        tool="",
+        time=0,
+        request_id="req-2",
+    )
+
+    assert document == {
+        "subject": SUBJECT,
+        "action": {"name": "budget.reserve"},
+        "context": {
+            "time": "1970-01-01T00:00:00.000+00:00",
+            "request_id": "req-2",
+            "client": {},
+        },
+        "tool": "",
+        "charges": [
+            {"budget": "llm", "unit": "tokens_in", "amount": 1200},
+            {"budget": "llm", "unit": "tokens_out", "amount": 2**53 - 1},
+        ],
+    }
+    check(document)

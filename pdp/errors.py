@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 
 class PdpError(Exception):
     """Something was refused or failed, for a reason that has a code.
@@ -16,5 +18,17 @@ class PdpError(Exception):
         self.reason_code = str(reason_code)
         self.message = message
 
+    def __reduce__(
+        self,
+    ) -> tuple[Callable[..., PdpError], tuple[type[PdpError], dict[str, object]]]:
+        # A pool of processes pickles what a worker raises; subclasses take other arguments.
+        return _restored, (type(self), self.__dict__)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}(reason_code={self.reason_code!r})"
+
+
+def _restored(kind: type[PdpError], state: dict[str, object]) -> PdpError:
+    error = kind.__new__(kind, state["message"])
+    error.__dict__.update(state)
+    return error

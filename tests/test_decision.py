@@ -24,7 +24,7 @@ from pdp.identity.resolver import Credentials, IdentityError
 from pdp.identity.subject import Subject
 from pdp.permit.claims import Permit
 from pdp.permit.issuer import PermitIssuer
-from pdp.permit.keys import SigningKey
+from pdp.permit.signing import SigningKey
 from pdp.permit.uses import PermitUses
 from pdp.permit.verifier import PermitVerifier
 from pdp.policy.engine import Entrypoint, PolicyError

@@ -19,7 +19,7 @@ from pdp.canonical import JsonObject, JsonValue, sha256_hex
 from pdp.identity.resolver import Credentials, SingleTenant
 from pdp.permit.claims import Permit, PermitError
 from pdp.permit.issuer import PermitIssuer
-from pdp.permit.keys import SigningKey
+from pdp.permit.signing import SigningKey
 from pdp.permit.uses import PermitUses
 from pdp.permit.verifier import PermitVerifier
 from pdp.policy.engine import Entrypoint

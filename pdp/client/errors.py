@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 from pdp.errors import PdpError
 
 
@@ -26,19 +23,8 @@ class PermitDenied(PdpError):  # noqa: N818 - it reads as what happened
         retry_after_seconds: float | None = None,
     ) -> None:
         super().__init__(reason_code, f"{tool} did not run: {message} ({reason_code})")
-        self._reason = message
         self.tool = tool
         self.decision_id = decision_id
         """The decision in the audit log; empty when none was made."""
         self.retry_after_seconds = retry_after_seconds
         """When to ask again, if waiting can help."""
-
-    def __reduce__(self) -> tuple[Callable[..., PermitDenied], tuple[str, str]]:
-        # A pool of processes pickles what a worker raises.
-        rebuild = functools.partial(
-            PermitDenied,
-            tool=self.tool,
-            decision_id=self.decision_id,
-            retry_after_seconds=self.retry_after_seconds,
-        )
-        return rebuild, (self.reason_code, self._reason)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pdp.permit.claims import Permit
-from pdp.permit.keys import SigningKey
+from pdp.permit.signing import SigningKey
 
 
 class PermitIssuer:

@@ -1,25 +1,17 @@
-"""Permit keys: the private one that signs, the public set that verifies."""
+"""The public keys that verify permits."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from pdp import base64url
-from pdp.canonical import JsonError, JsonObject, canonical_bytes, parse_object
+from pdp.canonical import JsonError, JsonObject, parse_object
 from pdp.permit import jws
 from pdp.permit.claims import PermitError
 from pdp.reason import ReasonCode
@@ -77,74 +69,11 @@ class PermitKeySet:
 
     def to_jwks(self) -> str:
         """The set as a JWK set in JSON."""
-        return json.dumps({"keys": [_jwk(key, kid) for kid, key in self._keys.items()]})
+        return json.dumps({"keys": [public_jwk(key, kid) for kid, key in self._keys.items()]})
 
 
-class SigningKey:
-    """The private key, with its id (the RFC 7638 thumbprint)."""
-
-    def __init__(self, private: Ed25519PrivateKey) -> None:
-        self._private = private
-        public = private.public_key()
-        thumbprint = {
-            name: value for name, value in _jwk(public, "").items() if name in _THUMBPRINT
-        }
-        self.kid = base64url.encode(hashlib.sha256(canonical_bytes(thumbprint)).digest())
-        self.public_set = PermitKeySet({self.kid: public})
-
-    @classmethod
-    def generate(cls) -> SigningKey:
-        """A new key."""
-        return cls(Ed25519PrivateKey.generate())
-
-    @classmethod
-    def from_file(cls, path: Path) -> SigningKey:
-        """Read a PEM file (PKCS 8, not encrypted), which nobody but its owner may
-        read. Raises PermitError (permit_unavailable) with what to do.
-        """
-        try:
-            with path.open("rb") as file:
-                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-                pem = file.read(16 * 1024)
-        except OSError as error:
-            raise _unreadable_key(path, f"can not be read: {error.strerror}") from None
-        if mode & 0o077:
-            raise _unreadable_key(path, f"is open to others (mode {mode:04o}); run chmod 600 on it")
-        try:
-            private = load_pem_private_key(pem, password=None)
-        except (ValueError, TypeError):
-            raise _unreadable_key(path, "is not an unencrypted PKCS 8 PEM file") from None
-        if not isinstance(private, Ed25519PrivateKey):
-            raise _unreadable_key(path, "is not an Ed25519 key")
-        return cls(private)
-
-    @classmethod
-    def from_file_or_new(cls, path: Path) -> SigningKey:
-        """Read the file, or make it with a new key, mode 0600."""
-        if not path.exists():
-            key = cls.generate()
-            scratch = path.with_suffix(".new")
-            descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(key.to_pem())
-                file.flush()
-                os.fsync(file.fileno())
-            scratch.rename(path)
-        return cls.from_file(path)
-
-    def to_pem(self) -> bytes:
-        """The private key as PKCS 8 PEM. A secret."""
-        return self._private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-
-    def sign(self, payload: JsonObject) -> str:
-        """A permit with this payload."""
-        return jws.sign(payload, key=self._private, kid=self.kid)
-
-
-_THUMBPRINT: Final = frozenset({"crv", "kty", "x"})
-
-
-def _jwk(key: Ed25519PublicKey, kid: str) -> JsonObject:
+def public_jwk(key: Ed25519PublicKey, kid: str) -> JsonObject:
+    """The key as a JWK (RFC 8037 2)."""
     return {
         "kty": "OKP",
         "crv": "Ed25519",
@@ -157,7 +86,3 @@ def _jwk(key: Ed25519PublicKey, kid: str) -> JsonObject:
 
 def _unreadable(what: str) -> PermitError:
     return PermitError(ReasonCode.PERMIT_UNAVAILABLE, f"The set of permit keys {what}.")
-
-
-def _unreadable_key(path: Path, what: str) -> PermitError:
-    return PermitError(ReasonCode.PERMIT_UNAVAILABLE, f"The permit key {path} {what}.")

@@ -36,7 +36,7 @@ from pdp.identity.keys import load_jwks_file
 from pdp.identity.resolver import IdentityResolver, SingleTenant
 from pdp.identity.tokens import Issuer, TenantRule, TokenIdentity
 from pdp.permit.issuer import PermitIssuer
-from pdp.permit.keys import SigningKey
+from pdp.permit.signing import SigningKey
 from pdp.permit.uses import PermitUses
 from pdp.permit.verifier import PermitVerifier
 from pdp.policy.engine import PolicyEngine

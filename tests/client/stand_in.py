@@ -19,7 +19,7 @@ from pdp.api.v1 import authorization_pb2, execution_pb2
 from pdp.canonical import parse_object, sha256_hex
 from pdp.permit import Permit
 from pdp.permit.issuer import PermitIssuer
-from pdp.permit.keys import SigningKey
+from pdp.permit.signing import SigningKey
 
 Request = authorization_pb2.AuthorizeRequest
 Response = authorization_pb2.AuthorizeResponse

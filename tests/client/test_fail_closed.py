@@ -23,7 +23,7 @@ from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from pdp.client import Guard, PermitDenied
-from pdp.permit.keys import SigningKey
+from pdp.permit.signing import SigningKey
 from pdp.testing import SidecarProcess, TokenIssuer
 from tests.client.faces import Face
 from tests.client.stand_in import Context, Request, Response, StandIn

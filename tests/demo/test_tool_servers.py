@@ -13,7 +13,7 @@ from pdp.demo.planner import Plan
 from pdp.demo.stage import Stage, set_stage
 from pdp.demo.tenants import TENANTS, Login
 from pdp.permit import PermitError
-from pdp.permit.keys import SigningKey
+from pdp.permit.signing import SigningKey
 
 ORDER = {"order_id": "918", "status": "shipped"}
 MAIL = {"to": "ada@customers.example", "subject": "Hello", "body": "There."}

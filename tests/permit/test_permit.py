@@ -15,7 +15,7 @@ from pdp import base64url
 from pdp.canonical import JsonObject, canonical_bytes, sha256_hex
 from pdp.permit import Permit, PermitError, PermitKeySet, PermitVerifier
 from pdp.permit.issuer import PermitIssuer
-from pdp.permit.keys import SigningKey
+from pdp.permit.signing import SigningKey
 
 ARGUMENTS: JsonObject = {"order_id": "918", "status": "shipped"}
 NOW = 1_800_000_000

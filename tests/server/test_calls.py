@@ -18,7 +18,7 @@ from pdp.api.v1 import authorization_pb2, budget_pb2, common_pb2, execution_pb2
 from pdp.canonical import sha256_hex
 from pdp.permit import Permit, PermitKeySet, PermitVerifier
 from pdp.permit.issuer import PermitIssuer
-from pdp.permit.keys import SigningKey
+from pdp.permit.signing import SigningKey
 from pdp.testing import Caller, SidecarProcess, TokenIssuer, build_bundle, refusal_of
 
 ROOT = Path(__file__).parents[2]

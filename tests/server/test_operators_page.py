@@ -16,7 +16,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from pdp.api.v1 import execution_pb2
 from pdp.permit import PermitKeySet
-from pdp.permit.keys import SigningKey
+from pdp.permit.signing import SigningKey
 from pdp.reason import ReasonCode
 from pdp.server.metrics import Metrics
 from pdp.testing import Caller, SidecarProcess, TokenIssuer, build_bundle, refusal_of

@@ -79,4 +79,4 @@ clean: ## Remove what was built; keep .venv and .tools
 # OPA and Regal are built from their Go modules once (minutes), unless opa is on PATH.
 .tools/%: scripts/install_opa.py | .venv/bin/python
 	$(PY) scripts/install_opa.py $*
-	@touch $@
+	@touch -h $@  # it may be a link to a command of the system

@@ -229,8 +229,9 @@ class Policy(_Section):
     """Longest time for one evaluation; past it the answer is a denial."""
     workers: Annotated[int, Field(ge=1, le=64)] = 2
     """Evaluations that run at the same time."""
-    max_memory_mib: Annotated[int, Field(ge=8, le=1_024)] = 128
-    """Most memory of one evaluation."""
+    max_memory_mib: Annotated[int, Field(ge=8, le=4_096)] = 512
+    """Most memory of one worker: the bundle's data and what an evaluation needs. It is
+    a bound, not a reservation; the default has room for some 10,000 tenants."""
 
 
 class Permits(_Section):

@@ -186,8 +186,24 @@ async def serve(
         await stop.wait()
         _log.info("draining")
         await probes.enter_graceful_shutdown()
-        await server.stop(config.limits.drain_seconds)
-        await runner.drained()
+        await _drain(server, runner, config.limits.drain_seconds)
+
+
+async def _drain(server: grpc.aio.Server, runner: CallRunner, drain_seconds: float) -> None:
+    """Take no new calls, finish those under way, and then end the streams of whoever
+    watches health or reflection, which would go on for as long as they are let.
+    """
+    stopping = asyncio.create_task(server.stop(drain_seconds))
+    calls_done = asyncio.create_task(runner.drained())
+    await asyncio.wait({stopping, calls_done}, return_when=asyncio.FIRST_COMPLETED)
+    await server.stop(min(drain_seconds, _LAST_ANSWERS_SECONDS))
+    await stopping
+    await calls_done
+    await runner.drained()
+
+
+_LAST_ANSWERS_SECONDS: Final = 0.5
+"""For answers that are ready and on their way out, and for calls that had just come in."""
 
 
 async def _listen(

@@ -34,6 +34,8 @@ LARGE_BYTES: Final = 16 * 1024
 
 _KEY: Final = re.compile(r"[\x21-\x7e]{1,255}")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
+_RESOURCE_TYPE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+_RESOURCE_TYPE_FORM: Final = "1 to 128 of [A-Za-z0-9._:-], the first a letter or digit"
 _AUDIENCE: Final = re.compile(r"[A-Za-z0-9:/._-]{1,255}")
 _BUDGET: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
@@ -76,7 +78,9 @@ async def question_from(
     resource: JsonObject | None = None
     if request.HasField("resource"):
         resource = {
-            "type": _matching("resource.type", request.resource.type, _NAME, _NAME_FORM),
+            "type": _matching(
+                "resource.type", request.resource.type, _RESOURCE_TYPE, _RESOURCE_TYPE_FORM
+            ),
             "id": _resource_id(request.resource.id),
         }
     large = len(request.arguments_json) > LARGE_BYTES

@@ -609,6 +609,7 @@ def test_an_expired_permit_is_not_redeemed(
             transaction="request-1",
             decision_id=str(uuid.uuid4()),
             policy_revision="1",
+            ledger="ledger-1",
             issued_at=now - 60,
             expires_at=now - 30,
         )

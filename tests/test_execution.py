@@ -13,7 +13,16 @@ import pytest
 
 from pdp import execution, spending
 from pdp.audit.record import AuditError, AuditReceipt, AuditRecord, Outcome
-from pdp.budget.ledger import Account, Charge, IdempotencyKey, Limit, LimitState, Scope, Window
+from pdp.budget.ledger import (
+    Account,
+    Charge,
+    IdempotencyKey,
+    LedgerError,
+    Limit,
+    LimitState,
+    Scope,
+    Window,
+)
 from pdp.budget.sqlite import SqliteLedger
 from pdp.canonical import JsonObject, JsonValue, sha256_hex
 from pdp.identity.resolver import Credentials, SingleTenant
@@ -139,6 +148,7 @@ def play(directory: Path, act: Callable[[Scene], Awaitable[T]]) -> T:
                 transaction="request-1",
                 decision_id=str(uuid.uuid4()),
                 policy_revision="revision-1",
+                ledger="ledger-1",
                 issued_at=int(NOW),
                 expires_at=int(NOW) + 60,
                 hold_id=held.id,
@@ -157,6 +167,7 @@ def play(directory: Path, act: Callable[[Scene], Awaitable[T]]) -> T:
             digest_key=b"k" * 32,
             permit_ttl_seconds=60,
             hold_ttl_seconds=120,
+            ledger_id="ledger-1",
             clock=lambda: NOW,
         )
         try:
@@ -214,18 +225,16 @@ def test_a_permit_that_can_not_be_closed_leaves_its_hold(tmp_path: Path) -> None
     play(tmp_path, act)
 
 
-def test_a_hold_that_was_ended_by_hand_is_not_settled_again(tmp_path: Path) -> None:
+def test_the_hold_of_a_permit_is_ended_by_its_outcome_alone(tmp_path: Path) -> None:
     async def act(scene: Scene) -> None:
-        end = spending.HoldEnd(
-            idempotency_key="end-1",
-            hold_id=scene.permit.hold_id,
-            charges=(Charge("tools", "calls", 2),),
-        )
-        await spending.settle(scene.rooms, CREDENTIALS, end)
+        end = spending.HoldEnd(idempotency_key="end-1", hold_id=scene.permit.hold_id, charges=())
+        for end_by_hand in (spending.settle, spending.release):
+            with pytest.raises(LedgerError) as refused:
+                await end_by_hand(scene.rooms, CREDENTIALS, end)
+            assert refused.value.reason_code == "hold_not_found"
         reported = await execution.report(scene.rooms, scene.report())
-        assert reported.settled == ()
-        assert (await execution.report(scene.rooms, scene.report())).replayed
-        assert await scene.amounts() == (2, 0)
+        assert reported.settled == (Charge("tools", "calls", 3),)
+        assert await scene.amounts() == (3, 0)
 
     play(tmp_path, act)
 

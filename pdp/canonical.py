@@ -80,12 +80,25 @@ def check(value: object, *, depth: int = MAX_DEPTH) -> None:
 
 def canonical_bytes(value: JsonValue) -> bytes:
     """The RFC 8785 form of a value that :func:`check` accepts."""
+    if _json_encodes_alike(value):
+        return _ENCODER.encode(value).encode("utf-8")
     return rfc8785.dumps(value)
 
 
 def sha256_hex(value: JsonValue) -> str:
     """SHA-256 over the RFC 8785 form: 64 lower-case hexadecimal digits."""
     return hashlib.sha256(canonical_bytes(value)).hexdigest()
+
+
+def _json_encodes_alike(value: JsonValue) -> bool:
+    """Whether the json module's C encoder writes the very bytes of RFC 8785, in a
+    tenth of the time. It differs in floats, and in the order of keys beyond ASCII.
+    """
+    if type(value) is dict:
+        return all(key.isascii() and _json_encodes_alike(item) for key, item in value.items())
+    if type(value) is list:
+        return all(map(_json_encodes_alike, value))
+    return type(value) is not float
 
 
 def _check_key(key: object) -> None:
@@ -129,6 +142,10 @@ def _parse_int(digits: str) -> int:
 def _refuse_constant(_name: str) -> JsonValue:
     raise JsonError("holds NaN or Infinity")
 
+
+_ENCODER: Final = json.JSONEncoder(
+    ensure_ascii=False, check_circular=False, allow_nan=False, sort_keys=True, separators=(",", ":")
+)
 
 _DECODER: Final = json.JSONDecoder(
     object_pairs_hook=_unique_pairs,

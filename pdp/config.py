@@ -135,8 +135,8 @@ class ServerLimits(_Section):
     """Largest gRPC message that is read. Arguments are bounded at 1 MiB besides."""
     max_metadata_bytes: Annotated[int, Field(ge=8_192, le=65_536)] = 16_384
     """Largest metadata of a call, the token included."""
-    max_concurrent_streams: Annotated[int, Field(ge=1, le=10_000)] = 256
-    """Calls under way per connection; more wait in the client."""
+    max_concurrent_streams: Annotated[int, Field(ge=1, le=10_000)] = 1_024
+    """Calls under way per connection; gRPC resets what a client sends beyond."""
     max_concurrent_calls: Annotated[int, Field(ge=1, le=100_000)] = 1_024
     """Calls under way in all; more are refused with rate_limited."""
     call_timeout_seconds: Annotated[float, Field(gt=0, le=60)] = 5.0

@@ -231,6 +231,7 @@ def _execute(rooms: Rooms, subject: Subject, question: Question, receipt: Receip
                 transaction=question.request_id,
                 decision_id=first["decision_id"],
                 policy_revision=first["policy_revision"],
+                ledger=rooms.ledger_id,
                 issued_at=first["issued_at"],
                 expires_at=first["expires_at"],
                 hold_id=receipt.id,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final
 
 from pdp.audit.record import AuditReceipt, AuditRecord, Outcome
 from pdp.budget.ledger import Account, Charge, IdempotencyKey, LedgerError, Receipt
@@ -61,7 +60,7 @@ async def redeem(rooms: Rooms, redemption: Redemption) -> Redeemed:
     failure: PermitError | None = None
     replayed = False
     try:
-        permit = rooms.permit_verifier.authenticate(redemption.permit)
+        permit = _own_permit(rooms, redemption.permit)
         rooms.permit_verifier.check_binding(
             permit,
             tool=redemption.tool,
@@ -101,7 +100,7 @@ async def report(rooms: Rooms, report: Report) -> Reported:
     result: Receipt | None = None
     failure: PermitError | LedgerError | None = None
     try:
-        permit = rooms.permit_verifier.authenticate(report.permit)
+        permit = _own_permit(rooms, report.permit)
         await rooms.permit_uses.close_permit(permit)
         result = await _resolve_hold(rooms, permit, report)
     except (PermitError, LedgerError) as error:
@@ -157,29 +156,32 @@ async def _resolve_hold(rooms: Rooms, permit: Permit, report: Report) -> Receipt
         ),
     )
     if permit.hold_id:
+        if _costs(report):
+            return await rooms.ledger.settle(
+                account, key, hold_id=permit.hold_id, charges=report.charges or None
+            )
         try:
-            if _costs(report):
-                return await rooms.ledger.settle(
-                    account, key, hold_id=permit.hold_id, charges=report.charges or None
-                )
             return await rooms.ledger.release(account, key, hold_id=permit.hold_id)
         except LedgerError as error:
-            if error.reason_code not in _HOLD_HAS_ENDED:
+            if error.reason_code != ReasonCode.HOLD_EXPIRED:
                 raise
+            # Its amounts have returned already; the outcome is only remembered.
     elif report.charges:
         raise LedgerError(ReasonCode.CHARGE_NOT_HELD, "Nothing is held for this call.")
     return await rooms.ledger.reserve(account, key, charges=(), limits=(), ttl_seconds=1)
 
 
-_HOLD_HAS_ENDED: Final = frozenset(
-    {
-        ReasonCode.HOLD_NOT_FOUND,
-        ReasonCode.HOLD_ALREADY_SETTLED,
-        ReasonCode.HOLD_ALREADY_RELEASED,
-        ReasonCode.HOLD_EXPIRED,
-    }
-)
-"""Then there is nothing left to settle, and the outcome is only remembered."""
+def _own_permit(rooms: Rooms, token: str) -> Permit:
+    """A permit that this sidecar issued. Another one's uses and holds are not here,
+    even where both sign with the same key.
+    """
+    permit = rooms.permit_verifier.authenticate(token)
+    if permit.ledger != rooms.ledger_id:
+        raise PermitError(
+            ReasonCode.PERMIT_MISMATCH,
+            "Another sidecar issued the permit: redeem it and report on it there.",
+        )
+    return permit
 
 
 def _record(

@@ -33,6 +33,8 @@ class Rooms:
     """Of this sidecar's own permits."""
     permit_uses: PermitUses
     audit: AuditLog
+    ledger_id: str
+    """Names ledger and permit uses of this sidecar in its permits."""
     digest_key: bytes = field(repr=False)
     """Keys the argument digests in audit records."""
     permit_ttl_seconds: int

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 import pytest
+import rfc8785
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdp.canonical import MAX_SAFE_INTEGER, JsonError, check, parse, parse_object, sha256_hex
+from pdp.canonical import (
+    MAX_SAFE_INTEGER,
+    JsonError,
+    canonical_bytes,
+    check,
+    parse,
+    parse_object,
+    sha256_hex,
+)
 
 JSON_VALUES = st.recursive(
     st.none()
@@ -77,6 +87,11 @@ def test_the_digest_does_not_depend_on_how_the_json_was_written(value: object) -
     plain = parse(json.dumps(value).encode(), max_bytes=1_000_000)
     spaced = parse(json.dumps(value, indent=3, ensure_ascii=False).encode(), max_bytes=1_000_000)
     assert sha256_hex(plain) == sha256_hex(spaced)
+
+
+@given(JSON_VALUES)
+def test_the_bytes_are_those_of_the_reference_library(value: Any) -> None:
+    assert canonical_bytes(value) == rfc8785.dumps(value)
 
 
 def test_the_digest_is_that_of_rfc_8785() -> None:

@@ -176,6 +176,7 @@ async def ask(
         digest_key=b"k" * 32,
         permit_ttl_seconds=60,
         hold_ttl_seconds=120,
+        ledger_id="ledger-1",
         clock=lambda: NOW,
         new_id=lambda: f"id-{next(ids)}",
     )

@@ -194,11 +194,17 @@ class Ledger(Protocol):
         in full (over_hold); a hold that has expired is settled all the same (late).
         Raises hold_not_found for a hold of another tenant or actor, and
         budget_unavailable where a sum would pass MAX_AMOUNT.
+
+        A hold that "authorize" made backs a permit, so only "outcome" finds it, and
+        "outcome" finds no other: whoever holds a permit can not take away first
+        what pays for it.
         """
         ...
 
     async def release(self, account: Account, key: IdempotencyKey, *, hold_id: str) -> Receipt:
-        """End a hold with nothing spent. Raises hold_expired for one that has."""
+        """End a hold with nothing spent. Raises hold_expired for one that has. Finds
+        holds as :meth:`settle` does.
+        """
         ...
 
     async def state(self, account: Account, *, limits: Sequence[Limit]) -> tuple[LimitState, ...]:

@@ -79,6 +79,7 @@ CREATE TABLE hold (
     id TEXT PRIMARY KEY,
     tenant TEXT NOT NULL,
     actor TEXT NOT NULL,
+    backs_permit INTEGER NOT NULL, -- 1: made by "authorize", and only "outcome" ends it
     expires_at INTEGER NOT NULL,
     state TEXT NOT NULL CHECK (state IN ('open', 'settled', 'released')),
     parts TEXT NOT NULL -- JSON: [[budget, unit, amount, [account id, ...]], ...]
@@ -167,7 +168,7 @@ class SqliteLedger:
             hold_id = self._new_id()
             expires_at = math.ceil(now + ttl_seconds)
             parts = _parts(db, account, charges, entries)
-            _add_hold(db, account, hold_id, expires_at, parts)
+            _add_hold(db, account, key, hold_id, expires_at, parts)
             return Receipt(
                 replayed=False,
                 note=key.note,
@@ -227,7 +228,7 @@ class SqliteLedger:
             check_charges(charges, least=0)
 
         def operation(db: apsw.Connection, now: float) -> Receipt:
-            hold = _find_hold(db, account, hold_id)
+            hold = _find_hold(db, account, key, hold_id)
             parts = {(part.charge.budget, part.charge.unit): part for part in hold.parts}
             spent = tuple(part.charge for part in hold.parts) if charges is None else charges
             over_hold = False
@@ -260,7 +261,7 @@ class SqliteLedger:
         check_hold_id(hold_id)
 
         def operation(db: apsw.Connection, now: float) -> Receipt:
-            hold = _find_hold(db, account, hold_id)
+            hold = _find_hold(db, account, key, hold_id)
             if hold.expires_at <= now:
                 raise LedgerError(
                     ReasonCode.HOLD_EXPIRED,
@@ -388,7 +389,8 @@ INSERT INTO account
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 _ADD_HOLD: Final = """
-INSERT INTO hold (id, tenant, actor, expires_at, state, parts) VALUES (?, ?, ?, ?, 'open', ?)
+INSERT INTO hold (id, tenant, actor, backs_permit, expires_at, state, parts)
+VALUES (?, ?, ?, ?, ?, 'open', ?)
 """
 _PRUNE_ANSWERS: Final = """
 DELETE FROM answer WHERE created_at <= ?
@@ -554,12 +556,21 @@ def _parts(
 def _add_hold(
     db: apsw.Connection,
     account: Account,
+    key: IdempotencyKey,
     hold_id: str,
     expires_at: int,
     parts: Sequence[_Part],
 ) -> None:
     db.execute(
-        _ADD_HOLD, (hold_id, account.tenant, account.actor, expires_at, _encode_parts(parts))
+        _ADD_HOLD,
+        (
+            hold_id,
+            account.tenant,
+            account.actor,
+            key.operation == "authorize",
+            expires_at,
+            _encode_parts(parts),
+        ),
     )
     db.executemany(
         "INSERT INTO live_part (account, expires_at, hold, amount) VALUES (?, ?, ?, ?)",
@@ -571,11 +582,12 @@ def _add_hold(
     )
 
 
-def _find_hold(db: apsw.Connection, account: Account, hold_id: str) -> _Hold:
+def _find_hold(db: apsw.Connection, account: Account, key: IdempotencyKey, hold_id: str) -> _Hold:
     """The open hold of that id, if it is this actor's own. Raises LedgerError."""
     row = db.execute(
-        "SELECT expires_at, parts, state FROM hold WHERE id = ? AND tenant = ? AND actor = ?",
-        (hold_id, account.tenant, account.actor),
+        "SELECT expires_at, parts, state FROM hold WHERE id = ?"
+        " AND tenant = ? AND actor = ? AND backs_permit = ?",
+        (hold_id, account.tenant, account.actor, key.operation == "outcome"),
     ).fetchone()
     if row is None:
         raise LedgerError(

@@ -32,7 +32,7 @@ _CLAIMS: Final = frozenset(
     ]
 )
 _DETAIL: Final = frozenset(["type", "locations", "actions", "args_sha256"])
-_TENANT_CONTEXT: Final = frozenset(["tenant", "decision_id", "policy_revision"])
+_TENANT_CONTEXT: Final = frozenset({"tenant", "decision_id", "policy_revision", "ledger"})
 
 
 class PermitError(PdpError):
@@ -63,6 +63,9 @@ class Permit:
     """The request id: an idempotency key that the tool can pass on."""
     decision_id: str
     policy_revision: str
+    ledger: str
+    """Where its use is counted and its hold lies: only the sidecar with that ledger
+    redeems it and takes in its outcome, also where several share a signing key."""
     issued_at: int
     """Unix seconds, as is expires_at."""
     expires_at: int
@@ -90,6 +93,7 @@ class Permit:
             "tenant": self.tenant,
             "decision_id": self.decision_id,
             "policy_revision": self.policy_revision,
+            "ledger": self.ledger,
         }
         if self.resource:
             detail["identifier"] = self.resource
@@ -149,6 +153,7 @@ def from_claims(claims: JsonObject, *, token: str) -> Permit:
         transaction=_text(claims, "txn"),
         decision_id=_text(context, "decision_id"),
         policy_revision=_text(context, "policy_revision"),
+        ledger=_text(context, "ledger"),
         issued_at=issued_at,
         expires_at=_typed(claims, "exp", int),
         hold_id=_text(context, "hold_id") if "hold_id" in context else "",

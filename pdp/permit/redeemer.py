@@ -40,11 +40,11 @@ class PermitRedeemer:
         request = execution_pb2.GetPermitKeysRequest()
         return PermitKeySet.from_jwks(self._call("GetPermitKeys", request).jwks_json)
 
-    def redeem(self, permit: Permit, *, key: str | None = None) -> None:
+    def redeem(self, permit: Permit) -> None:
         """Spend the permit's one use; act only after this has returned.
 
-        ``key`` makes this redemption the same when it is tried again; without one
-        every call is a redemption of its own. Raises PermitError: permit_used,
+        Every call is a redemption of its own; a lost reply is asked for again under
+        the same key before it returns. Raises PermitError: permit_used,
         permit_expired, permit_mismatch, permit_invalid, or why the sidecar could
         not be asked.
         """
@@ -54,7 +54,7 @@ class PermitRedeemer:
             "RedeemPermit",
             execution_pb2.RedeemPermitRequest(
                 permit=permit.token,
-                idempotency_key=key or str(uuid.uuid4()),
+                idempotency_key=str(uuid.uuid4()),
                 tool=permit.tool,
                 arguments_sha256=permit.arguments_sha256,
                 audience=permit.audience,

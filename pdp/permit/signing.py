@@ -21,6 +21,7 @@ from pdp.canonical import JsonObject, canonical_bytes
 from pdp.permit import jws
 from pdp.permit.claims import PermitError
 from pdp.permit.keys import PermitKeySet, public_jwk
+from pdp.private_files import write_once
 from pdp.reason import ReasonCode
 
 _THUMBPRINT: Final = frozenset({"crv", "kty", "x"})
@@ -67,15 +68,7 @@ class SigningKey:
     @classmethod
     def from_file_or_new(cls, path: Path) -> SigningKey:
         """Read the file, or make it with a new key, mode 0600."""
-        if not path.exists():
-            key = cls.generate()
-            scratch = path.with_suffix(".new")
-            descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(key.to_pem())
-                file.flush()
-                os.fsync(file.fileno())
-            scratch.rename(path)
+        write_once(path, lambda: cls.generate().to_pem())
         return cls.from_file(path)
 
     def to_pem(self) -> bytes:

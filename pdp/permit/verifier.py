@@ -51,6 +51,7 @@ class PermitVerifier:
         Raises PermitError: permit_missing, permit_invalid, permit_expired,
         permit_mismatch.
         """
+        found = self.authenticate(permit)
         try:
             check(arguments)
             digest = sha256_hex(arguments)
@@ -59,7 +60,6 @@ class PermitVerifier:
                 ReasonCode.PERMIT_MISMATCH,
                 "The arguments are not JSON, so no permit can be for them.",
             ) from None
-        found = self.authenticate(permit)
         self.check_binding(found, tool=tool, arguments_sha256=digest, audience=self._audience)
         if tenant is not None and not _equal(found.tenant, tenant):
             raise PermitError(ReasonCode.PERMIT_MISMATCH, "The permit is another tenant's.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
 import logging
 import os
 import secrets
@@ -40,6 +41,7 @@ from pdp.permit.signing import SigningKey
 from pdp.permit.uses import PermitUses
 from pdp.permit.verifier import PermitVerifier
 from pdp.policy.engine import PolicyEngine
+from pdp.private_files import NotPrivateError, make_directory, write_once
 from pdp.rooms import Rooms
 from pdp.server.http import HttpListener
 from pdp.server.locks import ExclusiveLock, StartError
@@ -82,17 +84,22 @@ async def open_rooms(config: Config, key: SigningKey, policy: PolicyEngine) -> A
         stack.push_async_callback(ledger.close)
         permit_uses = PermitUses(state / "permits.db", durability=config.budget.durability)
         stack.push_async_callback(permit_uses.close)
+        digest_key = _secret(state / "audit-digest.key")
         yield Rooms(
             identity=identity_from(config),
             policy=policy,
             ledger=ledger,
             permits=PermitIssuer(key, issuer=config.permit.issuer),
             permit_verifier=PermitVerifier(
-                key.public_set, issuer=config.permit.issuer, audience=config.permit.default_audience
+                key.public_set,
+                issuer=config.permit.issuer,
+                audience=config.permit.default_audience,
+                leeway_seconds=0,  # its own clock, and the hold ends with the permit
             ),
             permit_uses=permit_uses,
             audit=audit,
-            digest_key=_secret(state / "audit-digest.key"),
+            ledger_id=ledger_id(digest_key),
+            digest_key=digest_key,
             permit_ttl_seconds=config.permit.ttl_seconds,
             hold_ttl_seconds=config.budget.hold_ttl_seconds,
         )
@@ -139,14 +146,12 @@ async def serve(
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signal_number, stop.set)
     async with contextlib.AsyncExitStack() as stack:
-        _make_private_directory(config.state_dir)
+        _open_state_directory(config.state_dir)
         lock = ExclusiveLock(
             config.state_dir / "lock", holds=f"The state directory {config.state_dir}"
         )
         stack.callback(lock.release)
-        key = SigningKey.from_file_or_new(
-            config.permit.key_file or config.state_dir / "permit-key.pem"
-        )
+        key = _signing_key(config)
         engine = await asyncio.wrap_future(policy)
         stack.push_async_callback(engine.close)
         rooms = await stack.enter_async_context(open_rooms(config, key, engine))
@@ -314,9 +319,11 @@ def _http_listener(
         ) from None
 
 
-def _make_private_directory(path: Path) -> None:
+def _open_state_directory(path: Path) -> None:
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_directory(path)
+    except NotPrivateError as error:
+        raise StartError(f"The state directory {path} {error}.") from None
     except OSError as error:
         raise StartError(
             f"The state directory {path} can not be made: {error.strerror}. Make it, or name"
@@ -324,17 +331,21 @@ def _make_private_directory(path: Path) -> None:
         ) from None
 
 
+def _signing_key(config: Config) -> SigningKey:
+    """The configured key, which must be there, or the sidecar's own, made if need be."""
+    if config.permit.key_file is not None:
+        return SigningKey.from_file(config.permit.key_file)
+    return SigningKey.from_file_or_new(config.state_dir / "permit-key.pem")
+
+
+def ledger_id(digest_key: bytes) -> str:
+    """The same for the same state directory, and another for any other."""
+    return hmac.digest(digest_key, b"ledger", "sha256").hex()[:32]
+
+
 def _secret(path: Path) -> bytes:
     """32 random bytes, kept in a file that nobody but its owner may read."""
-    if not path.exists():
-        # Whole or not there: a sidecar that is killed now must be able to start again.
-        scratch = path.with_suffix(".new")
-        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(secrets.token_bytes(_SECRET_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.rename(path)
+    write_once(path, lambda: secrets.token_bytes(_SECRET_BYTES))
     secret = _read(path)
     if len(secret) != _SECRET_BYTES:
         raise StartError(f"{path} does not hold {_SECRET_BYTES} bytes; restore it.")

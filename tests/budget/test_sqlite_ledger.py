@@ -941,3 +941,19 @@ def test_litellm_27735_what_is_reported_is_what_decides(teller: Teller) -> None:
         receipt = teller.charge(calls(amount))
         assert (receipt.refused_by is None) == (amount <= before.remaining)
         assert receipt.limits == teller.state()
+
+
+def test_only_the_outcome_ends_a_hold_that_backs_a_permit(teller: Teller) -> None:
+    hold = teller.reserve(calls(4), key=teller.key("authorize"))
+    for attempt in (teller.settle, teller.release):
+        with pytest.raises(LedgerError) as caught:
+            attempt(hold.id)
+        assert caught.value.reason_code == "hold_not_found"
+    assert teller.settle(hold.id, key=teller.key("outcome")).charges == (calls(4),)
+
+
+def test_an_outcome_ends_no_other_hold(teller: Teller) -> None:
+    hold = teller.reserve(calls(4), key=teller.key("reserve"))
+    with pytest.raises(LedgerError) as caught:
+        teller.settle(hold.id, key=teller.key("outcome"))
+    assert caught.value.reason_code == "hold_not_found"

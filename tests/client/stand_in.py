@@ -78,6 +78,7 @@ class StandIn:
             transaction=request.request_id,
             decision_id=str(uuid.uuid4()),
             policy_revision="r-1",
+            ledger="ledger-1",
             issued_at=now,
             expires_at=now + 60,
             resource=(

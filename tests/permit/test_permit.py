@@ -35,6 +35,7 @@ def permit(**changes: object) -> Permit:
         transaction="req-1",
         decision_id="d-1",
         policy_revision="r-1",
+        ledger="ledger-1",
         issued_at=NOW,
         expires_at=NOW + 60,
         hold_id="h-1",

@@ -27,6 +27,7 @@ def permit(name: str = "p-1") -> Permit:
         transaction="req-1",
         decision_id="d-1",
         policy_revision="r-1",
+        ledger="ledger-1",
         issued_at=NOW,
         expires_at=NOW + 60,
     )

@@ -19,6 +19,7 @@ from pdp.canonical import sha256_hex
 from pdp.permit import Permit, PermitKeySet, PermitVerifier
 from pdp.permit.issuer import PermitIssuer
 from pdp.permit.signing import SigningKey
+from pdp.server.sidecar import ledger_id
 from pdp.testing import Caller, SidecarProcess, TokenIssuer, build_bundle, refusal_of
 
 ROOT = Path(__file__).parents[2]
@@ -609,7 +610,7 @@ def test_an_expired_permit_is_not_redeemed(
             transaction="request-1",
             decision_id=str(uuid.uuid4()),
             policy_revision="1",
-            ledger="ledger-1",
+            ledger=ledger_id((sidecar.state / "audit-digest.key").read_bytes()),
             issued_at=now - 60,
             expires_at=now - 30,
         )

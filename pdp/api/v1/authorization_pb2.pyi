@@ -114,7 +114,9 @@ class Resource(_message.Message):
     TYPE_FIELD_NUMBER: _builtins.int
     ID_FIELD_NUMBER: _builtins.int
     type: _builtins.str
-    """Kind of thing: as Action.name."""
+    """Kind of thing: 1 to 128 characters of [A-Za-z0-9._:-], the first a letter or
+    digit. No slash, so that "type/id" in a permit reads one way only.
+    """
     id: _builtins.str
     """Its id: 1 to 255 characters, no control characters."""
     def __init__(

@@ -99,7 +99,8 @@ class BudgetServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SettleBudget(self, request, context):
-        """Ends a hold with what was really spent; the rest returns. More than was held
+        """Ends a hold of ReserveBudget with what was really spent; the rest returns. A
+        hold of Authorize is ended by ReportOutcome alone. More than was held
         is recorded in full. A hold that has expired is settled all the same (late),
         since the money is spent. FAILED_PRECONDITION: hold_not_found,
         hold_already_settled, hold_already_released.
@@ -109,7 +110,7 @@ class BudgetServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ReleaseBudget(self, request, context):
-        """Ends a hold with nothing spent. FAILED_PRECONDITION: hold_not_found,
+        """Ends a hold of ReserveBudget with nothing spent. FAILED_PRECONDITION: hold_not_found,
         hold_already_settled, hold_already_released, hold_expired.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

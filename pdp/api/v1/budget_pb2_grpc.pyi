@@ -48,13 +48,14 @@ class BudgetServiceStub:
     ReserveBudget: _grpc.UnaryUnaryMultiCallable[_budget_pb2.ReserveBudgetRequest, _budget_pb2.ReserveBudgetResponse]
     """Holds amounts until they are settled, released, or the hold expires."""
     SettleBudget: _grpc.UnaryUnaryMultiCallable[_budget_pb2.SettleBudgetRequest, _budget_pb2.SettleBudgetResponse]
-    """Ends a hold with what was really spent; the rest returns. More than was held
+    """Ends a hold of ReserveBudget with what was really spent; the rest returns. A
+    hold of Authorize is ended by ReportOutcome alone. More than was held
     is recorded in full. A hold that has expired is settled all the same (late),
     since the money is spent. FAILED_PRECONDITION: hold_not_found,
     hold_already_settled, hold_already_released.
     """
     ReleaseBudget: _grpc.UnaryUnaryMultiCallable[_budget_pb2.ReleaseBudgetRequest, _budget_pb2.ReleaseBudgetResponse]
-    """Ends a hold with nothing spent. FAILED_PRECONDITION: hold_not_found,
+    """Ends a hold of ReserveBudget with nothing spent. FAILED_PRECONDITION: hold_not_found,
     hold_already_settled, hold_already_released, hold_expired.
     """
     GetBudget: _grpc.UnaryUnaryMultiCallable[_budget_pb2.GetBudgetRequest, _budget_pb2.GetBudgetResponse]
@@ -80,13 +81,14 @@ class BudgetServiceAsyncStub(BudgetServiceStub):
     ReserveBudget: _aio.UnaryUnaryMultiCallable[_budget_pb2.ReserveBudgetRequest, _budget_pb2.ReserveBudgetResponse]  # type: ignore[assignment]
     """Holds amounts until they are settled, released, or the hold expires."""
     SettleBudget: _aio.UnaryUnaryMultiCallable[_budget_pb2.SettleBudgetRequest, _budget_pb2.SettleBudgetResponse]  # type: ignore[assignment]
-    """Ends a hold with what was really spent; the rest returns. More than was held
+    """Ends a hold of ReserveBudget with what was really spent; the rest returns. A
+    hold of Authorize is ended by ReportOutcome alone. More than was held
     is recorded in full. A hold that has expired is settled all the same (late),
     since the money is spent. FAILED_PRECONDITION: hold_not_found,
     hold_already_settled, hold_already_released.
     """
     ReleaseBudget: _aio.UnaryUnaryMultiCallable[_budget_pb2.ReleaseBudgetRequest, _budget_pb2.ReleaseBudgetResponse]  # type: ignore[assignment]
-    """Ends a hold with nothing spent. FAILED_PRECONDITION: hold_not_found,
+    """Ends a hold of ReserveBudget with nothing spent. FAILED_PRECONDITION: hold_not_found,
     hold_already_settled, hold_already_released, hold_expired.
     """
     GetBudget: _aio.UnaryUnaryMultiCallable[_budget_pb2.GetBudgetRequest, _budget_pb2.GetBudgetResponse]  # type: ignore[assignment]
@@ -127,7 +129,8 @@ class BudgetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _budget_pb2.SettleBudgetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_budget_pb2.SettleBudgetResponse, _abc.Awaitable[_budget_pb2.SettleBudgetResponse]]:
-        """Ends a hold with what was really spent; the rest returns. More than was held
+        """Ends a hold of ReserveBudget with what was really spent; the rest returns. A
+        hold of Authorize is ended by ReportOutcome alone. More than was held
         is recorded in full. A hold that has expired is settled all the same (late),
         since the money is spent. FAILED_PRECONDITION: hold_not_found,
         hold_already_settled, hold_already_released.
@@ -139,7 +142,7 @@ class BudgetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _budget_pb2.ReleaseBudgetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_budget_pb2.ReleaseBudgetResponse, _abc.Awaitable[_budget_pb2.ReleaseBudgetResponse]]:
-        """Ends a hold with nothing spent. FAILED_PRECONDITION: hold_not_found,
+        """Ends a hold of ReserveBudget with nothing spent. FAILED_PRECONDITION: hold_not_found,
         hold_already_settled, hold_already_released, hold_expired.
         """
 

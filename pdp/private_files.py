@@ -1,0 +1,44 @@
+"""Files and directories that belong to the sidecar alone."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+
+class NotPrivateError(Exception):
+    """Others could change what lies there; the text says what to do."""
+
+
+def make_directory(path: Path) -> None:
+    """Make the directory with mode 0700, or check that it is the process's own and
+    that nobody else may write in it. Raises NotPrivateError, OSError.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.stat()
+    if found.st_uid != os.geteuid():
+        raise NotPrivateError("is another user's; name a directory below it, which is then made")
+    if found.st_mode & 0o022:
+        raise NotPrivateError(
+            f"can be written by others (mode {found.st_mode & 0o777:04o}); run chmod go-w on it, or"
+            " name a directory below it, which is then made"
+        )
+
+
+def write_once(path: Path, content: Callable[[], bytes]) -> None:
+    """Write the file with mode 0600, unless it is there.
+
+    It is there whole or not at all, whenever the process is killed, and nothing is
+    written through a link that somebody has laid. Raises OSError.
+    """
+    if path.exists():
+        return
+    scratch = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content())
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.rename(path)

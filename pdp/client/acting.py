@@ -33,37 +33,42 @@ class Acting:
     ended: bool = False
     outer: Acting | None = field(default=None, repr=False)
     """The one that it was opened inside."""
-    generator: FrameType | None = field(default=None, repr=False)
-    """The body of the generator that opened it, if a generator did."""
-    consumer: FrameType | None = field(default=None, repr=False)
-    """The code that was iterating over that generator then."""
+    generators: tuple[FrameType, ...] = field(default=(), repr=False)
+    """The bodies of the generators in which it was opened."""
 
-    def opened_by(self, frame: FrameType | None) -> None:
-        """Remember who opened it, where that matters: a generator."""
-        if frame is not None and frame.f_code.co_flags & _GENERATORS:
-            self.generator = frame
-            while frame is not None and frame.f_code.co_flags & _GENERATORS:
-                frame = frame.f_back
-            self.consumer = frame
+    def opened_on(self, frame: FrameType | None) -> None:
+        """Remember the generators on the stack, from ``frame`` outwards.
+
+        Python gives a generator no context of its own. While it is suspended inside
+        its ``with``, what it opened shows in whatever runs next, and in the tasks
+        and threads that are started there.
+        """
+        found = []
+        while frame is not None:
+            # contextlib drives a generator as the two halves of a ``with``: its
+            # being suspended is the very time for which it opened something.
+            if frame.f_code.co_flags & _GENERATORS and not _is_contextlib(frame.f_back):
+                found.append(frame)
+            frame = frame.f_back
+        self.generators = tuple(found)
 
     def end(self) -> None:
         """Nobody acts under it any more, wherever it was carried."""
         self.ended = True
-        self.generator = self.consumer = None
+        self.generators = ()
 
     def shows_by_suspension(self) -> bool:
-        """Whether it shows only because the generator that opened it is suspended
-        and shares its context with the code that runs now (Python gives generators
-        none of their own): the consumer, or another generator of the same consumer.
-        """
-        if self.generator is None:
-            return False
-        frame = inspect.currentframe()
-        while frame is not None and frame is not self.generator:
-            if frame is self.consumer:
-                return True
+        """Whether the code that runs now is not inside the generators that opened it."""
+        missing = set(self.generators)
+        frame = inspect.currentframe() if missing else None
+        while frame is not None and missing:
+            missing.discard(frame)
             frame = frame.f_back
-        return False
+        return bool(missing)
+
+
+def _is_contextlib(frame: FrameType | None) -> bool:
+    return frame is not None and frame.f_globals.get("__name__") == "contextlib"
 
 
 class Identity:
@@ -111,8 +116,8 @@ class Identity:
         if acting.shows_by_suspension():
             raise PermitDenied(
                 ReasonCode.IDENTITY_MISSING,
-                "the identity in force is that of a generator which is suspended; close the"
-                " generator first, or run it in a task of its own",
+                "the identity in force was opened inside a generator, and this is not the"
+                " generator's own code: open acting_for outside of it, or anew in this task",
                 tool=tool,
             )
         if not _TOKEN.fullmatch(acting.token):
@@ -137,10 +142,7 @@ class ActingFor:
         if self._entered:
             raise RuntimeError("this acting_for was entered before; call acting_for again")
         self._entered = True
-        opener = inspect.currentframe()
-        while opener is not None and opener.f_globals.get("__name__") in {__name__, "contextlib"}:
-            opener = opener.f_back
-        self._acting.opened_by(opener)
+        self._acting.opened_on(inspect.currentframe())
         self._acting.outer = self._variable.get()
         self._variable.set(self._acting)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import logging
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import PurePath
 from types import TracebackType
@@ -156,8 +155,7 @@ class Guard(_Face[Connection]):
             @functools.wraps(function)
             def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _R:
                 bound = tool.bind(args, kwargs)
-                with _denying(name):
-                    permit = self._walk(self._desk.obtain(tool.describe(bound)))
+                permit = _held(self._obtain(name, lambda: tool.describe(bound)))
                 try:
                     with running_under(permit):
                         result = tool.finished(function(*bound.args, **bound.kwargs))
@@ -186,9 +184,9 @@ class Guard(_Face[Connection]):
         Raises PermitDenied. The caller runs the tool with exactly ``arguments`` and
         then calls :meth:`executed` or :meth:`failed`.
         """
-        with _denying(tool):
-            call = self._call(tool, arguments, resource, request_id, audience)
-            return self._walk(self._desk.obtain(call))
+        return _held(
+            self._obtain(tool, lambda: self._call(tool, arguments, resource, request_id, audience))
+        )
 
     def executed(self, permit: Permit, charges: Sequence[Charge] = ()) -> None:
         """Report that the permit's call ran, and what it cost."""
@@ -212,6 +210,12 @@ class Guard(_Face[Connection]):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _obtain(self, tool: str, describe: Callable[[], ToolCall]) -> Permit | PermitDenied:
+        try:
+            return self._walk(self._desk.obtain(describe()))
+        except Exception as error:  # noqa: BLE001 - whatever it is, nothing runs
+            return _denial(error, tool)
 
     def _walk(self, steps: Steps[_T]) -> _T:
         walk = Walk(steps)
@@ -259,8 +263,7 @@ class AsyncGuard(_Face[AsyncConnection]):
             @functools.wraps(function)
             async def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _R:
                 bound = tool.bind(args, kwargs)
-                with _denying(name):
-                    permit = await self._walk(self._desk.obtain(tool.describe(bound)))
+                permit = _held(await self._obtain(name, lambda: tool.describe(bound)))
                 try:
                     with running_under(permit):
                         result = tool.finished(await function(*bound.args, **bound.kwargs))
@@ -284,9 +287,11 @@ class AsyncGuard(_Face[AsyncConnection]):
         audience: str | None = None,
     ) -> Permit:
         """As :meth:`Guard.authorize`."""
-        with _denying(tool):
-            call = self._call(tool, arguments, resource, request_id, audience)
-            return await self._walk(self._desk.obtain(call))
+        return _held(
+            await self._obtain(
+                tool, lambda: self._call(tool, arguments, resource, request_id, audience)
+            )
+        )
 
     async def executed(self, permit: Permit, charges: Sequence[Charge] = ()) -> None:
         """As :meth:`Guard.executed`."""
@@ -317,6 +322,12 @@ class AsyncGuard(_Face[AsyncConnection]):
     ) -> None:
         await self.close()
 
+    async def _obtain(self, tool: str, describe: Callable[[], ToolCall]) -> Permit | PermitDenied:
+        try:
+            return await self._walk(self._desk.obtain(describe()))
+        except Exception as error:  # noqa: BLE001 - whatever it is, nothing runs
+            return _denial(error, tool)
+
     async def _walk(self, steps: Steps[_T]) -> _T:
         walk = Walk(steps)
         while walk.ask is not None:
@@ -346,27 +357,37 @@ class AsyncGuard(_Face[AsyncConnection]):
             _log_unreported(error)
 
 
-@contextlib.contextmanager
-def _denying(tool: str) -> Iterator[None]:
-    """Whatever goes wrong inside comes out as PermitDenied: the tool does not run."""
-    try:
-        yield
-    except PermitDenied:
-        raise
-    except CallError as error:
-        raise PermitDenied(
+def _denial(error: Exception, tool: str) -> PermitDenied:
+    """Whatever went wrong comes out as PermitDenied: the tool does not run.
+
+    It is returned, to be raised where nothing else is being handled: the frames in
+    which it arose hold the token, and error trackers record the locals of every
+    frame that an exception, its cause or its context remembers.
+    """
+    if isinstance(error, PermitDenied):
+        denied = error.with_traceback(None)
+        denied.__cause__ = denied.__context__ = None
+        return denied
+    if isinstance(error, CallError):
+        return PermitDenied(
             error.reason_code,
             error.message,
             tool=tool,
             retry_after_seconds=error.retry_after_seconds,
-        ) from None
-    except Exception as error:  # noqa: BLE001 - whatever it is, nothing runs
-        # Its text may hold an argument or the token, so only kind and place are told.
-        raise PermitDenied(
-            ReasonCode.GUARD_FAILED,
-            f"the guard failed with {type(error).__name__} at {_place(error)}",
-            tool=tool,
-        ) from None
+        )
+    # Its text may hold an argument or the token, so only kind and place are told.
+    return PermitDenied(
+        ReasonCode.GUARD_FAILED,
+        f"the guard failed with {type(error).__name__} at {_place(error)}",
+        tool=tool,
+    )
+
+
+def _held(outcome: Permit | PermitDenied) -> Permit:
+    """The permit, or the denial is raised."""
+    if isinstance(outcome, PermitDenied):
+        raise outcome
+    return outcome
 
 
 def _place(error: Exception) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import threading
+import traceback
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -275,7 +277,96 @@ def test_a_scope_of_ones_own_may_be_a_context_manager(
         assert whose() == "tenant_globex"
 
 
-def test_async_generators_act_for_their_own_and_their_tasks_too(
+def test_async_generators_act_only_in_their_own_code(target: str, acme: str, globex: str) -> None:
+    async def run() -> list[str]:
+        async with AsyncGuard(target) as guard:
+
+            @guard.tool("orders.read")
+            async def read_order(order_id: str) -> str:
+                return current_permit().tenant
+
+            async def whose() -> str:
+                try:
+                    return await read_order("918")
+                except PermitDenied as denied:
+                    return denied.reason_code
+
+            async def whose_anew(token: str) -> str:
+                with guard.acting_for(token):
+                    return await whose()
+
+            async def stream(token: str) -> AsyncIterator[str]:
+                with guard.acting_for(token):
+                    yield await whose()
+                    # A task can not be told from one of the consumer's: it opens its own.
+                    for found in await asyncio.gather(whose(), whose_anew(token)):
+                        yield found
+                    yield await whose()
+
+            one, other = stream(acme), stream(globex)
+            found = [await anext(one), await anext(one), await anext(one), await whose()]
+            found += [await anext(other), await anext(one)]
+            del other  # collected, and so closed, in a context of the event loop's choice
+            await asyncio.sleep(0)
+            found.append(await whose())
+            return found
+
+    assert asyncio.run(run()) == [
+        "tenant_acme",
+        "identity_missing",
+        "tenant_acme",
+        "identity_missing",
+        "tenant_globex",
+        "identity_missing",
+        "identity_missing",
+    ]
+
+
+class Iterates:
+    """A generator behind another face."""
+
+    def __init__(self, generator: Iterator[None]) -> None:
+        self._generator = generator
+
+    def __iter__(self) -> Iterates:
+        return self
+
+    def __next__(self) -> None:
+        next(self._generator)
+
+
+@contextlib.contextmanager
+def through_a_helper(guard: Guard, token: str) -> Iterator[None]:
+    with guard.acting_for(token):
+        yield
+
+
+def test_a_suspended_generator_lends_its_identity_to_nobody(
+    guard: Guard, whose: Callable[[], str], acme: str, globex: str
+) -> None:
+    def stream() -> Iterator[None]:
+        with through_a_helper(guard, acme):
+            yield
+            yield
+
+    def primed() -> Iterator[None]:
+        generator = stream()
+        next(generator)
+        return generator
+
+    with guard.acting_for(globex):
+        behind = Iterates(stream())
+        next(behind)
+        assert whose() == "identity_missing"
+        with ThreadPoolExecutor(1) as pool:
+            run = contextvars.copy_context().run
+            assert pool.submit(run, whose).result() == "identity_missing"
+    kept = primed()
+    assert whose() == "identity_missing"
+    del behind, kept
+
+
+def test_tasks_of_a_consumer_do_not_act_for_the_generator_it_reads(
     target: str, acme: str, globex: str
 ) -> None:
     async def run() -> list[str]:
@@ -291,30 +382,59 @@ def test_async_generators_act_for_their_own_and_their_tasks_too(
                 except PermitDenied as denied:
                     return denied.reason_code
 
-            async def stream(token: str) -> AsyncIterator[str]:
-                with guard.acting_for(token):
-                    yield await whose()
-                    [found] = await asyncio.gather(whose())
-                    yield found
-                    yield await whose()
+            async def stream() -> AsyncIterator[None]:
+                with guard.acting_for(acme):
+                    yield
 
-            one, other = stream(acme), stream(globex)
-            found = [await anext(one), await anext(one), await whose()]
-            found += [await anext(other), await anext(other), await anext(one)]
-            del other  # collected, and so closed, in a context of the event loop's choice
-            await asyncio.sleep(0)
-            found.append(await whose())
+            found: list[str] = []
+            with guard.acting_for(globex):
+                async for _ in stream():
+                    found += await asyncio.gather(whose(), whose())
+                    found.append(await asyncio.wait_for(whose(), 5))
+                    async with asyncio.TaskGroup() as group:
+                        task = group.create_task(whose())
+                    found.append(task.result())
+                found.append(await whose())
             return found
 
-    assert asyncio.run(run()) == [
-        "tenant_acme",
-        "tenant_acme",
-        "identity_missing",
-        "tenant_globex",
-        "tenant_globex",
-        "identity_missing",
-        "identity_missing",
-    ]
+    assert asyncio.run(run()) == ["identity_missing"] * 4 + ["tenant_globex"]
+
+
+def test_a_scope_that_is_closed_before_the_generator_yields_is_as_any_other(
+    guard: Guard, whose: Callable[[], str], acme: str
+) -> None:
+    def whose_for(token: str) -> str:
+        with guard.acting_for(token):
+            return whose()
+
+    def stream() -> Iterator[str]:
+        yield whose_for(acme)
+        yield whose()
+
+    assert list(stream()) == ["tenant_acme", "identity_missing"]
+
+
+def test_no_frame_that_a_denial_remembers_holds_the_token(face: Face, acme: str) -> None:
+    """Error trackers record the locals of every frame, cause and context."""
+
+    @face.tool("orders.read")
+    def read_order(order_id: str) -> str:
+        return order_id
+
+    def denied(call: Callable[[], str]) -> PermitDenied:
+        with pytest.raises(PermitDenied) as caught:
+            call()
+        return caught.value
+
+    with face.acting_for(acme):
+        errors = [denied(lambda: read_order("not a number"))]
+    with face.acting_for("forged." + acme):
+        errors.append(denied(lambda: read_order("918")))
+    for error in errors:
+        shown = traceback.TracebackException.from_exception(error, capture_locals=True).format()
+        assert error.__context__ is None
+        assert error.__cause__ is None
+        assert acme not in "".join(shown)
 
 
 def test_a_context_that_is_not_json_is_refused_at_once(stand_in: StandIn) -> None:

@@ -8,6 +8,7 @@ clock and ids are passed in, so that any answer can be worked out again.
 from __future__ import annotations
 
 import json
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -22,6 +23,7 @@ from pdp.budget.ledger import (
     Receipt,
 )
 from pdp.canonical import JsonObject, sha256_hex
+from pdp.errors import RequestError
 from pdp.identity.resolver import Credentials
 from pdp.identity.subject import Subject
 from pdp.permit.claims import Permit
@@ -51,10 +53,15 @@ class Question:
     audience: str
     trace_id: str | None = None
 
-    def content_sha256(self) -> str:
-        """The same for the same question, whenever and however often it is asked."""
+    def content_sha256(self, subject: Subject) -> str:
+        """The same for the same question of the same subject, whenever and however
+        often it is asked. A token with other roles or scopes asks another question.
+        """
         return sha256_hex(
             {
+                "issuer": subject.issuer,
+                "roles": list(subject.roles),
+                "scopes": list(subject.scopes),
                 "tool": self.tool,
                 "resource": self.resource,
                 "arguments_sha256": self.arguments_sha256,
@@ -62,6 +69,18 @@ class Question:
                 "audience": self.audience,
             }
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What is asked for, before it is known by whom."""
+
+    request_id: str
+    tool: str
+    trace_id: str | None
+    read: Callable[[], Awaitable[Question]] = field(repr=False)
+    """Reads the rest, which costs time and memory, and so is done only for a caller
+    who is known. Raises RequestError."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,31 +120,37 @@ class Recorded:
     """What each step took."""
 
 
-async def authorize(rooms: Rooms, credentials: Credentials, question: Question) -> Recorded:
+async def authorize(rooms: Rooms, credentials: Credentials, asked: Asked) -> Recorded:
     """Decide one call. Returns only after the hold and the audit record are durable.
 
     A refusal by the policy, or for want of budget, is an Answer without a permit.
-    Raises IdentityError and LedgerError (idempotency_key_reused,
-    budget_unavailable), each of which is on record too, and AuditError.
+    Raises IdentityError, RequestError (arguments_invalid) and LedgerError
+    (idempotency_key_reused, budget_unavailable), each of which is on record too, and
+    AuditError.
     """
     watch = StepWatch()
 
     subject = await identify(
         rooms,
         credentials,
-        action=question.tool,
-        request_id=question.request_id,
-        trace_id=question.trace_id,
+        action=asked.tool,
+        request_id=asked.request_id,
+        trace_id=asked.trace_id,
     )
     watch.done("identify")
 
-    account = isolate(subject, tool=question.tool)
+    account = isolate(subject, tool=asked.tool)
+    try:
+        question = await asked.read()
+    except RequestError as error:
+        await rooms.audit.append(_record_of_unread(asked, subject, error))
+        raise
     watch.done("isolate")
 
     failure: PolicyError | LedgerError | None = None
     try:
         ruling = await _ask_policy(rooms, subject, question)
-        receipt = await _hold(rooms, account, question, ruling)
+        receipt = await _hold(rooms, subject, account, question, ruling)
         watch.done("authorize")
         answer = _execute(rooms, subject, question, receipt)
         watch.done("execute")
@@ -175,7 +200,9 @@ async def _ask_policy(rooms: Rooms, subject: Subject, question: Question) -> _Ru
     return _Ruling(verdict, limits, rooms.policy.revision)
 
 
-async def _hold(rooms: Rooms, account: Account, question: Question, ruling: _Ruling) -> Receipt:
+async def _hold(
+    rooms: Rooms, subject: Subject, account: Account, question: Question, ruling: _Ruling
+) -> Receipt:
     """Authorize, second half: remember the answer under the request id, and hold
     what the call may cost, in one durable step.
     """
@@ -199,7 +226,7 @@ async def _hold(rooms: Rooms, account: Account, question: Question, ruling: _Rul
         IdempotencyKey(
             operation="authorize",
             key=question.request_id,
-            content_sha256=question.content_sha256(),
+            content_sha256=question.content_sha256(subject),
             note=json.dumps(first_answer),
         ),
         charges=verdict.charges if verdict.allow else (),
@@ -273,6 +300,19 @@ def _record(rooms: Rooms, question: Question, answer: Answer) -> AuditRecord:
         charges=charges_json(answer.charges) or None,
         limit_id=answer.refused_by.limit.id if answer.refused_by else None,
         replayed=answer.replayed or None,
+    )
+
+
+def _record_of_unread(asked: Asked, subject: Subject, error: RequestError) -> AuditRecord:
+    return AuditRecord(
+        type="decision",
+        tenant_id=subject.tenant,
+        actor_id=subject.actor,
+        action=asked.tool,
+        outcome=Outcome.DENIED,
+        reason_code=error.reason_code,
+        request_id=asked.request_id,
+        trace_id=asked.trace_id,
     )
 
 

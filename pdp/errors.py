@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pdp.reason import ReasonCode
+
 
 class PdpError(Exception):
     """Something was refused or failed, for a reason that has a code.
@@ -26,6 +28,17 @@ class PdpError(Exception):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(reason_code={self.reason_code!r})"
+
+
+class RequestError(PdpError):
+    """A field of a request is missing, malformed or out of bounds."""
+
+    def __init__(
+        self, field: str, description: str, *, reason_code: str = ReasonCode.REQUEST_INVALID
+    ) -> None:
+        super().__init__(reason_code, f"{field} {description}")
+        self.field = field
+        self.description = description
 
 
 def _restored(kind: type[PdpError], state: dict[str, object]) -> PdpError:

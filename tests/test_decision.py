@@ -34,6 +34,9 @@ from pdp.storage import Durability
 
 NOW = 1_800_000_000.0
 KEY = SigningKey.generate()
+SUBJECT = Subject(
+    tenant="tenant_acme", actor="user-7", roles=("agent",), issuer="https://id.example"
+)
 CREDENTIALS = Credentials(bearer="token")
 ARGUMENTS: JsonObject = {"order_id": "918"}
 QUESTION = decision.Question(
@@ -45,6 +48,20 @@ QUESTION = decision.Question(
     context={},
     audience="tools",
 )
+
+
+def unread(question: decision.Question) -> decision.Asked:
+    async def read() -> decision.Question:
+        return question
+
+    return decision.Asked(
+        request_id=question.request_id,
+        tool=question.tool,
+        trace_id=question.trace_id,
+        read=read,
+    )
+
+
 ALLOWED: JsonObject = {
     "allow": True,
     "reason_code": "ok",
@@ -89,7 +106,7 @@ class Identity:
 
     async def resolve(self, credentials: Credentials) -> Subject:
         self.steps.do("identify")
-        return Subject(tenant="tenant_acme", actor="user-7", roles=("agent",))
+        return SUBJECT
 
 
 class Policy:
@@ -183,7 +200,7 @@ async def ask(
     answers: list[decision.Recorded | Exception] = []
     for question in questions:
         try:
-            answers.append(await decision.authorize(rooms, CREDENTIALS, question))
+            answers.append(await decision.authorize(rooms, CREDENTIALS, unread(question)))
         except Exception as error:  # noqa: BLE001 - the answer of this question
             answers.append(error)
     await ledger.close()
@@ -332,12 +349,19 @@ def test_arguments_are_on_record_as_a_digest_keyed_by_tenant(tmp_path: Path) -> 
 def test_whatever_is_asked_is_part_of_the_content_of_a_request_id(
     change: Callable[[decision.Question], decision.Question],
 ) -> None:
-    assert change(QUESTION).content_sha256() != QUESTION.content_sha256()
+    assert change(QUESTION).content_sha256(SUBJECT) != QUESTION.content_sha256(SUBJECT)
+
+
+@pytest.mark.parametrize(
+    "change", ({"roles": ()}, {"scopes": ("orders:write",)}, {"issuer": "https://other.example"})
+)
+def test_a_subject_with_other_rights_asks_another_question(change: dict[str, Any]) -> None:
+    assert QUESTION.content_sha256(replace(SUBJECT, **change)) != QUESTION.content_sha256(SUBJECT)
 
 
 def test_the_content_of_a_request_id_does_not_depend_on_when_it_is_asked() -> None:
     later = replace(QUESTION, request_id="request-2", trace_id="0" * 31 + "1")
-    assert later.content_sha256() == QUESTION.content_sha256()
+    assert later.content_sha256(SUBJECT) == QUESTION.content_sha256(SUBJECT)
 
 
 def test_a_step_watch_takes_the_time_of_each_step() -> None:

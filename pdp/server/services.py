@@ -103,7 +103,7 @@ class AuthorizationServicer(authorization_pb2_grpc.AuthorizationServiceServicer)
         self._rooms = rooms
         self._runner = runner
         self._metrics = metrics
-        self._default_audience = default_audience
+        self._reader = wire.QuestionReader(default_audience=default_audience)
 
     async def Authorize(  # noqa: N802 - the contract's name
         self, request: authorization_pb2.AuthorizeRequest, context: _Context
@@ -112,10 +112,8 @@ class AuthorizationServicer(authorization_pb2_grpc.AuthorizationServiceServicer)
 
         async def work() -> authorization_pb2.AuthorizeResponse:
             credentials, trace_id = _caller(context)
-            question = await wire.question_from(
-                request, default_audience=self._default_audience, trace_id=trace_id
-            )
-            recorded = await decision.authorize(self._rooms, credentials, question)
+            asked = self._reader.asked(request, trace_id=trace_id)
+            recorded = await decision.authorize(self._rooms, credentials, asked)
             self._metrics.decided(recorded)
             return wire.authorize_response(recorded)
 

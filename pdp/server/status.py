@@ -12,7 +12,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, Re
 from google.rpc.status_pb2 import Status
 
 from pdp.channel import DETAILS_KEY
-from pdp.errors import PdpError
+from pdp.errors import PdpError, RequestError
 from pdp.reason import ReasonCode
 from pdp.spending import SpendingError
 
@@ -51,17 +51,6 @@ STATUS_OF_REASON: Final[Mapping[str, grpc.StatusCode]] = {
     ReasonCode.INTERNAL: grpc.StatusCode.INTERNAL,
 }
 """Every other code is the policy's word: PERMISSION_DENIED."""
-
-
-class RequestError(PdpError):
-    """A field of a request is missing, malformed or out of bounds."""
-
-    def __init__(
-        self, field: str, description: str, *, reason_code: str = ReasonCode.REQUEST_INVALID
-    ) -> None:
-        super().__init__(reason_code, f"{field} {description}")
-        self.field = field
-        self.description = description
 
 
 def status_code(error: PdpError) -> grpc.StatusCode:

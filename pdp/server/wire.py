@@ -17,19 +17,19 @@ from pdp.api.v1 import authorization_pb2, budget_pb2, common_pb2, execution_pb2
 from pdp.audit.record import AuditReceipt
 from pdp.budget.ledger import MAX_AMOUNT, Charge, LimitState
 from pdp.canonical import JsonError, JsonObject, parse_object, sha256_hex
-from pdp.decision import Question, Recorded
+from pdp.decision import Asked, Question, Recorded
+from pdp.errors import RequestError
 from pdp.execution import Redeemed, Redemption, Report, Reported
 from pdp.identity.resolver import Credentials
 from pdp.permit.jws import MAX_LENGTH as MAX_PERMIT_LENGTH
 from pdp.reason import ReasonCode
-from pdp.server.status import RequestError
 from pdp.spending import HoldEnd, Spend, Spent
 
 MAX_ARGUMENTS_BYTES: Final = 1024 * 1024
 MAX_CONTEXT_BYTES: Final = 16 * 1024
 MAX_CHARGES: Final = 16
 MAX_HOLD_SECONDS: Final = 3600
-LARGE_BYTES: Final = 16 * 1024
+LARGE_BYTES: Final = 4 * 1024
 """Arguments above this are parsed and digested in a thread, not on the event loop."""
 
 _KEY: Final = re.compile(r"[\x21-\x7e]{1,255}")
@@ -71,34 +71,52 @@ def trace_id_of(metadata: Metadata) -> str | None:
     return None
 
 
-async def question_from(
-    request: authorization_pb2.AuthorizeRequest, *, default_audience: str, trace_id: str | None
-) -> Question:
-    """The question of an AuthorizeRequest. Raises RequestError."""
-    resource: JsonObject | None = None
-    if request.HasField("resource"):
-        resource = {
-            "type": _matching(
-                "resource.type", request.resource.type, _RESOURCE_TYPE, _RESOURCE_TYPE_FORM
-            ),
-            "id": _resource_id(request.resource.id),
-        }
-    large = len(request.arguments_json) > LARGE_BYTES
-    arguments, digest = (
-        await asyncio.to_thread(_arguments, request.arguments_json)
-        if large
-        else _arguments(request.arguments_json)
-    )
-    return Question(
-        request_id=_key("request_id", request.request_id),
-        tool=_matching("action.name", request.action.name, _NAME, _NAME_FORM),
-        resource=resource,
-        arguments=arguments,
-        arguments_sha256=digest,
-        context=_json("context_json", request.context_json, MAX_CONTEXT_BYTES),
-        audience=_matching("audience", request.audience or default_audience, _AUDIENCE, "an id"),
-        trace_id=trace_id,
-    )
+class QuestionReader:
+    """Reads the questions of AuthorizeRequests: what is cheap at once, arguments and
+    context only when they are asked for. Large ones are read in a thread, one
+    after the other, so that they hold up neither small ones nor the event loop.
+    """
+
+    def __init__(self, *, default_audience: str) -> None:
+        self._default_audience = default_audience
+        self._large_one = asyncio.Lock()
+
+    def asked(self, request: authorization_pb2.AuthorizeRequest, *, trace_id: str | None) -> Asked:
+        """What is asked for. Raises RequestError; so does reading the rest."""
+        resource: JsonObject | None = None
+        if request.HasField("resource"):
+            resource = {
+                "type": _matching(
+                    "resource.type", request.resource.type, _RESOURCE_TYPE, _RESOURCE_TYPE_FORM
+                ),
+                "id": _resource_id(request.resource.id),
+            }
+        request_id = _key("request_id", request.request_id)
+        tool = _matching("action.name", request.action.name, _NAME, _NAME_FORM)
+        audience = _matching(
+            "audience", request.audience or self._default_audience, _AUDIENCE, "an id"
+        )
+
+        async def read() -> Question:
+            arguments, digest = await self._arguments(request.arguments_json)
+            return Question(
+                request_id=request_id,
+                tool=tool,
+                resource=resource,
+                arguments=arguments,
+                arguments_sha256=digest,
+                context=_json("context_json", request.context_json, MAX_CONTEXT_BYTES),
+                audience=audience,
+                trace_id=trace_id,
+            )
+
+        return Asked(request_id=request_id, tool=tool, trace_id=trace_id, read=read)
+
+    async def _arguments(self, data: bytes) -> tuple[JsonObject, str]:
+        if len(data) <= LARGE_BYTES:
+            return _arguments(data)
+        async with self._large_one:
+            return await asyncio.to_thread(_arguments, data)
 
 
 def authorize_response(recorded: Recorded) -> authorization_pb2.AuthorizeResponse:

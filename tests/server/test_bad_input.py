@@ -190,7 +190,18 @@ def test_what_is_not_one_json_object_of_the_agreed_form_is_refused(
     assert refusal.reason_code == "arguments_invalid"
     assert refusal.fields == (field,)
     assert "918" not in refusal.message
-    assert len(records(sidecar)) == before, "nothing was decided"
+    (record,) = records(sidecar)[before:]
+    assert (record["reason_code"], record["outcome"]) == ("arguments_invalid", "denied")
+
+
+def test_arguments_are_not_even_read_for_a_caller_who_is_not_known(
+    sidecar: SidecarProcess,
+) -> None:
+    with Caller(sidecar.target) as stranger:
+        refusal = refusal_of(
+            stranger.authorization.Authorize, asked(arguments_json=ARGUMENTS["not JSON"])
+        )
+    assert refusal.reason_code == "token_missing"
 
 
 MALFORMED: Final[dict[str, tuple[Message, str]]] = {

@@ -58,6 +58,7 @@ async def redeem(rooms: Rooms, redemption: Redemption) -> Redeemed:
     """Spend the permit's one use. Raises PermitError, on record, and AuditError."""
     permit: Permit | None = None
     failure: PermitError | None = None
+    unrecorded = 0
     replayed = False
     try:
         permit = _own_permit(rooms, redemption.permit)
@@ -71,6 +72,7 @@ async def redeem(rooms: Rooms, redemption: Redemption) -> Redeemed:
         replayed = await rooms.permit_uses.redeem(permit, key=redemption.idempotency_key)
     except PermitError as error:
         failure = error
+        unrecorded = rooms.strangers.admit() if permit is None else 0
     receipt = await rooms.audit.append(
         _record(
             permit,
@@ -80,7 +82,7 @@ async def redeem(rooms: Rooms, redemption: Redemption) -> Redeemed:
             failure=failure,
             request_id=redemption.idempotency_key,
             trace_id=redemption.trace_id,
-            detail={"audience": redemption.audience},
+            detail={"audience": redemption.audience, **_unrecorded(unrecorded)},
             replayed=replayed,
         )
     )
@@ -99,18 +101,20 @@ async def report(rooms: Rooms, report: Report) -> Reported:
     permit: Permit | None = None
     result: Receipt | None = None
     failure: PermitError | LedgerError | None = None
+    unrecorded = 0
     try:
         permit = _own_permit(rooms, report.permit)
         await rooms.permit_uses.close_permit(permit)
         result = await _resolve_hold(rooms, permit, report)
     except (PermitError, LedgerError) as error:
         failure = error
+        unrecorded = rooms.strangers.admit() if permit is None else 0
         if failure.reason_code == ReasonCode.IDEMPOTENCY_KEY_REUSED:
             failure = PermitError(
                 ReasonCode.OUTCOME_ALREADY_REPORTED,
                 "Another outcome was reported for this permit before.",
             )
-    detail = settlement_detail(result) or {}
+    detail = (settlement_detail(result) or {}) | _unrecorded(unrecorded)
     if report.error_type:
         detail["error_type"] = report.error_type
     receipt = await rooms.audit.append(
@@ -132,6 +136,10 @@ async def report(rooms: Rooms, report: Report) -> Reported:
     assert result is not None  # noqa: S101 - no failure means a result
     settled = result.charges if _costs(report) else ()
     return Reported(settled=settled, replayed=result.replayed, receipt=receipt)
+
+
+def _unrecorded(number: int) -> JsonObject:
+    return {"unrecorded": number} if number else {}
 
 
 def _costs(report: Report) -> bool:

@@ -19,6 +19,7 @@ from pdp.permit.uses import PermitUses
 from pdp.permit.verifier import PermitVerifier
 from pdp.policy.engine import Entrypoint, PolicyEngine
 from pdp.policy.verdict import parse_limits
+from pdp.strangers import Strangers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,7 @@ class Rooms:
     audit: AuditLog
     ledger_id: str
     """Names ledger and permit uses of this sidecar in its permits."""
+    strangers: Strangers
     digest_key: bytes = field(repr=False)
     """Keys the argument digests in audit records."""
     permit_ttl_seconds: int
@@ -74,11 +76,13 @@ async def identify(
     trace_id: str | None = None,
 ) -> Subject:
     """Identify: the verified caller. A failure is put on record, then raised as
-    IdentityError; where it can not be put on record, AuditError.
+    IdentityError; where it can not be put on record, AuditError, and where too many
+    strangers ask, PdpError (rate_limited).
     """
     try:
         return await rooms.identity.resolve(credentials)
     except IdentityError as error:
+        unrecorded = rooms.strangers.admit()
         await rooms.audit.append(
             AuditRecord(
                 type="decision",
@@ -89,6 +93,7 @@ async def identify(
                 reason_code=error.reason_code,
                 request_id=request_id,
                 trace_id=trace_id,
+                detail={"unrecorded": unrecorded} if unrecorded else None,
             )
         )
         raise

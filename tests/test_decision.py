@@ -31,6 +31,7 @@ from pdp.policy.engine import Entrypoint, PolicyError
 from pdp.reason import ReasonCode
 from pdp.rooms import Rooms, StepWatch
 from pdp.storage import Durability
+from pdp.strangers import Strangers
 
 NOW = 1_800_000_000.0
 KEY = SigningKey.generate()
@@ -194,6 +195,7 @@ async def ask(
         permit_ttl_seconds=60,
         hold_ttl_seconds=120,
         ledger_id="ledger-1",
+        strangers=Strangers(),
         clock=lambda: NOW,
         new_id=lambda: f"id-{next(ids)}",
     )

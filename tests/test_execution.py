@@ -35,6 +35,7 @@ from pdp.policy.engine import Entrypoint
 from pdp.reason import ReasonCode
 from pdp.rooms import Rooms
 from pdp.storage import Durability
+from pdp.strangers import Strangers
 
 T = TypeVar("T")
 
@@ -168,6 +169,7 @@ def play(directory: Path, act: Callable[[Scene], Awaitable[T]]) -> T:
             permit_ttl_seconds=60,
             hold_ttl_seconds=120,
             ledger_id="ledger-1",
+            strangers=Strangers(),
             clock=lambda: NOW,
         )
         try:

@@ -52,6 +52,7 @@ from pdp.server.services import (
     CallRunner,
     ExecutionServicer,
 )
+from pdp.strangers import Strangers
 
 _log: Final = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ async def open_rooms(config: Config, key: SigningKey, policy: PolicyEngine) -> A
             permit_uses=permit_uses,
             audit=audit,
             ledger_id=ledger_id(digest_key),
+            strangers=Strangers(),
             digest_key=digest_key,
             permit_ttl_seconds=config.permit.ttl_seconds,
             hold_ttl_seconds=config.budget.hold_ttl_seconds,

@@ -79,7 +79,9 @@ def check(value: object, *, depth: int = MAX_DEPTH) -> None:
 
 
 def canonical_bytes(value: JsonValue) -> bytes:
-    """The RFC 8785 form of a value that :func:`check` accepts."""
+    """The RFC 8785 form of a value that :func:`check` accepts. Raises ValueError for
+    any other.
+    """
     if _json_encodes_alike(value):
         return _ENCODER.encode(value).encode("utf-8")
     return rfc8785.dumps(value)
@@ -98,7 +100,9 @@ def _json_encodes_alike(value: JsonValue) -> bool:
         return all(key.isascii() and _json_encodes_alike(item) for key, item in value.items())
     if type(value) is list:
         return all(map(_json_encodes_alike, value))
-    return type(value) is not float
+    if type(value) is int:
+        return -MAX_SAFE_INTEGER <= value <= MAX_SAFE_INTEGER
+    return value is None or type(value) in _ALIKE
 
 
 def _check_key(key: object) -> None:
@@ -142,6 +146,8 @@ def _parse_int(digits: str) -> int:
 def _refuse_constant(_name: str) -> JsonValue:
     raise JsonError("holds NaN or Infinity")
 
+
+_ALIKE: Final = (str, bool)
 
 _ENCODER: Final = json.JSONEncoder(
     ensure_ascii=False, check_circular=False, allow_nan=False, sort_keys=True, separators=(",", ":")

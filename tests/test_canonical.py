@@ -99,3 +99,9 @@ def test_the_digest_is_that_of_rfc_8785() -> None:
     value = parse(b'{"\\u20ac":"x","\\r":1.50,"1":1e2,"b":{"c":-0.0}}', max_bytes=1000)
     canonical = b'{"\\r":1.5,"1":100,"b":{"c":0},"\xe2\x82\xac":"x"}'
     assert sha256_hex(value) == hashlib.sha256(canonical).hexdigest()
+
+
+@pytest.mark.parametrize("value", (2**53, -(2**53), b"x", {"a": {1}}, "\ud800", [float("nan")]))
+def test_what_is_not_json_of_the_agreed_form_has_no_canonical_bytes(value: Any) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 - of either encoder
+        canonical_bytes(value)

@@ -25,6 +25,7 @@ from pdp.testing import SidecarProcess, TokenIssuer, build_bundle
 
 ROOT = Path(__file__).parents[2]
 ISSUER = TokenIssuer()
+TRIES = 50
 METADATA = [("authorization", f"Bearer {ISSUER.token('tenant_acme', 'user-7', roles=['agent'])}")]
 
 
@@ -48,11 +49,15 @@ def test_1000_concurrent_reservations_against_a_limit_for_50_admit_exactly_50(
             idempotency_key=str(uuid.uuid4()),
             charges=[common_pb2.Charge(budget="fifty", unit="calls", amount=1)],
         )
-        try:
-            await stub.ReserveBudget(request, metadata=METADATA)
-        except grpc.aio.AioRpcError as error:
-            return error.code().name
-        return "OK"
+        for _ in range(TRIES):
+            try:
+                await stub.ReserveBudget(request, metadata=METADATA)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.UNAVAILABLE:
+                    continue  # a slow machine has no engine free in time: asked again, same key
+                return error.code().name
+            return "OK"
+        return "UNAVAILABLE"
 
     async def storm() -> tuple[Counter[str], common_pb2.LimitStatus]:
         async with grpc.aio.insecure_channel(sidecar.target) as channel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -96,6 +97,23 @@ class Stage:
         return list(response.limits)
 
 
+def wait_out_midnight(
+    clock: Callable[[], float] = time.time, sleep: Callable[[float], None] = time.sleep
+) -> None:
+    """Do not begin shortly before midnight in UTC: the budgets of the day would begin
+    anew in the middle, and what was spent could not be told.
+    """
+    left = _DAY_SECONDS - clock() % _DAY_SECONDS
+    if left <= _DEMO_SECONDS:
+        print(f"the day ends in {left:.0f} s; waiting for the next", file=sys.stderr)  # noqa: T201
+        sleep(left)
+
+
+_DAY_SECONDS: Final = 86_400
+_DEMO_SECONDS: Final = 20
+"""More than a whole demo takes."""
+
+
 @contextlib.contextmanager
 def set_stage(
     plan: Plan,
@@ -107,6 +125,7 @@ def set_stage(
     """Build it all in a temporary directory; take it down at the end. ``listener``
     is told of every call. Raises StageError if the sidecar does not start.
     """
+    wait_out_midnight()
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pdp-demo-")))
         issuer = TokenIssuer()

@@ -308,12 +308,19 @@ class Config(_Section):
         return self
 
 
-def load_config(path: Path, environment: Mapping[str, str]) -> Config:
+_Path = tuple[str | int, ...]
+"""Where a value stands: its keys, and places in lists, from the top."""
+
+
+def load_config(
+    path: Path, environment: Mapping[str, str], *, files_must_exist: bool = False
+) -> Config:
     """Read the file, lay the PDP_* variables over it, and check the whole.
 
     A variable names its key with "__" between levels: PDP_STATE_DIR,
     PDP_LISTEN__UNIX, PDP_BUDGET__DURABILITY; its value is read as YAML. Relative
-    paths in the file are taken from the file's directory. Raises ConfigError.
+    paths in the file are taken from the file's directory. ``files_must_exist`` also
+    looks for every file that is named. Raises ConfigError.
     """
     document, lines = _read_yaml(path)
     variables = _overlay(document, environment)
@@ -322,7 +329,35 @@ def load_config(path: Path, environment: Mapping[str, str]) -> Config:
     except ValidationError as error:
         faults = [_explain(fault, path, lines, variables) for fault in error.errors()]
         raise ConfigError("\n".join(dict.fromkeys(faults))) from None
-    return _resolve_paths(config, path.resolve().parent)
+    resolved = _resolve_paths(config, path.resolve().parent)
+    if files_must_exist:
+        faults = [
+            f"{_place(location, path, lines, variables)}: {'.'.join(map(str, location))}:"
+            f" there is no file {file}"
+            for location, file in _named_files(resolved)
+            if not file.exists()
+        ]
+        if faults:
+            raise ConfigError("\n".join(faults))
+    return resolved
+
+
+_NAMED_FILES: Final = frozenset(
+    {"jwks_file", "bundle", "certificate_file", "key_file", "client_ca_file"}
+)
+"""Keys of files that the sidecar reads and does not make."""
+
+
+def _named_files(section: BaseModel, location: _Path = ()) -> Iterator[tuple[_Path, Path]]:
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        items = enumerate(value) if isinstance(value, list) else [(None, value)]
+        for index, item in items:
+            here = (*location, name) if index is None else (*location, name, index)
+            if isinstance(item, BaseModel):
+                yield from _named_files(item, here)
+            elif isinstance(item, Path) and name in _NAMED_FILES:
+                yield here, item
 
 
 def _resolve_paths(config: Config, base: Path) -> Config:
@@ -341,9 +376,6 @@ def _resolve_paths(config: Config, base: Path) -> Config:
     resolved = walk(config)
     assert isinstance(resolved, Config)  # noqa: S101 - model_copy keeps the class
     return resolved
-
-
-_Path = tuple[str | int, ...]
 
 
 class _LineLoader(yaml.SafeLoader):
@@ -434,24 +466,36 @@ def _explain(
 ) -> str:
     """One fault as "where: key: what was expected"."""
     location = tuple(part for part in fault["loc"] if part not in _UNION_TAGS)
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if not location and "." in message.partition(" ")[0]:
+        # A rule between sections begins with the key that breaks it.
+        location = tuple(message.partition(" ")[0].split("."))
     key = ".".join(str(part) for part in location) or "the configuration"
-    place = next(
-        (variables[location[:n]] for n in range(len(location), 0, -1) if location[:n] in variables),
-        None,
-    )
-    if place is None:
-        line = next(
-            (lines[location[:n]] for n in range(len(location), -1, -1) if location[:n] in lines), 1
-        )
-        place = f"{path}:{line}"
+    place = _place(location, path, lines, variables)
     if fault["type"] == "extra_forbidden":
-        meant = difflib.get_close_matches(str(location[-1]), _known_keys(location[:-1]), n=1)
-        hint = f"; did you mean {meant[0]}?" if meant else ""
+        known = _known_keys(location[:-1])
+        meant = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"; did you mean {meant[0]}?" if meant else f"; expected {', '.join(known)}"
         return f"{place}: {key}: unknown key{hint}"
     if fault["type"] == "missing":
         return f"{place}: {key}: is required"
-    message = str(fault["msg"]).removeprefix("Value error, ")
     return f"{place}: {key}: {message[:1].lower()}{message[1:]}"
+
+
+def _place(
+    location: _Path,
+    path: Path,
+    lines: Mapping[_Path, int],
+    variables: Mapping[_Path, str],
+) -> str:
+    """The variable that set the key, or else file and line of it or of its section."""
+    for length in range(len(location), 0, -1):
+        if location[:length] in variables:
+            return variables[location[:length]]
+    for length in range(len(location), -1, -1):
+        if location[:length] in lines:
+            return f"{path}:{lines[location[:length]]}"
+    return f"{path}:1"
 
 
 _UNION_TAGS: Final = frozenset({"jwt", "single_tenant"})

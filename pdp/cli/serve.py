@@ -32,7 +32,7 @@ def serve(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     try:
-        loaded = load_config(config, os.environ)
+        loaded = load_config(config, os.environ, files_must_exist=True)
     except ConfigError as error:
         typer.echo(error.message, err=True)
         raise typer.Exit(exit_codes.USAGE) from None

@@ -105,9 +105,13 @@ class Identity:
     def current(self, tool: str) -> Acting:
         """Raises PermitDenied: identity_missing, identity_ended, token_invalid."""
         acting = self._acting.get()
-        if acting is None or not acting.token:
+        if acting is None:
             raise PermitDenied(
                 ReasonCode.IDENTITY_MISSING, "call it inside guard.acting_for(token)", tool=tool
+            )
+        if not acting.token:
+            raise PermitDenied(
+                ReasonCode.IDENTITY_MISSING, "its guard.acting_for was given no token", tool=tool
             )
         if acting.ended:
             raise PermitDenied(

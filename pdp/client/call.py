@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from pdp.canonical import JsonError, JsonObject, check, parse_object
 from pdp.client.errors import PermitDenied
 from pdp.reason import ReasonCode
 
+_TOOL_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 MAX_ARGUMENTS_BYTES: Final = 1024 * 1024
 
 Resource = tuple[str, str]
@@ -124,6 +126,17 @@ class Tool:
             else:
                 named[name] = list(value) if kind is inspect.Parameter.VAR_POSITIONAL else value
         return named
+
+
+def check_tool_name(name: object) -> None:
+    """Raises TypeError for what is no tool's name, such as the function itself under
+    a bare @guard.tool.
+    """
+    if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
+        raise TypeError(
+            'name the tool: @guard.tool("orders.update"), with 1 to 128 characters of'
+            " [A-Za-z0-9._:/-], the first a letter or digit"
+        )
 
 
 def tool_call(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, ParamSpec, Self, TypeVar
 from pdp.canonical import JsonObject
 from pdp.channel import AsyncConnection, CallError, Connection
 from pdp.client.acting import Identity, running_under
-from pdp.client.call import Charge, Resource, Tool, ToolCall, tool_call
+from pdp.client.call import Charge, Resource, Tool, ToolCall, check_tool_name, tool_call
 from pdp.client.decision import Decision
 from pdp.client.desk import PermitDesk, Steps, Walk, report_executed, report_failed
 from pdp.client.errors import PermitDenied
@@ -146,6 +146,7 @@ class Guard(_Face[Connection]):
         The guarded function raises PermitDenied when the tool did not run, and
         TypeError for arguments that the function does not take.
         """
+        check_tool_name(name)
 
         def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
             if inspect.iscoroutinefunction(function):
@@ -252,6 +253,7 @@ class AsyncGuard(_Face[AsyncConnection]):
         audience: str | None = None,
     ) -> Callable[[Callable[_P, Awaitable[_R]]], Callable[_P, Coroutine[Any, Any, _R]]]:
         """As :meth:`Guard.tool`, for a coroutine function."""
+        check_tool_name(name)
 
         def decorate(
             function: Callable[_P, Awaitable[_R]],

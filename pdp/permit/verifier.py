@@ -88,10 +88,10 @@ class PermitVerifier:
         for name, allowed, asked in (
             ("audience", permit.audience, audience),
             ("tool", permit.tool, tool),
-            ("arguments", permit.arguments_sha256, arguments_sha256),
+            ("call's arguments", permit.arguments_sha256, arguments_sha256),
         ):
             if not _equal(allowed, asked):
-                raise PermitError(ReasonCode.PERMIT_MISMATCH, f"The permit is for other {name}.")
+                raise PermitError(ReasonCode.PERMIT_MISMATCH, f"The permit is not for this {name}.")
 
     def check_time(self, permit: Permit) -> None:
         """Raises permit_expired unless the permit is valid now."""

@@ -323,3 +323,9 @@ def test_a_tool_that_returns_work_still_to_run_fails(
     with free.acting_for("token"), pytest.raises(TypeError, match="still to run"):
         read()
     assert [report.error_type for report in stand_in.reports] == ["TypeError"]
+
+
+@pytest.mark.parametrize("name", ("", "Orders Read!", "-orders", "o" * 129, lambda: None))
+def test_a_tool_without_a_proper_name_is_refused_where_it_is_defined(face: Face, name: Any) -> None:
+    with pytest.raises(TypeError, match="name the tool"):
+        face.tool(name)(lambda: None)

@@ -25,7 +25,7 @@ from pdp.reason import ReasonCode
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE = (ROOT / "docs" / "policy-authors.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)(?: (\S+))?\n(.*?)```", PAGE, flags=re.DOTALL)
-FILES = {name: text for _, name, text in BLOCKS if name}
+FILES = [(name, text) for _, name, text in BLOCKS if name]
 INPUT, DECISION, LIMITS = (
     json.loads(text) for language, name, text in BLOCKS if language == "json" and not name
 )
@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the policies, changed as the page says."""
     folder = tmp_path_factory.mktemp("authors")
     shutil.copytree(ROOT / "policies", folder / "policies")
-    for name, text in FILES.items():
+    for name, text in FILES:
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".json"):
@@ -161,6 +161,19 @@ def test_a_tool_that_is_added_as_told_is_allowed_and_limited(folder: Path, opa: 
     assert verdict.permit_ttl_seconds == 30
     assert [charge.budget for charge in verdict.charges] == ["refunds"]
     assert "refunds-per-actor-hour" in {limit.id for limit in parse_limits(limits)}
+
+
+def test_a_tenant_that_is_added_as_told_is_allowed_and_limited(folder: Path, opa: Path) -> None:
+    subject = Subject(
+        tenant="tenant_umbrella",
+        actor="bo",
+        roles=("support_agent",),
+        scopes=("orders:read", "orders:write"),
+    )
+    arguments = {"order_id": "918", "status": "shipped"}
+    decision, limits = decide(folder / "policies", subject, "orders.update", arguments, opa)
+    assert parse_verdict(decision).allow
+    assert [limit.limit for limit in parse_limits(limits)] == [200]
 
 
 def test_the_whole_policy_of_three_rules_runs(folder: Path, opa: Path) -> None:

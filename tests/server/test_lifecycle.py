@@ -271,9 +271,7 @@ def broken_ledger(sidecar: SidecarProcess) -> Path:
 
 
 CAN_NOT_START: dict[str, tuple[Callable[[SidecarProcess], Path], str]] = {
-    "no bundle": (no_bundle, "missing.tar.gz"),
     "broken bundle": (broken_bundle, "broken.tar.gz"),
-    "no jwks": (no_jwks, "jwks.json"),
     "key open to others": (open_key, "chmod 600"),
     "key of another kind": (wrong_key, "Ed25519"),
     "torn digest key": (torn_digest_key, "audit-digest.key"),
@@ -281,14 +279,13 @@ CAN_NOT_START: dict[str, tuple[Callable[[SidecarProcess], Path], str]] = {
     "file as socket": (file_as_socket, "is no socket"),
     "no directory for the socket": (no_directory_for_socket, "/nowhere/pdp.sock"),
     "socket path too long": (long_socket, "too long"),
-    "no certificate": (no_certificate, "no.pem"),
     "bad certificate": (bad_certificate, "bad.pem"),
     "key of another certificate": (stranger_as_certificate, "server.key"),
     "broken ledger": (broken_ledger, "ledger.db"),
 }
 
 
-QUICK = {"no bundle", "key open to others", "file as socket"}
+QUICK = {"broken bundle", "key open to others", "file as socket"}
 """The others take a second each and run with the slow tests."""
 
 
@@ -312,6 +309,23 @@ def test_a_sidecar_that_can_not_start_says_why_in_a_line_and_exits_3(
     assert "serving" not in done.stderr
     if case == "file as socket":
         assert prepared.socket.read_text(encoding="utf-8") == "precious"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    (
+        (no_bundle, "policy.bundle: there is no file "),
+        (no_jwks, "identity.issuers.0.jwks_file: there is no file "),
+        (no_certificate, "listen.tcp.tls.certificate_file: there is no file "),
+    ),
+)
+def test_a_file_that_is_not_there_is_told_by_line_and_key_and_exits_2(
+    prepared: SidecarProcess, spoil: Callable[[SidecarProcess], Path], said: str
+) -> None:
+    file = spoil(prepared)
+    done = serve_once(file)
+    assert done.returncode == 2
+    assert re.search(rf"^{re.escape(str(file))}:\d+: {re.escape(said)}", done.stderr, re.MULTILINE)
 
 
 def test_a_wrong_configuration_is_told_by_line_and_exits_2(prepared: SidecarProcess) -> None:

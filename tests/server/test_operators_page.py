@@ -71,7 +71,10 @@ def test_every_command_works_as_it_stands_there(sidecar: SidecarProcess, command
 
 def test_the_configuration_is_one_that_is_accepted(tmp_path: Path) -> None:
     (example,) = re.findall(r"```yaml\n(.*?)```", OPERATORS, re.DOTALL)
+    example = example.replace("/etc/pdp", str(tmp_path))
     (tmp_path / "pdp.yaml").write_text(example, encoding="utf-8")
+    for name in ("jwks.json", "bundle.tar.gz"):
+        (tmp_path / name).touch()
     done = subprocess.run(
         [sys.executable, "-m", "pdp", "config", "check", str(tmp_path / "pdp.yaml")],
         capture_output=True,

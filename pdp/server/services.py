@@ -70,7 +70,8 @@ class CallRunner:
                 return result
             timer.status = status_code(failure).name
             self._metrics.failed(method, failure.reason_code)
-            return await abort(context, failure)
+        # Counted before it leaves, so that whoever has the answer finds it counted.
+        return await abort(context, failure)
 
     async def drained(self) -> None:
         """Wait until all work that has begun is finished."""

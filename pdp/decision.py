@@ -33,10 +33,6 @@ from pdp.policy.verdict import Verdict, parse_verdict
 from pdp.reason import ReasonCode
 from pdp.rooms import Rooms, StepWatch, charges_json, identify, isolate, limits_for
 
-MAX_SCOPES_LENGTH: Final = 2048
-"""Characters of all scopes together: with every other claim at its longest, a
-permit then stays within what verifiers read (pdp.permit.jws.MAX_LENGTH)."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
@@ -191,11 +187,6 @@ async def _ask_policy(rooms: Rooms, subject: Subject, question: Question) -> _Ru
         context=question.context,
     )
     verdict = parse_verdict(await rooms.policy.evaluate(Entrypoint.AUTHZ_DECISION, document))
-    if sum(map(len, verdict.scopes)) > MAX_SCOPES_LENGTH:
-        raise PolicyError(
-            ReasonCode.POLICY_INVALID,
-            f"The policy's scopes are longer than {MAX_SCOPES_LENGTH} characters together.",
-        )
     limits = await limits_for(rooms, document) if verdict.charges else ()
     return _Ruling(verdict, limits, rooms.policy.revision)
 

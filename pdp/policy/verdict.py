@@ -13,8 +13,9 @@ from pdp.policy.engine import PolicyError
 from pdp.reason import REASON_CODE_PATTERN, ReasonCode
 
 MAX_SCOPES: Final = 64
-MAX_SCOPES_LENGTH: Final = 4096
-"""Characters of all scopes together: the permit that lists them travels in metadata."""
+MAX_SCOPES_LENGTH: Final = 2048
+"""Characters of all scopes together: with every other claim at its longest, a permit
+then stays within what verifiers read."""
 MAX_CHARGES: Final = 16
 MAX_LIMITS: Final = 64
 MAX_TTL_SECONDS: Final = 3600

@@ -11,13 +11,10 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, RetryInfo
 from google.rpc.status_pb2 import Status
 
-from pdp.channel import DETAILS_KEY
+from pdp.channel import DETAILS_KEY, ERROR_DOMAIN
 from pdp.errors import PdpError, RequestError
 from pdp.reason import ReasonCode
 from pdp.spending import SpendingError
-
-ERROR_DOMAIN: Final = "agent-pdp"
-
 
 STATUS_OF_REASON: Final[Mapping[str, grpc.StatusCode]] = {
     ReasonCode.TOKEN_MISSING: grpc.StatusCode.UNAUTHENTICATED,

@@ -108,6 +108,7 @@ def test_an_allow_that_asks_for_approval_is_a_denial() -> None:
         {**ALLOW, "scopes": ["one", "one"]},
         {**ALLOW, "scopes": [f"scope-{n}" for n in range(65)]},
         {**ALLOW, "scopes": [f"{n:0>100}" for n in range(42)]},
+        {**ALLOW, "scopes": [f"{n:0>100}" for n in range(21)]},
         *(ALLOW | odd for odd in each("permit", None, True, 1, "tool", [])),
         {**ALLOW, "permit": {"binds": ["tool"]}},
         {**ALLOW, "permit": {"binds": ["arguments", "tool"]}},

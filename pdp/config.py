@@ -10,9 +10,10 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -218,12 +219,185 @@ class SingleTenantIdentity(_Section):
     """Its scopes."""
 
 
+class VerificationKey(_Section):
+    """A key that bundles may be signed with."""
+
+    public_key_file: FilePath
+    """PEM file with the public key."""
+    algorithm: Literal[
+        "EdDSA", "ES256", "ES384", "ES512", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512"
+    ] = "RS256"
+    """The one algorithm that this key signs with."""
+
+
+class Verification(_Section):
+    """Which signature a bundle must carry (.signatures.json, as OPA makes it)."""
+
+    keys: Annotated[dict[Name, VerificationKey], Field(min_length=1, max_length=16)]
+    """Key id to key: a signature must be made with one of these."""
+    scope: Name | None = None
+    """The scope that the signature must name; null: it must name none."""
+
+
+class HttpSource(_Section):
+    """A bundle server, or any web server that hands out a file with an ETag."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^\s@]{1,2000}$")]
+    """Where the bundle lies. Plain http:// is allowed only to loopback."""
+    bearer_token_file: FilePath | None = None
+    """File with a token for the Authorization header; read anew for every request."""
+    client_certificate_file: FilePath | None = None
+    """PEM file with the sidecar's own certificate (mTLS)."""
+    client_key_file: FilePath | None = None
+    """PEM file with its key."""
+    ca_file: FilePath | None = None
+    """PEM file with the authorities of the server; null: the system's."""
+    poll_seconds: Annotated[float, Field(ge=1, le=86_400)] = 60.0
+    """Time between two requests, moved by up to a tenth so that sidecars spread."""
+    long_poll_seconds: Annotated[int, Field(ge=1, le=600)] | None = None
+    """How long the server may hold a request open until there is a change; null: it
+    answers at once."""
+    timeout_seconds: Annotated[float, Field(gt=0, le=600)] = 30.0
+    """Longest time for one request, without long_poll_seconds."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        _plain_only_to_loopback(self.url)
+        if (self.client_certificate_file is None) is not (self.client_key_file is None):
+            raise ValueError("client_certificate_file and client_key_file go together")
+        return self
+
+
+class OciSource(_Section):
+    """A bundle in an OCI registry."""
+
+    image: Annotated[
+        str, Field(pattern=r"^[\w.-]+(:\d{1,5})?(/[\w.-]+)+(:[\w.-]+)?(@sha256:[0-9a-f]{64})?$")
+    ]
+    """REGISTRY/REPOSITORY:TAG, or @sha256:DIGEST, which nothing can be put in place of."""
+    username_file: FilePath | None = None
+    """File with the user name for the registry."""
+    password_file: FilePath | None = None
+    """File with the password or token; read anew for every request."""
+    plain_http: bool = False
+    """Speak http:// with the registry; only for loopback."""
+    ca_file: FilePath | None = None
+    """PEM file with the authorities of the registry; null: the system's."""
+    poll_seconds: Annotated[float, Field(ge=1, le=86_400)] = 60.0
+    """Time between two looks at the tag. A digest is looked at once."""
+    timeout_seconds: Annotated[float, Field(gt=0, le=600)] = 30.0
+    """Longest time for one request."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.plain_http:
+            _plain_only_to_loopback(f"http://{self.image}")
+        if (self.username_file is None) is not (self.password_file is None):
+            raise ValueError("username_file and password_file go together")
+        return self
+
+
+def _plain_only_to_loopback(url: str) -> None:
+    parts = urlsplit(url)
+    if parts.scheme == "http" and not is_loopback(f"{parts.hostname}:0"):
+        raise ValueError("plain http is allowed only to loopback; use https")
+
+
+class BundleSettings(_Section):
+    """One bundle: where it comes from, and who must have signed it."""
+
+    path: FilePath | None = None
+    """A .tar.gz or a directory, looked at anew every poll_seconds. A directory of Rego
+    without policy.wasm needs the opa command."""
+    poll_seconds: Annotated[float, Field(ge=0.1, le=3_600)] = 2.0
+    """Time between two looks at path."""
+    http: HttpSource | None = None
+    """A bundle server."""
+    oci: OciSource | None = None
+    """A bundle in an OCI registry."""
+    verification: Verification | None = None
+    """Which signature it must carry; null: as policy.verification says."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if [self.path, self.http, self.oci].count(None) != 2:  # noqa: PLR2004 - one of three
+            raise ValueError("set one of path, http and oci")
+        return self
+
+
+BundleName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+Bundles = Annotated[dict[BundleName, BundleSettings], Field(min_length=1, max_length=256)]
+
+
+class OpaServer(_Section):
+    """An OPA server that answers in place of the embedded engine."""
+
+    managed: bool = False
+    """true: the sidecar starts its own, feeds it its bundles and ends it. false: one
+    that runs already, at url, and has its bundles from elsewhere."""
+    url: Annotated[str, Field(pattern=r"^https?://[^\s@/]{1,255}/?$")] = "http://127.0.0.1:8181"
+    """Where a server that is not managed listens. Plain http:// only to loopback."""
+    token_file: FilePath | None = None
+    """File with a bearer token for a server that is not managed."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        _plain_only_to_loopback(self.url)
+        return self
+
+
+class OpaEngine(_Section):
+    """A real OPA server decides."""
+
+    opa: OpaServer = OpaServer()
+    """The server."""
+
+
+class Shadow(_Section):
+    """A candidate that is asked too and never obeyed; what it answers otherwise is
+    counted and put on record.
+    """
+
+    bundle: FilePath | None = None
+    """Short for bundles with one path."""
+    bundles: Bundles | None = None
+    """The candidate's bundles, by name."""
+    verification: Verification | None = None
+    """Which signature its bundles must carry unless one says itself."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.bundle is None) is (self.bundles is None):
+            raise ValueError("set either bundle or bundles")
+        return self
+
+
 class Policy(_Section):
     """What decides."""
 
-    bundle: FilePath
-    """An OPA bundle with policy.wasm (.tar.gz or a directory), or a directory of
-    Rego, which needs the opa command on PATH."""
+    bundle: FilePath | None = None
+    """A .tar.gz or a directory. Short for bundles with one path."""
+    bundles: Bundles | None = None
+    """Several bundles by name, whose roots are apart: rules in one, data in others."""
+    verification: Verification | None = None
+    """Which signature the bundles must carry unless one says itself; null: none."""
+    engine: Literal["embedded"] | OpaEngine = "embedded"
+    """embedded: OPA's Wasm within the sidecar. {opa: ...}: a real OPA server."""
+    opa_command: FilePath | None = None
+    """The opa command, to compile Rego, to run its tests, and for a managed server.
+    Null: the one on PATH."""
+    max_age_seconds: Annotated[int, Field(ge=1, le=31_536_000)] | None = None
+    """How long ago the sources may have been reached last; null: for ever."""
+    when_stale: Literal["deny", "serve"] = "deny"
+    """What is done past max_age_seconds: deny every call (policy_stale), or go on and
+    show it."""
+    run_tests: bool = False
+    """Run the Rego tests that a bundle carries before it is activated; one that fails
+    is refused. Needs the opa command."""
+    allow_rollback: bool = False
+    """Take a bundle that is older than one that was active before."""
+    shadow: Shadow | None = None
+    """A candidate that is asked too and never obeyed."""
     evaluation_timeout_ms: Annotated[int, Field(ge=10, le=10_000)] = 200
     """Longest time for one evaluation; past it the answer is a denial."""
     workers: Annotated[int, Field(ge=1, le=64)] = 2
@@ -231,6 +405,25 @@ class Policy(_Section):
     max_memory_mib: Annotated[int, Field(ge=8, le=4_096)] = 512
     """Most memory of one worker: the bundle's data and what an evaluation needs. It is
     a bound, not a reservation; the default has room for some 10,000 tenants."""
+
+    @property
+    def external(self) -> OpaServer | None:
+        """The OPA server that has its policy from elsewhere, if such a one decides."""
+        engine = self.engine
+        return engine.opa if isinstance(engine, OpaEngine) and not engine.opa.managed else None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        named = [self.bundle, self.bundles].count(None)
+        if self.external is not None:
+            if named != 2 or self.shadow is not None:  # noqa: PLR2004 - neither of both
+                raise ValueError(
+                    "an OPA server that is not managed has its bundles from elsewhere: leave out"
+                    " bundle, bundles and shadow"
+                )
+        elif named != 1:
+            raise ValueError("set either bundle or bundles")
+        return self
 
 
 class Permits(_Section):
@@ -265,6 +458,9 @@ class Audit(_Section):
     """As budget.durability. In process mode the log is synced once a second."""
     segment_max_bytes: Annotated[int, Field(ge=1_048_576, le=1_073_741_824)] = 67_108_864
     """Size at which a new file is begun."""
+    record_policy_input: bool = False
+    """Put into each decision's record what the policy was asked, raw arguments
+    included, so that `pdp policy replay` and `pdp explain` can ask it again."""
 
 
 class Config(_Section):
@@ -342,7 +538,23 @@ def load_config(
 
 
 _NAMED_FILES: Final = frozenset(
-    {"jwks_file", "bundle", "certificate_file", "key_file", "client_ca_file"}
+    {
+        "bundle",
+        "ca_file",
+        "certificate_file",
+        "client_ca_file",
+        "client_certificate_file",
+        "client_key_file",
+        "jwks_file",
+        "key_file",
+        "opa_command",
+        "password_file",
+        "path",
+        "public_key_file",
+        "token_file",
+        "bearer_token_file",
+        "username_file",
+    }
 )
 """Keys of files that the sidecar reads and does not make."""
 
@@ -350,7 +562,11 @@ _NAMED_FILES: Final = frozenset(
 def _named_files(section: BaseModel, location: _Path = ()) -> Iterator[tuple[_Path, Path]]:
     for name in type(section).model_fields:
         value = getattr(section, name)
-        items = enumerate(value) if isinstance(value, list) else [(None, value)]
+        items: Iterable[tuple[str | int | None, Any]] = [(None, value)]
+        if isinstance(value, list):
+            items = enumerate(value)
+        elif isinstance(value, dict):
+            items = value.items()
         for index, item in items:
             here = (*location, name) if index is None else (*location, name, index)
             if isinstance(item, BaseModel):
@@ -370,6 +586,11 @@ def _resolve_paths(config: Config, base: Path) -> Config:
                 changes[name] = walk(value)
             elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
                 changes[name] = [walk(item) for item in value]
+            elif isinstance(value, dict):
+                changes[name] = {
+                    key: walk(item) if isinstance(item, BaseModel) else item
+                    for key, item in value.items()
+                }
         return section.model_copy(update=changes)
 
     resolved = walk(config)
@@ -497,7 +718,7 @@ def _place(
     return f"{path}:1"
 
 
-_UNION_TAGS: Final = frozenset({"jwt", "single_tenant"})
+_UNION_TAGS: Final = frozenset({"jwt", "single_tenant", "literal['embedded']", "OpaEngine"})
 """What pydantic adds to a location to say which member of a union it tried."""
 
 
@@ -505,14 +726,14 @@ def _known_keys(location: _Path) -> list[str]:
     """The keys of the section at a location, over all members of its unions."""
     sections: list[type[BaseModel]] = [Config]
     for part in location:
-        if isinstance(part, int):
-            continue
-        sections = [
+        below = [
             inner
             for section in sections
             if part in section.model_fields
-            for inner in _models_in(section.model_fields[part].annotation)
+            for inner in _models_in(section.model_fields[str(part)].annotation)
         ]
+        # A part that is no key is a place in a list, or a name that the operator chose.
+        sections = below or sections
     return [name for section in sections for name in section.model_fields]
 
 

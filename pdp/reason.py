@@ -80,6 +80,10 @@ class ReasonCode(StrEnum):
         "policy_unavailable",
         "No policy engine could take the question.",
     )
+    POLICY_STALE = (
+        "policy_stale",
+        "The policy could not be renewed for longer than is allowed; that is a denial.",
+    )
     TENANT_BUDGET_EXCEEDED = (
         "tenant_budget_exceeded",
         "A limit of the tenant would be passed.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from enum import StrEnum
 from typing import Protocol
 
@@ -21,7 +22,7 @@ class PolicyError(PdpError):
     """A question got no usable answer, which is a denial.
 
     Reason codes: policy_undefined, policy_invalid, policy_error,
-    policy_timeout, policy_unavailable.
+    policy_timeout, policy_unavailable, policy_stale.
     """
 
 
@@ -50,4 +51,20 @@ class PolicyEngine(Protocol):
 
     async def close(self) -> None:
         """Let go of threads and memory; later questions get policy_unavailable."""
+        ...
+
+
+class ActivePolicy(Protocol):
+    """The policy in force, which a new bundle may replace while calls are under way."""
+
+    @property
+    def revision(self) -> str:
+        """The revision that the next call gets."""
+        ...
+
+    def pin(self) -> AbstractContextManager[PolicyEngine]:
+        """One revision for all the questions of one call, until the context ends.
+
+        Raises PolicyError (policy_stale) when it is too old to be used.
+        """
         ...

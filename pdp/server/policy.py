@@ -9,6 +9,7 @@ from pdp.policy.wasm import WasmEngine
 
 def load_policy(policy: Policy) -> WasmEngine:
     """The engine that the configuration describes, ready to evaluate. Raises BundleError."""
+    assert policy.bundle is not None  # noqa: S101 - until several bundles can be loaded
     return WasmEngine(
         load_bundle(policy.bundle),
         deadline_ms=policy.evaluation_timeout_ms,

@@ -1,0 +1,1 @@
+"""What a bundle lets whom do, and what a change of it would change."""

@@ -1,0 +1,1 @@
+"""Where bundles come from: a directory or file, HTTP(S), an OCI registry."""

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from pdp.audit.record import AuditReceipt, AuditRecord, Outcome
+from pdp.audit.record import MAX_INPUT_BYTES, AuditReceipt, AuditRecord, Outcome
 from pdp.budget.ledger import (
     Account,
     Charge,
@@ -22,12 +22,12 @@ from pdp.budget.ledger import (
     LimitState,
     Receipt,
 )
-from pdp.canonical import JsonObject, sha256_hex
+from pdp.canonical import JsonObject, canonical_bytes, sha256_hex
 from pdp.errors import RequestError
 from pdp.identity.resolver import Credentials
 from pdp.identity.subject import Subject
 from pdp.permit.claims import Permit
-from pdp.policy.engine import Entrypoint, PolicyError
+from pdp.policy.engine import Entrypoint, PolicyEngine, PolicyError
 from pdp.policy.question import authorize_input
 from pdp.policy.verdict import Verdict, parse_verdict
 from pdp.reason import ReasonCode
@@ -144,8 +144,11 @@ async def authorize(rooms: Rooms, credentials: Credentials, asked: Asked) -> Rec
     watch.done("isolate")
 
     failure: PolicyError | LedgerError | None = None
+    revision = rooms.policy.revision
+    document = _document(rooms, subject, question)
     try:
-        ruling = await _ask_policy(rooms, subject, question)
+        with rooms.policy.pin() as policy:
+            ruling = await _ask_policy(policy, document)
         receipt = await _hold(rooms, subject, account, question, ruling)
         watch.done("authorize")
         answer = _execute(rooms, subject, question, receipt)
@@ -156,11 +159,11 @@ async def authorize(rooms: Rooms, credentials: Credentials, asked: Asked) -> Rec
             subject=subject,
             reason_code=error.reason_code,
             decision_id=rooms.new_id(),
-            policy_revision=rooms.policy.revision,
+            policy_revision=revision,
         )
         watch.done("authorize")
 
-    audit = await rooms.audit.append(_record(rooms, question, answer))
+    audit = await rooms.audit.append(_record(rooms, question, answer, document))
     watch.done("audit")
     if failure is not None and failure.reason_code in _ERRORS_IN_ASKING:
         raise failure
@@ -173,11 +176,9 @@ _ERRORS_IN_ASKING: Final = frozenset(
 """What the ledger refuses without a decision on the call itself."""
 
 
-async def _ask_policy(rooms: Rooms, subject: Subject, question: Question) -> _Ruling:
-    """Authorize, first half: the policy's verdict, and the limits that apply to
-    what it charges.
-    """
-    document = authorize_input(
+def _document(rooms: Rooms, subject: Subject, question: Question) -> JsonObject:
+    """What the policy is shown of the call."""
+    return authorize_input(
         subject,
         tool=question.tool,
         arguments=question.arguments,
@@ -186,9 +187,15 @@ async def _ask_policy(rooms: Rooms, subject: Subject, question: Question) -> _Ru
         request_id=question.request_id,
         context=question.context,
     )
-    verdict = parse_verdict(await rooms.policy.evaluate(Entrypoint.AUTHZ_DECISION, document))
-    limits = await limits_for(rooms, document) if verdict.charges else ()
-    return _Ruling(verdict, limits, rooms.policy.revision)
+
+
+async def _ask_policy(policy: PolicyEngine, document: JsonObject) -> _Ruling:
+    """Authorize, first half: the policy's verdict, and the limits that apply to
+    what it charges.
+    """
+    verdict = parse_verdict(await policy.evaluate(Entrypoint.AUTHZ_DECISION, document))
+    limits = await limits_for(policy, document) if verdict.charges else ()
+    return _Ruling(verdict, limits, policy.revision)
 
 
 async def _hold(
@@ -270,9 +277,11 @@ def _execute(rooms: Rooms, subject: Subject, question: Question, receipt: Receip
     )
 
 
-def _record(rooms: Rooms, question: Question, answer: Answer) -> AuditRecord:
+def _record(rooms: Rooms, question: Question, answer: Answer, document: JsonObject) -> AuditRecord:
     """Audit: what is written before the answer leaves."""
     subject, permit = answer.subject, answer.permit
+    recorded = rooms.records_policy_input
+    fits = recorded and len(canonical_bytes(document)) <= MAX_INPUT_BYTES
     return AuditRecord(
         type="decision",
         tenant_id=subject.tenant,
@@ -291,6 +300,8 @@ def _record(rooms: Rooms, question: Question, answer: Answer) -> AuditRecord:
         charges=charges_json(answer.charges) or None,
         limit_id=answer.refused_by.limit.id if answer.refused_by else None,
         replayed=answer.replayed or None,
+        input=document if fits else None,
+        detail={"input_omitted": True} if recorded and not fits else None,
     )
 
 

@@ -17,7 +17,7 @@ from pdp.identity.subject import Subject
 from pdp.permit.issuer import PermitIssuer
 from pdp.permit.uses import PermitUses
 from pdp.permit.verifier import PermitVerifier
-from pdp.policy.engine import Entrypoint, PolicyEngine
+from pdp.policy.engine import ActivePolicy, Entrypoint, PolicyEngine
 from pdp.policy.verdict import parse_limits
 from pdp.strangers import Strangers
 
@@ -27,7 +27,7 @@ class Rooms:
     """The rooms of one sidecar, and what they share."""
 
     identity: IdentityResolver
-    policy: PolicyEngine
+    policy: ActivePolicy
     ledger: Ledger
     permits: PermitIssuer
     permit_verifier: PermitVerifier
@@ -41,6 +41,8 @@ class Rooms:
     """Keys the argument digests in audit records."""
     permit_ttl_seconds: int
     hold_ttl_seconds: int
+    records_policy_input: bool = False
+    """Whether a decision's record holds what the policy was asked, raw arguments included."""
     clock: Callable[[], float] = time.time
     """Unix seconds."""
     new_id: Callable[[], str] = lambda: str(uuid.uuid4())
@@ -107,9 +109,9 @@ def isolate(subject: Subject, *, tool: str) -> Account:
     return Account(tenant=subject.tenant, actor=subject.actor, tool=tool)
 
 
-async def limits_for(rooms: Rooms, document: JsonObject) -> tuple[Limit, ...]:
+async def limits_for(policy: PolicyEngine, document: JsonObject) -> tuple[Limit, ...]:
     """The limits that the policy names for a question. Raises PolicyError."""
-    return parse_limits(await rooms.policy.evaluate(Entrypoint.BUDGET_LIMITS, document))
+    return parse_limits(await policy.evaluate(Entrypoint.BUDGET_LIMITS, document))
 
 
 def charges_json(charges: Sequence[Charge]) -> tuple[JsonObject, ...]:

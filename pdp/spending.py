@@ -133,8 +133,10 @@ async def state(
     Raises IdentityError, PolicyError, LedgerError.
     """
     subject = await identify(rooms, credentials, action="budget.get")
-    revision = rooms.policy.revision
-    limits = await limits_for(rooms, _document(rooms, subject, "get", (), tool, ""))
+    document = _document(rooms, subject, "get", (), tool, "")
+    with rooms.policy.pin() as policy:
+        limits = await limits_for(policy, document)
+        revision = policy.revision
     return await rooms.ledger.state(isolate(subject, tool=tool), limits=limits), revision
 
 
@@ -160,11 +162,14 @@ async def _spend(
         document = _document(
             rooms, subject, operation, spend.charges, spend.tool, spend.idempotency_key
         )
-        verdict = parse_budget_verdict(
-            await rooms.policy.evaluate(Entrypoint.BUDGET_DECISION, document)
-        )
-        if not verdict.allow:
-            raise SpendingError(verdict.reason_code)
+        with rooms.policy.pin() as policy:
+            verdict = parse_budget_verdict(
+                await policy.evaluate(Entrypoint.BUDGET_DECISION, document)
+            )
+            if not verdict.allow:
+                raise SpendingError(verdict.reason_code)
+            limits = await limits_for(policy, document)
+            revision = policy.revision
         key = IdempotencyKey(
             operation=operation,
             key=spend.idempotency_key,
@@ -177,9 +182,7 @@ async def _spend(
             ),
             note=json.dumps([decision_id, revision]),
         )
-        result = await post(
-            isolate(subject, tool=spend.tool), key, await limits_for(rooms, document)
-        )
+        result = await post(isolate(subject, tool=spend.tool), key, limits)
         decision_id, revision = json.loads(result.note)
         if result.refused_by is not None:
             raise SpendingError(

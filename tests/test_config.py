@@ -117,7 +117,10 @@ def test_what_kubernetes_sets_for_a_service_named_pdp_is_passed_over(tmp_path: P
                 " the expected tags: 'jwt', 'single_tenant'"
             ),
         ),
-        (GOOD.replace("  bundle: /etc/pdp/bundle.tar.gz", "  {}"), "policy.bundle: is required"),
+        (
+            GOOD.replace("  bundle: /etc/pdp/bundle.tar.gz", "  {}"),
+            "policy: set either bundle or bundles",
+        ),
         (GOOD + "listen: {unix_mode: '0666'}\n", "must be an octal mode without access for others"),
         (GOOD + "listen: {unix: null}\n", "set unix or tcp, or nobody can ask"),
         (GOOD + "listen: {metrics: '9464'}\n", "must be HOST:PORT"),

@@ -28,6 +28,7 @@ from pdp.permit.signing import SigningKey
 from pdp.permit.uses import PermitUses
 from pdp.permit.verifier import PermitVerifier
 from pdp.policy.engine import Entrypoint, PolicyError
+from pdp.policy.live import LivePolicy
 from pdp.reason import ReasonCode
 from pdp.rooms import Rooms, StepWatch
 from pdp.storage import Durability
@@ -94,6 +95,7 @@ class Steps:
         }
     )
     documents: list[JsonObject] = field(default_factory=list)
+    records_policy_input: bool = False
 
     def do(self, step: str) -> None:
         self.done.append(step)
@@ -185,7 +187,7 @@ async def ask(
     uses = PermitUses(directory / "permits.db", durability=Durability.PROCESS, clock=lambda: NOW)
     rooms = Rooms(
         identity=Identity(steps),
-        policy=Policy(steps),
+        policy=LivePolicy(Policy(steps)),
         ledger=ledger,
         permits=issuer,
         permit_verifier=PermitVerifier(KEY.public_set, issuer="agent-pdp", audience="tools"),
@@ -196,6 +198,7 @@ async def ask(
         hold_ttl_seconds=120,
         ledger_id="ledger-1",
         strangers=Strangers(),
+        records_policy_input=steps.records_policy_input,
         clock=lambda: NOW,
         new_id=lambda: f"id-{next(ids)}",
     )
@@ -372,3 +375,17 @@ def test_a_step_watch_takes_the_time_of_each_step() -> None:
     watch.done("second")
     assert list(watch.seconds) == ["first", "second"]
     assert all(0 <= seconds < 5 for seconds in watch.seconds.values())
+
+
+@pytest.mark.parametrize(
+    ("recorded", "note", "input_kept"),
+    ((False, "x", False), (True, "x", True), (True, "x" * 40_000, False)),
+)
+def test_what_the_policy_was_asked_is_recorded_only_where_that_is_wanted_and_fits(
+    tmp_path: Path, *, recorded: bool, note: str, input_kept: bool
+) -> None:
+    steps = Steps(records_policy_input=recorded)
+    asked(tmp_path, steps, replace(QUESTION, arguments={"note": note}))
+    (record,) = steps.records
+    assert (record.input == steps.documents[0]) is input_kept
+    assert (record.detail == {"input_omitted": True}) is (recorded and not input_kept)

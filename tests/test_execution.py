@@ -32,6 +32,7 @@ from pdp.permit.signing import SigningKey
 from pdp.permit.uses import PermitUses
 from pdp.permit.verifier import PermitVerifier
 from pdp.policy.engine import Entrypoint
+from pdp.policy.live import LivePolicy
 from pdp.reason import ReasonCode
 from pdp.rooms import Rooms
 from pdp.storage import Durability
@@ -157,7 +158,7 @@ def play(directory: Path, act: Callable[[Scene], Awaitable[T]]) -> T:
         )
         rooms = Rooms(
             identity=SingleTenant(actor="user-7", roles=(), scopes=()),
-            policy=Policy(),
+            policy=LivePolicy(Policy()),
             ledger=ledger,
             permits=issuer,
             permit_verifier=PermitVerifier(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Final, Protocol
 
 from pdp.canonical import JsonObject
 from pdp.errors import PdpError
+
+MAX_INPUT_BYTES: Final = 32 * 1024
+"""Largest policy input that a record holds; a larger one is left out, and the record says so."""
 
 
 class Outcome(StrEnum):
@@ -26,14 +29,15 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditRecord:
-    """One event, without secrets: no token, permit, credential or raw argument.
+    """One event, without secrets: no token, permit, credential, nor, unless the operator
+    wants ``input`` kept, a raw argument.
 
     ``tenant_id`` and ``actor_id`` are None only where no identity was verified.
     Fields left None are left out of the file, except those two.
     """
 
     type: str
-    """One of "decision", "budget", "redemption" or "outcome"."""
+    """One of "decision", "shadow", "budget", "redemption" or "outcome"."""
     tenant_id: str | None
     actor_id: str | None
     action: str
@@ -61,6 +65,9 @@ class AuditRecord:
     """What only this type of record has."""
     replayed: bool | None = None
     """True when the answer was given before."""
+    input: JsonObject | None = None
+    """The document that the policy was asked about, raw arguments included: only where
+    the operator has chosen to record it, and it is not larger than MAX_INPUT_BYTES."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ def serve(
 
     # Compiling the policy takes about as long as importing the rest: both at once.
     loader = ThreadPoolExecutor(1, thread_name_prefix="policy-loader")
-    policy = loader.submit(_load_policy, loaded.policy)
+    engine = loader.submit(_load_policy, loaded.policy)
     loader.shutdown(wait=False)
 
     import uvloop  # noqa: PLC0415
@@ -49,7 +49,7 @@ def serve(
     try:
         uvloop.run(
             sidecar.serve(
-                loaded, policy=policy, started=lambda line: typer.echo(f"pdp: {line}", err=True)
+                loaded, engine=engine, started=lambda line: typer.echo(f"pdp: {line}", err=True)
             )
         )
     except PdpError as error:

@@ -40,7 +40,8 @@ from pdp.permit.issuer import PermitIssuer
 from pdp.permit.signing import SigningKey
 from pdp.permit.uses import PermitUses
 from pdp.permit.verifier import PermitVerifier
-from pdp.policy.engine import PolicyEngine
+from pdp.policy.engine import ActivePolicy, PolicyEngine
+from pdp.policy.live import LivePolicy
 from pdp.private_files import NotPrivateError, make_directory, write_once
 from pdp.rooms import Rooms
 from pdp.server.http import HttpListener
@@ -68,7 +69,7 @@ SERVICE_NAMES: Final = tuple(
 
 
 @contextlib.asynccontextmanager
-async def open_rooms(config: Config, key: SigningKey, policy: PolicyEngine) -> AsyncIterator[Rooms]:
+async def open_rooms(config: Config, key: SigningKey, policy: ActivePolicy) -> AsyncIterator[Rooms]:
     """The rooms that the configuration describes, the policy being loaded. Closed in
     the order in which nothing that was answered can be lost: audit last.
     """
@@ -104,6 +105,7 @@ async def open_rooms(config: Config, key: SigningKey, policy: PolicyEngine) -> A
             digest_key=digest_key,
             permit_ttl_seconds=config.permit.ttl_seconds,
             hold_ttl_seconds=config.budget.hold_ttl_seconds,
+            records_policy_input=config.audit.record_policy_input,
         )
 
 
@@ -136,11 +138,11 @@ def identity_from(config: Config) -> IdentityResolver:
 
 
 async def serve(
-    config: Config, *, policy: Future[PolicyEngine], started: Callable[[str], None]
+    config: Config, *, engine: Future[PolicyEngine], started: Callable[[str], None]
 ) -> None:
     """Serve until SIGTERM or SIGINT; then finish what has begun, and close.
 
-    ``policy`` may still be loading; it is closed here. ``started`` is called with a line for the operator once calls are answered.
+    ``engine`` may still be loading; it is closed here. ``started`` is called with a line for the operator once calls are answered.
     Raises StartError, and the rooms' own errors when one can not be opened.
     """
     stop = asyncio.Event()
@@ -154,9 +156,9 @@ async def serve(
         )
         stack.callback(lock.release)
         key = _signing_key(config)
-        engine = await asyncio.wrap_future(policy)
-        stack.push_async_callback(engine.close)
-        rooms = await stack.enter_async_context(open_rooms(config, key, engine))
+        policy = LivePolicy(await asyncio.wrap_future(engine))
+        stack.push_async_callback(policy.close)
+        rooms = await stack.enter_async_context(open_rooms(config, key, policy))
         metrics = Metrics()
         metrics.policy_is(rooms.policy.revision)
         runner = CallRunner(

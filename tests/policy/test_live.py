@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from pdp.canonical import JsonObject, JsonValue
+from pdp.policy.engine import Entrypoint, PolicyError
+from pdp.policy.live import LivePolicy
+
+
+class Engine:
+    """Answers with its own revision, when it is let."""
+
+    def __init__(self, revision: str) -> None:
+        self.revision = revision
+        self.closed = False
+        self.let = asyncio.Event()
+        self.let.set()
+
+    async def evaluate(self, entrypoint: Entrypoint, document: JsonObject) -> JsonValue:
+        assert not self.closed
+        await self.let.wait()
+        assert not self.closed
+        return self.revision
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+async def answers(policy: LivePolicy) -> list[JsonValue]:
+    """What one call gets for its questions."""
+    with policy.pin() as engine:
+        return [await engine.evaluate(entrypoint, {}) for entrypoint in Entrypoint]
+
+
+def test_a_call_keeps_its_revision_while_another_is_activated() -> None:
+    async def run() -> None:
+        first, second = Engine("1"), Engine("2")
+        policy = LivePolicy(first)
+        first.let.clear()
+        early = asyncio.create_task(answers(policy))
+        await asyncio.sleep(0)
+        policy.activate(second)
+        assert await answers(policy) == ["2"] * len(Entrypoint)
+        assert not first.closed
+        first.let.set()
+        assert await early == ["1"] * len(Entrypoint)
+        await policy.close()
+        assert first.closed
+        assert second.closed
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_nobody_uses_is_closed_when_it_is_replaced() -> None:
+    async def run() -> None:
+        first = Engine("1")
+        policy = LivePolicy(first)
+        assert await answers(policy) == ["1"] * len(Entrypoint)
+        policy.activate(Engine("2"))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert first.closed
+
+    asyncio.run(run())
+
+
+def test_a_cancelled_call_lets_go_of_its_engine() -> None:
+    async def run() -> None:
+        first = Engine("1")
+        first.let.clear()
+        policy = LivePolicy(first)
+        call = asyncio.create_task(answers(policy))
+        await asyncio.sleep(0)
+        policy.activate(Engine("2"))
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        await policy.close()
+        assert first.closed
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("deny", (True, False))
+def test_a_policy_past_its_age_is_denied_or_served_as_configured(*, deny: bool) -> None:
+    async def run() -> None:
+        now = [1000.0]
+        policy = LivePolicy(
+            Engine("1"), max_age_seconds=60, deny_when_stale=deny, clock=lambda: now[0]
+        )
+        now[0] += 60
+        assert not policy.stale
+        now[0] += 1
+        assert policy.stale
+        assert policy.answers is not deny
+        if deny:
+            with pytest.raises(PolicyError) as refused:
+                await answers(policy)
+            assert refused.value.reason_code == "policy_stale"
+        else:
+            assert await answers(policy) == ["1"] * len(Entrypoint)
+        policy.checked_at = now[0]
+        assert await answers(policy) == ["1"] * len(Entrypoint)
+
+    asyncio.run(run())
+
+
+def test_who_waits_for_another_revision_gets_it() -> None:
+    async def run() -> None:
+        policy = LivePolicy(Engine("1"))
+        waiting = asyncio.create_task(policy.changed_from("1"))
+        await asyncio.sleep(0)
+        policy.activate(Engine("1"))  # the same rules, for example with another engine
+        policy.activate(Engine("2"))
+        assert await waiting == "2"
+        assert await policy.changed_from("1") == "2"
+
+    asyncio.run(run())

@@ -49,9 +49,9 @@ def epochs(
     engine: CountingEngine, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Epochs]:
     monkeypatch.setattr(epochs_module, "REST_AFTER_SECONDS", 0.05)
-    epochs = Epochs(engine, clock=clock)  # type: ignore[arg-type]
+    epochs = Epochs(engine.increment_epoch, clock=clock)
     yield epochs
-    epochs.close()
+    until(lambda: epochs._thread is None)
 
 
 def until(met: Callable[[], bool], *, seconds: float = 10.0) -> None:
@@ -98,7 +98,15 @@ def test_an_evaluation_does_not_pay_for_what_went_before_it(
             assert engine.epoch >= 1_000  # counted before the second one's deadline is set
 
 
-def test_a_resting_clock_closes(epochs: Epochs, clock: Clock) -> None:
-    until(lambda: rests(clock))
-    epochs.close()
-    assert not epochs._thread.is_alive()
+def test_a_clock_at_rest_has_no_thread(epochs: Epochs, engine: CountingEngine) -> None:
+    before = set(threading.enumerate())
+    for _ in range(3):
+        with epochs:
+            assert len(set(threading.enumerate()) - before) == 1
+        until(lambda: set(threading.enumerate()) <= before)
+
+
+def test_evaluations_side_by_side_share_one_thread(epochs: Epochs) -> None:
+    before = set(threading.enumerate())
+    with epochs, epochs, epochs:
+        assert len(set(threading.enumerate()) - before) == 1

@@ -340,6 +340,7 @@ class Instance:
 
     def _text(self, address: int, max_bytes: int) -> bytes:
         """What stands from an address up to a zero byte."""
+        address &= 0xFFFF_FFFF  # host functions are given it signed
         self._size = self._memory.data_len(self._store)
         most = min(max_bytes + 1, self._size - address)
         length = min(_FIRST_READ_BYTES, most)

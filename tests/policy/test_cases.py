@@ -1,120 +1,215 @@
-"""The starter bundle decides as the cases say, in Wasm as in OPA itself."""
+"""Every golden case, in every engine: the decision as written, and its audit record.
+
+A case goes the whole way that a call goes, from the token to the record, with real
+rooms. What the engines write down must then be the same, byte for byte.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
-import yaml
 
-from pdp.budget.ledger import Charge
-from pdp.canonical import JsonObject, JsonValue
+from pdp.canonical import JsonObject
 from pdp.identity.subject import Subject
-from pdp.policy.bundle import Bundle
-from pdp.policy.engine import Entrypoint
-from pdp.policy.question import authorize_input, budget_input
-from pdp.policy.verdict import parse_budget_verdict, parse_limits, parse_verdict
-from pdp.policy.wasm import WasmEngine
+from pdp.policy.bundle import Bundle, load_bundle
+from pdp.policy.engine import Entrypoint, PolicyError
+from pdp.policy.question import budget_input
+from pdp.policy.verdict import parse_limits
+from pdp.testing.issuer import TokenIssuer
+from tests.policy.cases.engines import ENGINES, active
+from tests.policy.cases.reading import Erring, starter_cases
+from tests.policy.cases.walk import Case, Seen, arguments_digest, walk
+from tests.policy.conftest import Files
 
-ROOT: Final = Path(__file__).resolve().parent.parent.parent
-CASES: Final = Path(__file__).resolve().parent / "cases"
-MORE_CONTEXT: Final[Mapping[str, Any]] = {"time": 1_795_521_600.0, "request_id": "req-1"}
-ALL_ROLES: Final = ("support_agent", "analyst")
-ALL_SCOPES: Final = ("orders:read", "orders:write", "mail:send", "reports:generate")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    name: str
-    entrypoint: Entrypoint
-    document: JsonObject
-    expected: JsonValue
-    """Where it is a bool, only ``allow`` is compared."""
-
-
-def read(name: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = yaml.safe_load((CASES / name).read_text(encoding="utf-8"))
-    return rows
+ROOT: Final = Path(__file__).resolve().parents[2]
+STARTER: Final = starter_cases()
+ERRING: Final = Erring()
+WALKS: Final = (STARTER, ERRING.cases, ERRING.endless)
+ALL: Final = [case for cases in WALKS for case in cases]
+REQUESTS: Final = [number for cases in WALKS for number in range(len(cases))]
+"""The number of a case within its own walk."""
+DEADLINE_MS: Final = 1_500
+"""Long for a machine with much else to do."""
+SHORT_DEADLINE_MS: Final = 100
+"""For policies that never end: in the embedded engine some meet the end of its memory later."""
+OF_THE_CHAIN: Final = frozenset({"v", "instance", "seq", "epoch", "time", "prev_hash", "hash"})
+IDS: Final = frozenset({"decision_id", "permit_id", "hold_id"})
 
 
-def subject(token: Mapping[str, Any]) -> Subject:
-    return Subject(
-        tenant=token["tenant"],
-        actor="alice",
-        roles=tuple(token["roles"]),
-        scopes=tuple(token.get("scopes", ())),
-    )
+@dataclass(frozen=True, slots=True)
+class Walked:
+    """What came of all the cases in one engine."""
+
+    seen: list[Seen]
+    records: list[JsonObject]
+    log: bytes
+    """The audit logs themselves."""
+    revisions: tuple[str, str]
 
 
-def refusal(row: Mapping[str, Any]) -> JsonObject:
-    return {"allow": False, "reason_code": row["refused"]}
+@pytest.fixture(scope="module")
+def starter(opa: Path) -> Bundle:
+    """The bundle that the product ships, from its sources: OPA needs all of them."""
+    return load_bundle(ROOT / "policies", opa=opa)
 
 
-def authz_cases() -> list[Case]:
-    return [
-        Case(
-            name=row["name"],
-            entrypoint=Entrypoint.AUTHZ_DECISION,
-            document=authorize_input(
-                subject(row["token"]),
-                **{"resource": None, "context": {}, **MORE_CONTEXT, **row["call"]},
-            ),
-            expected=row.get("decision") or refusal(row),
-        )
-        for row in read("authz_decision.yaml")
-    ]
+@pytest.fixture(scope="module")
+def erring(build_policy: Callable[[Files], Bundle]) -> Bundle:
+    return build_policy(ERRING.files)
 
 
-def argument_cases() -> list[Case]:
-    return [
-        Case(
-            name=row["name"],
-            entrypoint=Entrypoint.AUTHZ_DECISION,
-            document=authorize_input(
-                Subject(tenant=row["tenant"], actor="alice", roles=ALL_ROLES, scopes=ALL_SCOPES),
-                tool=row["tool"],
-                arguments=row["arguments"],
-                resource=None,
-                context={},
-                **MORE_CONTEXT,
-            ),
-            expected=row["allow"] or {"allow": False, "reason_code": "argument_not_allowed"},
-        )
-        for row in read("arguments.yaml")
-    ]
+@pytest.fixture(scope="module")
+def walked(
+    starter: Bundle, erring: Bundle, opa: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Walked]:
+    """All the cases in every engine."""
+    issuer = TokenIssuer()
 
-
-def budget_cases() -> list[Case]:
-    cases = []
-    for row in read("budget.yaml"):
-        spend = row["spend"]
-        document = budget_input(
-            subject(row["token"]),
-            operation=spend["operation"],
-            charges=[Charge(*charge) for charge in spend["charges"]],
-            tool=spend.get("tool", ""),
-            **MORE_CONTEXT,
-        )
-        allowed: JsonObject = {"allow": True, "reason_code": "ok"}
-        cases.append(
-            Case(
-                name=row["name"],
-                entrypoint=Entrypoint.BUDGET_DECISION,
-                document=document,
-                expected=allowed if row.get("allowed") else refusal(row),
+    async def run(engine: str) -> Walked:
+        seen: list[Seen] = []
+        log = b""
+        for bundle, cases, deadline_ms in (
+            (starter, STARTER, DEADLINE_MS),
+            (erring, ERRING.cases, DEADLINE_MS),
+            (erring, ERRING.endless, SHORT_DEADLINE_MS),
+        ):
+            directory = tmp_path_factory.mktemp(engine)
+            async with active(engine, bundle, opa, deadline_ms=deadline_ms) as policy:
+                seen += await walk(cases, policy, issuer, directory)
+            log += b"".join(
+                file.read_bytes() for file in sorted((directory / "audit").glob("*.jsonl"))
             )
+        records = [json.loads(line) for line in log.splitlines()]
+        return Walked(
+            seen,
+            [record for record in records if record["type"] in {"decision", "budget"}],
+            log,
+            (starter.revision, erring.revision),
         )
-    return cases
+
+    return {engine: asyncio.run(run(engine)) for engine in ENGINES}
 
 
-def limit_cases() -> list[Case]:
-    """Each tenant's limits are those in its data, and none where it has no say."""
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("number", range(len(ALL)), ids=[case.name for case in ALL])
+def test_the_case_is_decided_and_recorded_as_written(
+    walked: dict[str, Walked], engine: str, number: int
+) -> None:
+    case, seen = ALL[number], walked[engine].seen[number]
+    assert seen.reason_code == case.reason_code
+    if case.answer is not None:
+        assert seen.heard[0] == case.answer
+    assert (seen.permit is not None) is (case.call is not None and case.reason_code == "ok")
+
+    record = walked[engine].records[number]
+    said = {name: value for name, value in record.items() if name not in OF_THE_CHAIN | IDS}
+    revision = walked[engine].revisions[number >= len(STARTER)]
+    assert said == expected_record(case, seen, REQUESTS[number], revision)
+    assert ("permit_id" in record) is (seen.permit is not None)
+
+
+def expected_record(case: Case, seen: Seen, number: int, revision: str) -> JsonObject:
+    """What follows from the case, and from the charge that the policy named."""
+    allowed = case.reason_code == "ok"
+    record: JsonObject = {
+        "tenant_id": case.token["tenant"],
+        "actor_id": "alice",
+        "outcome": "allowed" if allowed else "denied",
+        "reason_code": case.reason_code,
+        "request_id": f"req-{number}",
+        "policy_revision": revision,
+    }
+    if case.limit_id is not None:
+        record["limit_id"] = case.limit_id
+    if case.spend is not None:
+        operation = case.spend["operation"]
+        return {
+            **record,
+            "type": "budget",
+            "action": f"budget.{operation}",
+            "outcome": f"{operation.removesuffix('e')}ed" if allowed else "denied",
+            "charges": [
+                {"budget": budget, "unit": unit, "amount": amount}
+                for budget, unit, amount in case.spend["charges"]
+            ],
+            **({"detail": {"tool": case.spend["tool"]}} if "tool" in case.spend else {}),
+        }
+    assert case.call is not None
+    record |= {"type": "decision", "action": case.call["tool"]}
+    if not seen.heard:  # no tenant, no policy
+        del record["policy_revision"]
+        return record | {"tenant_id": None, "actor_id": seen.actor}
+    record["arguments_digest"] = arguments_digest(case)
+    if "resource" in case.call:
+        record["resource"] = case.call["resource"]
+    verdict = seen.heard[0]
+    if allowed and isinstance(verdict, dict) and verdict.get("charge"):
+        record["charges"] = verdict["charge"]
+    return record
+
+
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "embedded"])
+def test_every_engine_leaves_the_very_same_audit_log(
+    walked: dict[str, Walked], engine: str
+) -> None:
+    assert walked[engine].log == walked["embedded"].log
+
+
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "embedded"])
+def test_every_engine_says_the_very_same(walked: dict[str, Walked], engine: str) -> None:
+    for case, here, there in zip(ALL, walked["embedded"].seen, walked[engine].seen, strict=True):
+        assert [_typed(said) for said in here.heard] == [_typed(said) for said in there.heard], (
+            case.name
+        )
+        assert _claims(here) == _claims(there), case.name
+
+
+def _typed(value: Any) -> str:
+    """Tells 1 from 1.0 and true, as == does not."""
+    return json.dumps(value, sort_keys=True)
+
+
+def _claims(seen: Seen) -> object:
+    permit = seen.permit
+    return permit and (permit.scopes, permit.expires_at - permit.issued_at, permit.tool)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_differs_between_the_engines_is_known(erring: Bundle, opa: Path, engine: str) -> None:
+    async def run() -> None:
+        async with active(engine, erring, opa, deadline_ms=DEADLINE_MS) as policy:
+            for case, row in ERRING.differing:
+                assert case.call is not None
+                document: JsonObject = {
+                    "action": {
+                        "name": case.call["tool"],
+                        "properties": {"arguments": case.call["arguments"]},
+                    }
+                }
+                expected = row["embedded" if engine == "embedded" else "opa"]
+                with policy.pin() as pinned:
+                    assert await _answer(pinned, document) == expected, case.name
+
+    asyncio.run(run())
+
+
+async def _answer(policy: Any, document: JsonObject) -> Any:
+    try:
+        return await policy.evaluate(Entrypoint.AUTHZ_DECISION, document)
+    except PolicyError as error:
+        return None if error.reason_code == "policy_undefined" else error.reason_code
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_each_tenants_limits_are_those_in_its_data_and_none_where_it_has_no_say(
+    starter: Bundle, opa: Path, engine: str
+) -> None:
     tenants = json.loads((ROOT / "policies" / "tenants" / "data.json").read_text())
     expected = {
         "tenant_acme": tenants["tenant_acme"]["limits"],
@@ -122,100 +217,27 @@ def limit_cases() -> list[Case]:
         "tenant_initech": [],
         "tenant_nobody": [],
     }
-    return [
-        Case(
-            name=f"limits of {tenant}",
-            entrypoint=Entrypoint.BUDGET_LIMITS,
-            document=budget_input(
-                Subject(tenant=tenant, actor="alice", roles=ALL_ROLES),
-                operation="get",
-                charges=(),
-                tool="",
-                **MORE_CONTEXT,
-            ),
-            expected=limits,
-        )
-        for tenant, limits in expected.items()
-    ]
 
+    async def run() -> None:
+        async with active(engine, starter, opa, deadline_ms=DEADLINE_MS) as policy:
+            for tenant, limits in expected.items():
+                document = budget_input(
+                    Subject(tenant=tenant, actor="alice", roles=("support_agent",)),
+                    operation="get",
+                    charges=(),
+                    tool="",
+                    time=0,
+                    request_id="req-1",
+                )
+                with policy.pin() as pinned:
+                    answer = await pinned.evaluate(Entrypoint.BUDGET_LIMITS, document)
+                assert answer == limits
+                parse_limits(answer)
 
-ALL: Final = [*authz_cases(), *argument_cases(), *budget_cases(), *limit_cases()]
-
-
-@pytest.fixture(scope="module")
-def answers(starter: Bundle) -> list[JsonValue]:
-    """What the embedded engine says of every case."""
-    engine = WasmEngine(starter, deadline_ms=5_000, workers=2, memory_max_mib=128)
-
-    async def ask() -> list[JsonValue]:
-        try:
-            return [await engine.evaluate(case.entrypoint, case.document) for case in ALL]
-        finally:
-            await engine.close()
-
-    return asyncio.run(ask())
-
-
-@pytest.mark.parametrize("number", range(len(ALL)), ids=[case.name for case in ALL])
-def test_the_case_is_decided_as_written(answers: list[JsonValue], number: int) -> None:
-    case, answer = ALL[number], answers[number]
-    if case.expected is True:
-        assert isinstance(answer, dict)
-        assert answer["allow"] is True
-    else:
-        assert answer == case.expected
-
-
-def test_opa_itself_gives_the_very_same_answers(
-    opa: Path, answers: list[JsonValue], tmp_path: Path
-) -> None:
-    """One process for all cases, from the sources that the bundle was built of."""
-    questions = tmp_path / "input.json"
-    questions.write_text(
-        json.dumps([{"entrypoint": case.entrypoint, "input": case.document} for case in ALL])
-    )
-    query = """[answer |
-        some question in input
-        document := question.input
-        authz := data.pdp.authz.decision with input as document
-        budget := data.pdp.budget.decision with input as document
-        limits := data.pdp.budget.limits with input as document
-        answer := {
-            "pdp/authz/decision": authz,
-            "pdp/budget/decision": budget,
-            "pdp/budget/limits": limits,
-        }[question.entrypoint]
-    ]"""
-    command: list[str | Path] = [
-        opa,
-        "eval",
-        "--bundle",
-        ROOT / "policies",
-        "--input",
-        questions,
-        "--format",
-        "raw",
-    ]
-    done = subprocess.run(
-        [*command, query],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
-    assert json.loads(done.stdout) == answers
-
-
-def test_every_answer_is_of_the_agreed_form(answers: list[JsonValue]) -> None:
-    parsers: dict[Entrypoint, Any] = {
-        Entrypoint.AUTHZ_DECISION: parse_verdict,
-        Entrypoint.BUDGET_DECISION: parse_budget_verdict,
-        Entrypoint.BUDGET_LIMITS: parse_limits,
-    }
-    for case, answer in zip(ALL, answers, strict=True):
-        parsers[case.entrypoint](answer)
+    asyncio.run(run())
 
 
 def test_every_case_has_a_name_of_its_own() -> None:
-    for cases in (authz_cases(), argument_cases(), budget_cases()):
-        assert len({case.name for case in cases}) == len(cases)
+    for cases in WALKS:
+        names = [case.name for case in cases]
+        assert sorted(set(names)) == sorted(names)

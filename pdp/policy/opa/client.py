@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -222,7 +223,8 @@ class _Client(AsyncOpaClient):  # type: ignore[misc]  # the library has no types
             "GET", f"{self.root_url}/policies", most=MAX_MODULES_BYTES
         ) as answer:
             answer.raise_for_status()
-            return await answer.json()
+            listed: JsonValue = json.loads(answer.body)
+            return listed
 
     async def _init_session(self) -> None:
         self._session = aiohttp.ClientSession(
@@ -262,12 +264,22 @@ class _Answer:
         """Raise PolicyError unless OPA has answered."""
         if self.status == HTTPStatus.OK:
             return
-        if self.status in _OF_THE_POLICY and _evaluation_failed(json.loads(self.body)):
+        if self.status in _OF_THE_POLICY and _has_code(json.loads(self.body)):
             raise _failed()
         raise unavailable()
 
     async def json(self) -> JsonValue:
-        value: JsonValue = json.loads(self.body, parse_constant=_refuse_constant)
+        """The body. Raises PolicyError: what is no JSON is not of OPA's making, and
+        what is JSON beyond any answer is of the policy's.
+        """
+        try:
+            value: JsonValue = json.loads(
+                self.body, parse_float=_finite, parse_constant=_refuse_constant
+            )
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise unavailable() from None
+        except (ValueError, RecursionError):
+            raise _failed() from None
         return value
 
 
@@ -283,16 +295,23 @@ def _failed() -> PolicyError:
 _OF_THE_POLICY: Final = frozenset({HTTPStatus.BAD_REQUEST, HTTPStatus.INTERNAL_SERVER_ERROR})
 
 
-def _evaluation_failed(error: JsonValue) -> bool:
-    """Whether an error is of the policy's making: OPA's codes for it begin so."""
-    errors = error.get("errors") if isinstance(error, dict) else None
-    return isinstance(errors, list) and any(
-        isinstance(one, dict) and str(one.get("code")).startswith("eval_") for one in errors
-    )
+def _has_code(error: JsonValue) -> bool:
+    """Whether OPA says that it could not read the question, evaluate the policy, or
+    write its answer down. All three are of the policy's making, and the embedded
+    engine answers them alike.
+    """
+    return isinstance(error, dict) and error.get("code") in ("invalid_parameter", "internal_error")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError("beyond what a double holds")
+    return number
 
 
 def _refuse_constant(_name: str) -> JsonValue:
-    raise ValueError("NaN and Infinity are not JSON")
+    raise unavailable()  # NaN and Infinity are not JSON
 
 
 def _rules(listed: JsonValue) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import subprocess
 import threading
 import time
@@ -12,13 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import wasmtime
 
 from pdp.canonical import MAX_SAFE_INTEGER, JsonObject, JsonValue
 from pdp.policy import wasm
-from pdp.policy.abi import EPOCHS
+from pdp.policy.abi import EPOCHS, Program
 from pdp.policy.bundle import Bundle, load_bundle
 from pdp.policy.engine import BundleError, Entrypoint, PolicyError
-from pdp.policy.wasm import MAX_WAITING_PER_WORKER, WasmEngine
+from pdp.policy.wasm import MAX_WAITING_PER_WORKER, WasmEngine, WasmEvaluator, compile_wasm
 
 BuildPolicy = Callable[[Mapping[str, str | JsonObject]], Bundle]
 
@@ -394,8 +396,9 @@ def test_a_missing_entrypoint_is_refused_at_load_by_name(
 
 
 def test_a_module_that_is_not_opas_is_refused(bundle: Bundle) -> None:
-    for module in (b"", b"not wasm", b"\x00asm\x01\x00\x00\x00", bundle.wasm[:-100]):
-        with pytest.raises(BundleError, match="Wasm"):
+    assert bundle.wasm is not None
+    for module in (b"", b"not wasm", b"\x00asm\x01\x00\x00\x00", bundle.wasm[:-100], None):
+        with pytest.raises(BundleError, match=r"policy\.wasm"):
             started(replace(bundle, wasm=module))
 
 
@@ -404,3 +407,233 @@ def test_data_that_does_not_fit_into_the_memory_is_refused_at_load(bundle: Bundl
 
     with pytest.raises(BundleError, match="more memory than it may have"):
         started(replace(bundle, data=data), memory_max_mib=16)
+
+
+WALKING = """package pdp.authz
+
+default decision := "no"
+
+# Each level of the walk starts a walk of its own.
+decision := "found" if {
+	walk(input.value, [path, _])
+	walk(input.value, [_, below])
+	walk(input.value, [_, again])
+	below == again
+	count(path) > 1000
+}
+"""
+
+
+def test_a_walk_over_walks_is_cut_while_another_is_served(build_policy: BuildPolicy) -> None:
+    bundle = build_policy({"pdp/authz/authz.rego": WALKING, "pdp/budget/budget.rego": BUDGET})
+    # A walk takes memory as it goes; the deadline is to come first.
+    engine = started(bundle, deadline_ms=100, workers=2, memory_max_mib=1_024)
+    deep: JsonValue = {"leaf": list(range(200))}
+    for n in range(50):
+        deep = {"down": deep, "value": n}
+
+    async def use() -> None:
+        cut = asyncio.create_task(reason_of(ask(engine, "walk", deep)))
+        await asyncio.sleep(0)
+        for _ in range(20):
+            assert await ask(engine, "walk", 1) == "no"
+        assert not cut.done()
+        assert await cut == "policy_timeout"
+        assert await ask(engine, "walk", 1) == "no"
+
+    run(engine, use)
+
+
+def test_a_document_nested_too_deep_for_the_sandbox_is_a_denial(bundle: Bundle) -> None:
+    engine = started(bundle, workers=1)
+    deep: JsonValue = 1
+    for _ in range(100_000):
+        deep = [deep]
+
+    async def use() -> None:
+        assert await reason_of(ask(engine, "echo", deep)) == "policy_error"
+        assert await ask(engine, "echo", "clean") == "clean"
+
+    run(engine, use)
+
+
+def test_a_number_beyond_a_double_is_no_answer(build_policy: BuildPolicy) -> None:
+    authz = "package pdp.authz\n\ndecision := 1e400 if input.ask == true\n"
+    huge = build_policy({"pdp/authz/authz.rego": authz, "pdp/budget/budget.rego": BUDGET})
+
+    with WasmEvaluator(huge) as evaluator, pytest.raises(PolicyError) as refusal:
+        evaluator.evaluate("pdp/authz/decision", {"ask": True})
+
+    assert refusal.value.reason_code == "policy_error"
+
+
+def test_a_document_beyond_the_bound_is_a_denial(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wasm, "MAX_DOCUMENT_BYTES", 100)
+
+    with WasmEvaluator(bundle) as evaluator:
+        assert evaluator.evaluate("pdp/authz/decision", {"ask": "echo", "value": "x"}) == "x"
+        with pytest.raises(PolicyError) as refusal:
+            evaluator.evaluate("pdp/authz/decision", {"ask": "echo", "value": "x" * 100})
+    assert refusal.value.reason_code == "policy_error"
+
+
+def test_200_engines_leave_neither_thread_nor_memory_behind(bundle: Bundle) -> None:
+    data = b'{"tenants":{%s}}' % b",".join(
+        b'"tenant_%d":{"roles":["viewer","agent"],"limit":%d}' % (n, n) for n in range(1_000)
+    )
+
+    assert bundle.wasm is not None
+    code = compile_wasm(bundle.wasm)
+
+    async def use(bundle: Bundle, number: int) -> None:
+        engine = WasmEngine(bundle, deadline_ms=1_000, workers=1, memory_max_mib=64, compiled=code)
+        assert await ask(engine, "echo", number) == number
+        await engine.close()
+
+    def make(times: int) -> int:
+        for number in range(times):
+            # Every other one is of another data document, as after a reload.
+            changed = replace(bundle, data=data if number % 2 else b"{}")
+            asyncio.run(use(changed, number))
+        return resident_kib()
+
+    threads = {thread for thread in threading.enumerate() if thread.name != "policy-epochs"}
+    settled = make(40)
+    # One engine's data alone take more than 1 MiB: 160 that stayed would take 200.
+    assert make(160) - settled < 16 * 1024
+    left = set(threading.enumerate()) - threads
+    assert {thread.name for thread in left} <= {"policy-epochs"}
+
+
+def test_the_thread_that_counts_deadlines_ends_when_nothing_runs(bundle: Bundle) -> None:
+    engine = started(bundle)
+
+    async def use() -> None:
+        assert await ask(engine, "echo", 1) == 1
+
+    run(engine, use)
+    patience = time.monotonic() + 10
+    while "policy-epochs" in {thread.name for thread in threading.enumerate()}:
+        assert time.monotonic() < patience
+        threading.Event().wait(0.05)
+
+
+def test_a_bundle_with_the_same_wasm_is_not_compiled_again(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with WasmEvaluator(bundle):
+        monkeypatch.setattr(wasmtime, "Module", None)
+        engine = started(replace(bundle, data=b'{"other":1}'))
+
+        async def use() -> None:
+            assert await ask(engine, "echo", 1) == 1
+
+        run(engine, use)
+
+
+def test_machine_code_stands_in_for_compiling(
+    build_policy: BuildPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = build_policy({"pdp/authz/authz.rego": ECHO, "pdp/budget/budget.rego": BUDGET})
+    assert other.wasm is not None
+    code = compile_wasm(other.wasm)
+    monkeypatch.setattr(Program, "compile", None)
+    engine = WasmEngine(other, deadline_ms=1_000, workers=1, memory_max_mib=64, compiled=code)
+
+    async def use() -> None:
+        assert await ask(engine, "echo", 1) == 1
+
+    run(engine, use)
+
+
+ECHO = """package pdp.authz
+
+decision := input.value
+"""
+
+
+def test_what_is_compiled_beside_calls_gives_way_to_them(
+    build_policy: BuildPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = build_policy({"pdp/authz/authz.rego": ECHO, "pdp/budget/budget.rego": BUDGET})
+    assert other.wasm is not None
+    nice: list[int] = []
+    compiled = Program.compile
+
+    def compile_noting(wasm_bytes: bytes) -> Program:
+        nice.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return compiled(wasm_bytes)
+
+    monkeypatch.setattr(Program, "compile", compile_noting)
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    asyncio.run(asyncio.to_thread(compile_wasm, other.wasm))
+    compile_wasm(other.wasm)
+
+    assert nice[0] > before
+    assert nice[1] == before
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
+
+
+def test_an_evaluator_answers_as_the_engine_and_refuses_with_its_codes(bundle: Bundle) -> None:
+    def reason(evaluator: WasmEvaluator, what: str) -> str:
+        with pytest.raises(PolicyError) as refusal:
+            evaluator.evaluate("pdp/authz/decision", {"ask": what, "value": SECRET})
+        assert SECRET not in f"{refusal.value!r} {refusal.value.__cause__!r}"
+        return refusal.value.reason_code
+
+    with WasmEvaluator(bundle, deadline_ms=50, memory_max_mib=16) as evaluator:
+        for _ in range(2):
+            assert reason(evaluator, "nothing of the kind") == "policy_undefined"
+            assert reason(evaluator, "runaway") == "policy_timeout"
+            assert reason(evaluator, "conflict") == "policy_error"
+            answer = evaluator.evaluate(Entrypoint.AUTHZ_DECISION, {"ask": "echo", "value": [1]})
+            assert answer == [1]
+        assert evaluator.evaluate("pdp/budget/limits", {}) == []
+        with pytest.raises(PolicyError):
+            evaluator.evaluate("pdp/no/such/rule", {})
+
+
+def test_an_evaluator_takes_other_data(build_policy: BuildPolicy) -> None:
+    authz = "package pdp.authz\n\ndecision := data.tenants[input.tenant].status\n"
+    bundle = build_policy(
+        {
+            "pdp/authz/authz.rego": authz,
+            "pdp/budget/budget.rego": BUDGET,
+            "data.json": {"tenants": {"a": {"status": "active"}}},
+        }
+    )
+
+    with WasmEvaluator(bundle) as evaluator:
+        assert evaluator.evaluate("pdp/authz/decision", {"tenant": "a"}) == "active"
+        evaluator.set_data(b'{"tenants":{"a":{"status":"suspended"}}}')
+        assert evaluator.evaluate("pdp/authz/decision", {"tenant": "a"}) == "suspended"
+        with pytest.raises(BundleError, match="can not be loaded"):
+            evaluator.set_data(b'{"tenants":')
+
+
+def test_an_evaluator_runs_a_module_of_other_entrypoints(
+    opa: Path, write_policy: Callable[[Mapping[str, str | JsonObject]], Path], tmp_path: Path
+) -> None:
+    sources = write_policy({"p/p.rego": "package p\n\nx := input.n + 1\n"})
+    command: list[str | Path] = [opa, "build", "-t", "wasm", "-b", sources]
+    command += ["-e", "p/x", "-o", tmp_path / "bundle.tar.gz"]
+    subprocess.run(command, check=True)
+    bundle = load_bundle(tmp_path / "bundle.tar.gz")
+
+    with WasmEvaluator(bundle, entrypoints=["p/x"]) as evaluator:
+        assert evaluator.evaluate("p/x", {"n": 1}) == 2
+    with pytest.raises(BundleError, match="no entrypoint p/y"):
+        WasmEvaluator(bundle, entrypoints=["p/x", "p/y"])
+
+
+@pytest.mark.parametrize("workers", (1, 3))
+def test_answers_under_load_go_to_those_who_asked(bundle: Bundle, workers: int) -> None:
+    engine = started(bundle, workers=workers)
+
+    async def use() -> None:
+        asked = [[n, "x" * (n % 700)] for n in range(500)]
+        assert await asyncio.gather(*(ask(engine, "echo", one) for one in asked)) == asked  # type: ignore[arg-type]
+
+    run(engine, use)

@@ -3,118 +3,75 @@
 from __future__ import annotations
 
 import asyncio
-import http.client
 import json
-import socket
-import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from pdp.budget.ledger import Charge
 from pdp.canonical import MAX_SAFE_INTEGER, JsonObject, JsonValue
 from pdp.identity.subject import Subject
-from pdp.policy.bundle import Bundle
-from pdp.policy.engine import Entrypoint, PolicyError
-from pdp.policy.question import authorize_input
-from pdp.policy.verdict import parse_verdict
+from pdp.policy.bundle import load_bundle
+from pdp.policy.engine import Entrypoint, PolicyEngine, PolicyError
+from pdp.policy.opa.managed import ManagedOpa
+from pdp.policy.question import authorize_input, budget_input
+from pdp.policy.verdict import parse_budget_verdict, parse_limits, parse_verdict
 from pdp.policy.wasm import WasmEngine
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-UNDEFINED = "undefined"
-FAILED = "failed"
+ROOT: Final = Path(__file__).resolve().parents[2]
+DEADLINE_MS: Final = 5_000
+QUICK: Final = 150
+"""Examples of each kind in the quick tests."""
+MANY: Final = 2_000
+"""Examples of each of three kinds in the slow ones: 6,000 in all."""
 
-Ask = Callable[[Entrypoint, JsonObject], JsonValue]
-
-
-def question(subject: dict[str, Any], *, tool: str, arguments: JsonObject) -> JsonObject:
-    return authorize_input(
-        Subject(
-            tenant=subject["tenant"],
-            actor="alice",
-            roles=tuple(subject["roles"]),
-            scopes=tuple(subject["scopes"]),
-        ),
-        tool=tool,
-        arguments=arguments,
-        resource=None,
-        time=0,
-        request_id="req-1",
-        context={},
-    )
-
-
-class UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=10)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(10)
-        self.sock.connect(self._path)
+Answers = tuple[JsonValue, JsonValue]
+"""What the embedded engine and OPA say: a value, or the reason code of none."""
+Ask = Callable[[Entrypoint, JsonObject], Answers]
 
 
 @pytest.fixture(scope="module")
-def embedded(starter: Bundle) -> Iterator[Ask]:
-    engine = WasmEngine(starter, deadline_ms=5_000, workers=1, memory_max_mib=64)
+def ask(opa: Path) -> Iterator[Ask]:
+    bundle = load_bundle(ROOT / "policies", opa=opa)
     with asyncio.Runner() as runner:
+        embedded = WasmEngine(bundle, deadline_ms=DEADLINE_MS, workers=1, memory_max_mib=64)
+        served = runner.run(ManagedOpa.start(bundle, opa=opa, deadline_ms=DEADLINE_MS, workers=1))
 
-        def ask(entrypoint: Entrypoint, document: JsonObject) -> JsonValue:
-            try:
-                return runner.run(engine.evaluate(entrypoint, document))
-            except PolicyError as error:
-                return UNDEFINED if error.reason_code == "policy_undefined" else FAILED
+        async def both(entrypoint: Entrypoint, document: JsonObject) -> Answers:
+            return await _answer(embedded, entrypoint, document), await _answer(
+                served, entrypoint, document
+            )
 
-        yield ask
-        runner.run(engine.close())
-
-
-@pytest.fixture(scope="module")
-def served(opa: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
-    """OPA itself, on the sources: it can not run a bundle that holds Wasm."""
-    path = str(tmp_path_factory.mktemp("socket") / "opa")
-    command: list[str | Path] = [opa, "run", "--server", "--addr", f"unix://{path}"]
-    command += ["--log-level", "error", "--skip-version-check", "--ignore", "*_test.rego"]
-    command += ["--bundle", ROOT / "policies"]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL) as process:
-        connection = UnixConnection(path)
-        try:
-            wait_until_served(process, connection)
-
-            def ask(entrypoint: Entrypoint, document: JsonObject) -> JsonValue:
-                body = json.dumps({"input": document}, ensure_ascii=False).encode()
-                connection.request("POST", f"/v1/data/{entrypoint.value}", body)
-                response = connection.getresponse()
-                answer = json.loads(response.read())
-                if response.status != http.client.OK:
-                    return FAILED
-                return answer.get("result", UNDEFINED)  # type: ignore[no-any-return]
-
-            yield ask
-        finally:
-            connection.close()
-            process.terminate()
+        yield lambda entrypoint, document: runner.run(both(entrypoint, document))
+        runner.run(served.close())
+        runner.run(embedded.close())
 
 
-def wait_until_served(process: subprocess.Popen[bytes], connection: UnixConnection) -> None:
-    for _ in range(500):
-        try:
-            connection.request("GET", "/health?bundles")
-            response = connection.getresponse()
-            response.read()
-        except OSError:
-            connection.close()
-        else:
-            if response.status == http.client.OK:
-                return
-        assert process.poll() is None, "opa has ended"
-        threading.Event().wait(0.02)
-    pytest.fail("opa did not come up within 10 s")
+async def _answer(engine: PolicyEngine, entrypoint: Entrypoint, document: JsonObject) -> JsonValue:
+    try:
+        return await engine.evaluate(entrypoint, document)
+    except PolicyError as error:
+        return error.reason_code
+
+
+def agreed(answers: Answers) -> JsonValue:
+    """What both say, types and all: 1 is not 1.0, and not true."""
+    embedded, served = answers
+    assert json.dumps(embedded, sort_keys=True) == json.dumps(served, sort_keys=True)
+    return embedded
+
+
+def subject_of(subject: dict[str, Any]) -> Subject:
+    return Subject(
+        tenant=subject["tenant"],
+        actor="alice",
+        roles=tuple(subject["roles"]),
+        scopes=tuple(subject["scopes"]),
+    )
 
 
 argument_names = st.sampled_from(
@@ -136,36 +93,126 @@ plain_values = (
 argument_values: st.SearchStrategy[Any] = (
     plain_values | st.lists(plain_values, max_size=2) | st.just({})
 )
-subjects = st.fixed_dictionaries(
+tenants = st.sampled_from(("tenant_acme", "tenant_globex", "tenant_initech", "nobody", "status"))
+EVERYTHING: Final[dict[str, Any]] = {
+    "tenant": "tenant_acme",
+    "roles": ["support_agent", "analyst", "agent"],
+    "scopes": ["orders:read", "orders:write", "mail:send", "reports:generate"],
+}
+subjects = st.just(EVERYTHING) | st.fixed_dictionaries(
     {
-        "tenant": st.sampled_from(("tenant_acme", "tenant_globex", "tenant_initech", "nobody")),
+        "tenant": tenants,
         "roles": st.lists(
             st.sampled_from(("support_agent", "analyst", "viewer", "agent", "nobody")), max_size=3
         ),
-        "scopes": st.lists(
-            st.sampled_from(("orders:read", "orders:write", "mail:send", "reports:generate")),
-            max_size=4,
-        ),
+        "scopes": st.lists(st.sampled_from(EVERYTHING["scopes"]), max_size=4),
     }
 )
-EVERYTHING = {
-    "tenant": "tenant_acme",
-    "roles": ["support_agent", "analyst"],
-    "scopes": ["orders:read", "orders:write", "mail:send", "reports:generate"],
-}
-MAIL = {"to": "kim@customers.example", "subject": "Hello", "body": "Hello."}
+tools = st.sampled_from(
+    ("orders.read", "orders.update", "mail.send", "reports.generate", "no", "tenants")
+)
+arguments = st.dictionaries(argument_names, argument_values, max_size=4)
+charges = st.lists(
+    st.tuples(
+        st.sampled_from(("llm", "tools", "spend", "gold")),
+        st.sampled_from(("tokens_in", "tokens_out", "usd_micros", "calls", "bars")),
+        st.integers(1, MAX_SAFE_INTEGER),
+    ),
+    max_size=3,
+)
+any_json: st.SearchStrategy[Any] = st.recursive(
+    plain_values | st.sampled_from(("tenant_acme", "support_agent", "orders.read", "mail.send")),
+    lambda below: (
+        st.lists(below, max_size=3)
+        | st.dictionaries(argument_names | st.sampled_from(("tenant", "roles")), below, max_size=3)
+    ),
+    max_leaves=6,
+)
+MAIL: Final = {"to": "kim@customers.example", "subject": "Hello", "body": "Hello."}
 
 
-@settings(
-    max_examples=400,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+@st.composite
+def broken_documents(draw: st.DrawFn) -> JsonObject:
+    """Inputs that the sidecar never makes: a part is gone, or of another type."""
+    document = authorize_input(
+        subject_of(draw(subjects)),
+        tool=draw(tools),
+        arguments=draw(arguments),
+        resource=None,
+        time=0,
+        request_id="req-1",
+        context={},
+    )
+    place: Any = document
+    for key in draw(st.sampled_from(PATHS)):
+        parent, name, place = place, key, place[key]
+    if draw(st.booleans()):
+        del parent[name]
+    else:
+        parent[name] = draw(any_json)
+    return document
+
+
+PATHS: Final = (
+    ("subject",),
+    ("subject", "id"),
+    ("subject", "properties"),
+    ("subject", "properties", "tenant"),
+    ("subject", "properties", "roles"),
+    ("subject", "properties", "scopes"),
+    ("action",),
+    ("action", "name"),
+    ("action", "properties"),
+    ("action", "properties", "arguments"),
+    ("context",),
+    ("tool",),
 )
-@given(
-    subject=subjects | st.just(EVERYTHING),
-    tool=st.sampled_from(("orders.read", "orders.update", "mail.send", "reports.generate", "no")),
-    arguments=st.dictionaries(argument_names, argument_values, max_size=4),
-)
+
+
+def check_call(ask: Ask, subject: dict[str, Any], tool: str, arguments: JsonObject) -> None:
+    document = authorize_input(
+        subject_of(subject),
+        tool=tool,
+        arguments=arguments,
+        resource=None,
+        time=0,
+        request_id="req-1",
+        context={},
+    )
+    parse_verdict(agreed(ask(Entrypoint.AUTHZ_DECISION, document)))
+
+
+def check_spend(
+    ask: Ask, subject: dict[str, Any], operation: str, spent: list[tuple[str, str, int]]
+) -> None:
+    document = budget_input(
+        subject_of(subject),
+        operation=operation,
+        charges=[Charge(*charge) for charge in spent],
+        tool="",
+        time=0,
+        request_id="req-1",
+    )
+    parse_budget_verdict(agreed(ask(Entrypoint.BUDGET_DECISION, document)))
+    parse_limits(agreed(ask(Entrypoint.BUDGET_LIMITS, document)))
+
+
+def check_document(ask: Ask, document: JsonObject) -> None:
+    for entrypoint in Entrypoint:
+        answer = agreed(ask(entrypoint, document))
+        assert answer != "policy_unavailable"
+
+
+def examples(number: int) -> settings:
+    return settings(
+        max_examples=number,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
+
+
+@examples(QUICK)
+@given(subject=subjects, tool=tools, arguments=arguments)
 @example(EVERYTHING, "reports.generate", {"topic": "x", "pages": 1e300})
 @example(EVERYTHING, "reports.generate", {"topic": "x", "pages": 5e-324})
 @example(EVERYTHING, "reports.generate", {"topic": "x", "pages": 1.0000000000000002})
@@ -180,11 +227,52 @@ MAIL = {"to": "kim@customers.example", "subject": "Hello", "body": "Hello."}
 @example(EVERYTHING, "mail.send", {**MAIL, "to": "kim@customers.example\n"})
 @example(EVERYTHING, "mail.send", {**MAIL, "body": "\x00" * 10_000})
 def test_both_engines_decide_alike_whatever_is_asked(
-    embedded: Ask, served: Ask, subject: dict[str, Any], tool: str, arguments: JsonObject
+    ask: Ask, subject: dict[str, Any], tool: str, arguments: JsonObject
 ) -> None:
-    document = question(subject, tool=tool, arguments=arguments)
+    check_call(ask, subject, tool, arguments)
 
-    decision = embedded(Entrypoint.AUTHZ_DECISION, document)
 
-    assert decision == served(Entrypoint.AUTHZ_DECISION, document)
-    parse_verdict(decision)
+@examples(QUICK)
+@given(subject=subjects, operation=st.sampled_from(("charge", "reserve", "get")), spent=charges)
+def test_both_engines_decide_alike_whatever_is_spent(
+    ask: Ask, subject: dict[str, Any], operation: str, spent: list[tuple[str, str, int]]
+) -> None:
+    check_spend(ask, subject, operation, spent)
+
+
+@examples(QUICK)
+@given(document=broken_documents())
+@example({})
+@example({"subject": {"properties": {"tenant": None}}})
+@example({"subject": {"properties": {"tenant": ["tenant_acme"]}}, "action": {"name": {}}})
+def test_both_engines_decide_alike_of_inputs_that_are_broken(
+    ask: Ask, document: JsonObject
+) -> None:
+    check_document(ask, document)
+
+
+@pytest.mark.slow
+@examples(MANY)
+@given(subject=subjects, tool=tools, arguments=arguments)
+def test_both_engines_decide_alike_thousands_of_calls(
+    ask: Ask, subject: dict[str, Any], tool: str, arguments: JsonObject
+) -> None:
+    check_call(ask, subject, tool, arguments)
+
+
+@pytest.mark.slow
+@examples(MANY)
+@given(subject=subjects, operation=st.sampled_from(("charge", "reserve", "get")), spent=charges)
+def test_both_engines_decide_alike_thousands_of_spends(
+    ask: Ask, subject: dict[str, Any], operation: str, spent: list[tuple[str, str, int]]
+) -> None:
+    check_spend(ask, subject, operation, spent)
+
+
+@pytest.mark.slow
+@examples(MANY)
+@given(document=broken_documents())
+def test_both_engines_decide_alike_of_thousands_of_broken_inputs(
+    ask: Ask, document: JsonObject
+) -> None:
+    check_document(ask, document)

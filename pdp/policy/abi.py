@@ -28,7 +28,8 @@ MAX_BUILTIN_BYTES: Final = 16 * 1024 * 1024
 """Largest argument or result of a built-in that the host lends."""
 MAX_TABLE_ELEMENTS: Final = 1_000_000
 _PAGE_BYTES: Final = 64 * 1024
-_STACK_BYTES: Final = 1024 * 1024
+_STACK_BYTES: Final = 512 * 1024
+"""Half of what the smallest stack of a thread has room for."""
 _FIRST_READ_BYTES: Final = 1024
 
 _IMPORTS: Final[Mapping[str, tuple[int, int]]] = {

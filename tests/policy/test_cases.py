@@ -17,7 +17,7 @@ import pytest
 
 from pdp.canonical import JsonObject
 from pdp.identity.subject import Subject
-from pdp.policy.bundle import Bundle, load_bundle
+from pdp.policy.bundle import Bundle
 from pdp.policy.engine import Entrypoint, PolicyError
 from pdp.policy.question import budget_input
 from pdp.policy.verdict import parse_limits
@@ -51,12 +51,6 @@ class Walked:
     log: bytes
     """The audit logs themselves."""
     revisions: tuple[str, str]
-
-
-@pytest.fixture(scope="module")
-def starter(opa: Path) -> Bundle:
-    """The bundle that the product ships, from its sources: OPA needs all of them."""
-    return load_bundle(ROOT / "policies", opa=opa)
 
 
 @pytest.fixture(scope="module")

@@ -15,14 +15,13 @@ from hypothesis import strategies as st
 from pdp.budget.ledger import Charge
 from pdp.canonical import MAX_SAFE_INTEGER, JsonObject, JsonValue
 from pdp.identity.subject import Subject
-from pdp.policy.bundle import load_bundle
+from pdp.policy.bundle import Bundle
 from pdp.policy.engine import Entrypoint, PolicyEngine, PolicyError
 from pdp.policy.opa.managed import ManagedOpa
 from pdp.policy.question import authorize_input, budget_input
 from pdp.policy.verdict import parse_budget_verdict, parse_limits, parse_verdict
 from pdp.policy.wasm import WasmEngine
 
-ROOT: Final = Path(__file__).resolve().parents[2]
 DEADLINE_MS: Final = 5_000
 QUICK: Final = 150
 """Examples of each kind in the quick tests."""
@@ -35,11 +34,10 @@ Ask = Callable[[Entrypoint, JsonObject], Answers]
 
 
 @pytest.fixture(scope="module")
-def ask(opa: Path) -> Iterator[Ask]:
-    bundle = load_bundle(ROOT / "policies", opa=opa)
+def ask(starter: Bundle, opa: Path) -> Iterator[Ask]:
     with asyncio.Runner() as runner:
-        embedded = WasmEngine(bundle, deadline_ms=DEADLINE_MS, workers=1, memory_max_mib=64)
-        served = runner.run(ManagedOpa.start(bundle, opa=opa, deadline_ms=DEADLINE_MS, workers=1))
+        embedded = WasmEngine(starter, deadline_ms=DEADLINE_MS, workers=1, memory_max_mib=64)
+        served = runner.run(ManagedOpa.start(starter, opa=opa, deadline_ms=DEADLINE_MS, workers=1))
 
         async def both(entrypoint: Entrypoint, document: JsonObject) -> Answers:
             return await _answer(embedded, entrypoint, document), await _answer(

@@ -6,9 +6,11 @@ Nothing of what OPA answers is ever quoted: its errors repeat what the policy wa
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import json
 import math
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -172,17 +174,26 @@ def unavailable() -> PolicyError:
 
 def revision_of(provenance: JsonValue) -> str:
     """The revision of all bundles that OPA has, as :func:`pdp.policy.bundle.assemble`
-    joins them: of one bundle it alone, else NAME=REVISION by name.
+    has it: of one bundle it alone, else NAME=REVISION by name, and a digest of these
+    where they are too long or leave room for doubt.
     """
     if not isinstance(provenance, dict):
         return UNKNOWN_REVISION
     bundles = provenance.get("bundles")
     if not isinstance(bundles, dict) or not bundles:
-        return _revision_text(provenance)
-    revisions = {name: _revision_text(bundle) for name, bundle in sorted(bundles.items())}
-    if len(revisions) == 1:
-        return next(iter(revisions.values()))
-    return ",".join(f"{name}={revision}" for name, revision in revisions.items())
+        bundles = {"": provenance}  # of an OPA with one bundle, as it was configured of old
+    named = sorted((name, _revision_text(bundle)) for name, bundle in bundles.items())
+    if len(named) == 1:
+        text, clear = named[0][1], True
+    else:
+        text = ",".join(f"{name}={revision}" for name, revision in named)
+        clear = not any("," in revision for _, revision in named)
+    if clear and _REVISION.fullmatch(text):
+        return text
+    return f"sha256:{hashlib.sha256(json.dumps(named).encode()).hexdigest()[:32]}"
+
+
+_REVISION: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 def _revision_text(holder: JsonValue) -> str:

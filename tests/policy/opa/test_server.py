@@ -13,6 +13,7 @@ import pytest
 from aiohttp import web
 
 from pdp.canonical import JsonObject, JsonValue
+from pdp.policy.bundle import assemble, read_part
 from pdp.policy.engine import Entrypoint, PolicyError
 from pdp.policy.opa import client
 from pdp.policy.opa.client import revision_of
@@ -341,6 +342,41 @@ def test_a_revision_names_every_bundle_and_what_is_unknown(
     provenance: JsonValue, revision: str
 ) -> None:
     assert revision_of(provenance) == revision
+
+
+@pytest.mark.parametrize(
+    "revisions",
+    (
+        {"rules": "1", "acme": "2"},
+        {"rules": "1,acme=2", "acme": "2"},
+        {"rules": "r" * 128, "acme": "2"},
+        {f"b{number}": "r" * 20 for number in range(9)},
+    ),
+)
+def test_several_bundles_have_the_revision_that_the_embedded_engine_gives_them(
+    revisions: dict[str, str],
+) -> None:
+    parts = [
+        read_part(
+            {
+                ".manifest": json.dumps({"revision": revision, "roots": [name]}).encode(),
+                f"{name}/data.json": b"{}",
+            },
+            name=name,
+            place=name,
+            verifier=None,
+        )
+        for name, revision in revisions.items()
+    ]
+    provenance: JsonObject = {
+        "bundles": {name: {"revision": revision} for name, revision in revisions.items()}
+    }
+    assert revision_of(provenance) == assemble(parts).revision
+
+
+@pytest.mark.parametrize("revision", ("two words", "\u2603", "r" * 129, "a\nb"))
+def test_a_revision_that_fits_no_record_is_named_by_its_digest(revision: str) -> None:
+    assert revision_of({"bundles": {"a": {"revision": revision}}}).startswith("sha256:")
 
 
 def test_it_is_healthy_only_when_it_has_its_bundles_and_answers() -> None:

@@ -71,10 +71,10 @@ class Verifier:
         token = _only_token(files, place)
         claims = self._verified_claims(token, place)
         if claims.get("scope", "") != (self.scope or ""):
+            wanted = json.dumps(self.scope) if self.scope else "none"
             raise refused(
                 place,
-                f"is signed for another scope than {json.dumps(self.scope)}, which"
-                " policy.verification names",
+                f"is signed for another scope than {wanted}, which policy.verification names",
             )
         signed = _signed_files(claims, place)
         present = files.keys() - {SIGNATURES}
@@ -222,7 +222,9 @@ def _imported(
     if kind is None:
         raise _unfit(f"{what} is for an algorithm that is not one of {', '.join(ALGORITHMS)}.")
     try:
-        key = kind.import_key(pem)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of short keys, which are refused below
+            key = kind.import_key(pem)
     except Exception:  # noqa: BLE001 - joserfc and cryptography have no common root of errors
         raise _unfit(f"{what} is no key for {algorithm} in PEM form.") from None
     if key.is_private is not private:

@@ -5,7 +5,8 @@ the schema of the starter bundle), so that a tool without a case can be asked ab
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final
 
 from pdp.canonical import JsonObject, JsonValue
 
@@ -91,16 +92,58 @@ def _made(name: str, rule: JsonObject) -> JsonValue:
     enum = rule.get("enum")
     if isinstance(enum, list) and enum:
         return enum[0]
-    if "pattern" in rule or "domains" in rule or rule.get("tenant_rule_required"):
-        raise NeedsCaseError(f"the argument {name} has to fit more than a type")
     kind = rule.get("type")
     if kind == "string":
-        return "x"
+        return _made_text(name, rule)
     if kind == "boolean":
         return True
     if kind in {"integer", "number"}:
         return _made_number(rule, whole=kind == "integer")
     raise NeedsCaseError(f"the argument {name} has no type that is known here")
+
+
+def _made_text(name: str, rule: JsonObject) -> str:
+    """The first sample that keeps pattern, length and domains."""
+    pattern, longest, domains = rule.get("pattern"), rule.get("max_length"), rule.get("domains")
+    samples: Iterable[str] = _SAMPLES
+    if isinstance(domains, list):
+        samples = [f"someone@{domain}" for domain in domains]
+    for sample in samples:
+        fits = not isinstance(pattern, str) or _matches(pattern, sample)
+        if fits and (not isinstance(longest, int) or len(sample) <= longest):
+            return sample
+    raise NeedsCaseError(f"the argument {name} has a pattern that no sample here fits")
+
+
+def _matches(pattern: str, text: str) -> bool:
+    """As OPA matches: with RE2."""
+    import re2  # type: ignore[import-untyped]  # noqa: PLC0415 - only for a pattern
+
+    try:
+        return re2.fullmatch(pattern, text) is not None
+    except re2.error:
+        return False
+
+
+_SAMPLES: Final = (
+    "x",
+    "1",
+    "X",
+    "someone@example.com",
+    "https://example.com/",
+    "2026-01-01",
+    "2026-01-01T12:00:00Z",
+    "00000000-0000-4000-8000-000000000000",
+    "eur",
+    "EUR",
+    "de",
+    "DE",
+    "x-1",
+    "X-1",
+    "1.0",
+    "12:00",
+)
+"""Texts of forms that tools often ask for."""
 
 
 def _made_number(rule: JsonObject, *, whole: bool) -> JsonValue:

@@ -172,16 +172,28 @@ class Questionnaire:
         return tuple(dict.fromkeys(s for estate in self._estates for s in estate.scopes(tenant)))
 
     def without_case(self) -> dict[str, str]:
-        """The tools that can be asked about only with a case, and why."""
+        """The tools that can be asked about only with a case, and why: no tenant's rules
+        let arguments be made.
+        """
         reasons = {}
         for tool in self.tools():
             if tool not in self._cases.tools:
-                try:
-                    for estate in self._estates:
-                        made_arguments(estate.tool_rules(tool), {})
-                except NeedsCaseError as error:
-                    reasons[tool] = str(error)
+                reason = self._why_not_made(tool)
+                if reason is not None:
+                    reasons[tool] = reason
         return reasons
+
+    def _why_not_made(self, tool: str) -> str | None:
+        reason = None
+        for estate in self._estates:
+            for tenant in estate.tenants:
+                try:
+                    made_arguments(estate.tool_rules(tool), estate.tenant_rules(tenant, tool))
+                except NeedsCaseError as error:
+                    reason = str(error)
+                else:
+                    return None
+        return reason
 
     def of(self, tenant: str) -> Iterator[Question]:
         """Every question about one tenant, the same in the same order every time."""

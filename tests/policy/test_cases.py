@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,3 +236,14 @@ def test_every_case_has_a_name_of_its_own() -> None:
     for cases in WALKS:
         names = [case.name for case in cases]
         assert sorted(set(names)) == sorted(names)
+
+
+def test_every_reason_code_of_the_shipped_policy_has_a_case(starter: Bundle) -> None:
+    written = {
+        code
+        for name, text in starter.rego.items()
+        if not name.endswith("_test.rego")
+        for code in re.findall(r'(?:reason_code|else) := "(\w+)"', text)
+    }
+    assert len(written) > 5
+    assert written <= {case.reason_code for case in STARTER}, "add a case to cases/*.yaml"

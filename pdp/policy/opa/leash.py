@@ -1,8 +1,9 @@
-"""Become another program that the kernel kills when the process that began this dies.
+"""Become another program, one that the kernel kills when the parent dies.
 
 Run as a script, with the process id of the parent and then the command. It is a
-program of its own because nothing may run between fork and exec in a process with
-threads, and because the kernel forgets the wish at a fork but not at an exec.
+program of its own because in a process with threads nothing may run between fork and
+exec, and because the kernel keeps the wish across an exec. The parent is the thread
+that began this: for the sidecar, the one of the event loop.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ def _become(parent: int, command: list[str]) -> None:
         sys.exit("the kernel does not take PR_SET_PDEATHSIG")
     if os.getppid() != parent:
         sys.exit("the parent has ended already")  # before the kernel was asked
-    os.execv(command[0], command)  # noqa: S606 - no shell is wanted
+    try:
+        os.execv(command[0], command)  # noqa: S606 - no shell is wanted
+    except OSError as error:
+        sys.exit(f"{command[0]} can not be run: {error.strerror}")
 
 
 if __name__ == "__main__":

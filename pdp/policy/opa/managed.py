@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
@@ -28,24 +30,16 @@ _log: Final = logging.getLogger(__name__)
 
 
 class ManagedOpa:
-    """One OPA process that answers for one bundle, and is started again when it dies."""
+    """OPA, answering for one bundle, and started again when it dies."""
 
     def __init__(
-        self, bundle: Bundle, folder: OpaFolder, *, opa: Path, deadline_ms: int, workers: int
+        self, revision: str, server: _Server, start: Callable[[], Awaitable[_Server]]
     ) -> None:
-        self.revision = bundle.revision
-        self._folder = folder
-        self._opa = opa.absolute()  # it is started in another folder
-        self._workers = workers
-        self._client = OpaClient(
-            "http://localhost",
-            connect=lambda: aiohttp.UnixConnector(str(folder.socket), limit=0),
-            deadline_ms=deadline_ms,
-            concurrency=workers * QUESTIONS_PER_WORKER,
-        )
-        self._process: OpaProcess | None = None
-        self._ready = False
-        self._supervision: asyncio.Task[None] | None = None
+        self.revision = revision
+        self._server = server
+        """The latest; one that has died refuses every question."""
+        self._start = start
+        self._supervision = asyncio.create_task(self._supervise())
 
     @classmethod
     async def start(
@@ -55,57 +49,98 @@ class ManagedOpa:
 
         Raises BundleError, in OPA's words, when OPA can not run the bundle.
         """
-        folder = await asyncio.to_thread(OpaFolder, bundle)
-        engine = cls(bundle, folder, opa=opa, deadline_ms=deadline_ms, workers=workers)
-        try:
-            await engine._launch()
-        except BaseException:
-            await engine.close()
-            raise
-        engine._supervision = asyncio.create_task(engine._supervise())
-        return engine
+
+        async def start() -> _Server:
+            return await _Server.start(bundle, opa=opa, deadline_ms=deadline_ms, workers=workers)
+
+        return cls(bundle.revision, await start(), start)
 
     async def evaluate(self, entrypoint: Entrypoint, document: JsonObject) -> JsonValue:
         """The value of a rule for ``input = document``. Raises PolicyError."""
-        if not self._ready:
-            raise unavailable()
-        reply = await self._client.evaluate(entrypoint, document)
+        reply = await self._server.client.evaluate(entrypoint, document)
         if reply.revision != self.revision:
             raise unavailable()
         return reply.value_or_denial()
 
     async def healthy(self) -> bool:
         """Whether OPA runs and takes questions."""
-        return self._ready and await self._client.healthy()
+        return await self._server.client.healthy()
 
     async def close(self) -> None:
         """End the process and remove what was written for it."""
-        self._ready = False
-        if self._supervision is not None:
-            self._supervision.cancel()
-            await asyncio.gather(self._supervision, return_exceptions=True)
-        await self._client.close()
-        if self._process is not None:
-            await self._process.stop()
-        await asyncio.to_thread(self._folder.remove)
+        self._supervision.cancel()
+        await asyncio.gather(self._supervision, return_exceptions=True)
+        await self._server.stop()
 
-    async def _launch(self) -> None:
-        """Start a process and ask it every entrypoint once. Raises BundleError."""
-        self._process = await OpaProcess.start(self._opa, self._folder, workers=self._workers)
+    async def _supervise(self) -> None:
+        clock = asyncio.get_running_loop().time
+        delay = FIRST_DELAY_SECONDS
+        while True:
+            since = clock()
+            await self._server.process.wait()
+            await self._server.stop()
+            if clock() - since > MAX_DELAY_SECONDS:
+                delay = FIRST_DELAY_SECONDS
+            while self._server.process.ended:
+                _log.error("OPA has ended; it is started again in %.1f s", delay)
+                await asyncio.sleep(delay)
+                delay = min(2 * delay, MAX_DELAY_SECONDS)
+                with contextlib.suppress(BundleError):
+                    self._server = await self._start()
+
+
+class _Server:
+    """One process, its folder, and the connections to it."""
+
+    def __init__(self, folder: OpaFolder, process: OpaProcess, client: OpaClient) -> None:
+        self.folder = folder
+        self.process = process
+        self.client = client
+
+    @classmethod
+    async def start(cls, bundle: Bundle, *, opa: Path, deadline_ms: int, workers: int) -> _Server:
+        """One that has answered every entrypoint. Raises BundleError."""
+        folder = await asyncio.to_thread(OpaFolder, bundle)
+        try:
+            process = await OpaProcess.start(opa, folder, workers=workers)
+        except BaseException:
+            folder.remove()
+            raise
+        client = OpaClient(
+            "http://localhost",
+            connect=lambda: aiohttp.UnixConnector(str(folder.socket), limit=0),
+            deadline_ms=deadline_ms,
+            concurrency=workers * QUESTIONS_PER_WORKER,
+        )
+        server = cls(folder, process, client)
+        try:
+            await server._get_ready()
+        except BaseException:
+            await server.stop()
+            raise
+        return server
+
+    async def stop(self) -> None:
+        """End it, if it has not ended, and tidy up; once or again."""
+        await self.client.close()
+        await self.process.stop()
+        await asyncio.to_thread(self.folder.remove)
+
+    async def _get_ready(self) -> None:
         try:
             async with asyncio.timeout(START_TIMEOUT_SECONDS):
-                while not await self._client.healthy():
-                    if self._process.ended:
-                        raise await self._process.refusal()
+                while not await self.client.healthy():
+                    if self.process.ended:
+                        raise await self.process.refusal()
                     await asyncio.sleep(POLL_SECONDS)
+                await asyncio.to_thread(self.folder.clear)
                 await self._check_entrypoints()
         except TimeoutError:
             raise _refused(f"is not up within {START_TIMEOUT_SECONDS:.0f} seconds") from None
-        self._ready = True
 
     async def _check_entrypoints(self) -> None:
         try:
-            rules = await self._client.rules()
+            rules = await self.client.rules()
             for entrypoint in Entrypoint:
                 if not any(f"{rule}/".startswith(f"{entrypoint}/") for rule in rules):
                     raise _refused(
@@ -113,26 +148,9 @@ class ManagedOpa:
                         " bundle, as Wasm alone is for the embedded engine"
                     )
                 # Also prepares the query, which the first call would wait for else.
-                await self._client.evaluate(entrypoint, {}, deadline_seconds=START_TIMEOUT_SECONDS)
+                await self.client.evaluate(entrypoint, {}, deadline_seconds=START_TIMEOUT_SECONDS)
         except PolicyError as error:
             raise _refused(f"can not be evaluated ({error.reason_code})") from None
-
-    async def _supervise(self) -> None:
-        delay = FIRST_DELAY_SECONDS
-        clock = asyncio.get_running_loop().time
-        while self._process is not None:
-            since = clock()
-            await self._process.wait()
-            self._ready = False
-            if clock() - since > MAX_DELAY_SECONDS:
-                delay = FIRST_DELAY_SECONDS
-            _log.error("OPA has ended; it is started again in %.1f s", delay)
-            await asyncio.sleep(delay)
-            delay = min(2 * delay, MAX_DELAY_SECONDS)
-            try:
-                await self._launch()
-            except BundleError:
-                await self._process.stop()
 
 
 def _refused(what: str) -> BundleError:

@@ -20,6 +20,8 @@ GRACE_SECONDS: Final = 2.0
 """How long a process may take to end before it is killed."""
 MAX_SAID_BYTES: Final = 16 * 1024
 """How much of what OPA prints is kept."""
+BUNDLE: Final = "bundle"
+"""The name of the bundle's folder, as it stands in what OPA says of a file."""
 _MAX_SOCKET_PATH: Final = 107
 """sun_path of unix(7), less its NUL."""
 _ENVIRONMENT_KEPT: Final = ("LD_LIBRARY_PATH",)
@@ -28,32 +30,33 @@ environment (opa.runtime)."""
 
 
 class OpaFolder:
-    """A folder with mode 0700: the bundle for OPA, and the socket that OPA answers on."""
+    """A folder with mode 0700: the bundle for OPA, and the socket that OPA answers on.
+
+    Raises BundleError when it can not be written.
+    """
 
     def __init__(self, bundle: Bundle) -> None:
         try:
-            self._path = Path(tempfile.mkdtemp(prefix="pdp-opa-"))
+            self.path = Path(tempfile.mkdtemp(prefix="pdp-opa-"))
         except OSError as error:
             raise _refused(f"no folder can be made: {error.strerror}; set TMPDIR") from None
+        self.socket = self.path / "s"
+        """Where OPA listens."""
         try:
             self._write(bundle)
         except BaseException:
             self.remove()
             raise
 
-    @property
-    def path(self) -> Path:
-        """The folder itself."""
-        return self._path
-
-    @property
-    def socket(self) -> Path:
-        """Where OPA listens."""
-        return self._path / "s"
+    def clear(self) -> None:
+        """Delete the bundle, which OPA has read: tenants' data need not outlast a sidecar
+        that is killed.
+        """
+        shutil.rmtree(self.path / BUNDLE, ignore_errors=True)
 
     def remove(self) -> None:
         """Delete it, also when some of it is gone already."""
-        shutil.rmtree(self._path, ignore_errors=True)
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def _write(self, bundle: Bundle) -> None:
         if len(os.fsencode(self.socket)) > _MAX_SOCKET_PATH:
@@ -66,7 +69,7 @@ class OpaFolder:
             if not name.endswith("_test.rego"):
                 files[name] = text.encode()
         for name, content in files.items():
-            file = self._path / "bundle" / name
+            file = self.path / BUNDLE / name
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(content)
@@ -84,17 +87,11 @@ class OpaProcess:
 
     @classmethod
     async def start(cls, opa: Path, folder: OpaFolder, *, workers: int) -> OpaProcess:
-        """Start the command at the absolute path ``opa``. Raises BundleError when it
-        can not be started.
-        """
-        folder.socket.unlink(missing_ok=True)
+        """Start it. Raises BundleError when it can not be started."""
         environment = {name: os.environ[name] for name in _ENVIRONMENT_KEPT if name in os.environ}
         try:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-I", "-S", leash.__file__, str(os.getpid()),
-                str(opa), "run", "--server", "--addr", f"unix://{folder.socket}",
-                "--unix-socket-perm", "600", "--bundle", "bundle", "--log-level", "error",
-                "--skip-version-check", "--shutdown-grace-period", "1",
+                *_command(opa, folder.socket),
                 cwd=folder.path,
                 env={**environment, "GOMAXPROCS": str(workers)},
                 stdin=asyncio.subprocess.DEVNULL,
@@ -102,7 +99,7 @@ class OpaProcess:
                 stderr=asyncio.subprocess.STDOUT,
                 # Ctrl-C is for the sidecar, which answers what it has begun and then ends OPA.
                 start_new_session=True,
-            )  # fmt: skip
+            )
         except OSError as error:
             raise _refused(f"it can not be started: {error.strerror}") from None
         return cls(process)
@@ -148,6 +145,15 @@ class OpaProcess:
         while stream is not None and (chunk := await stream.read(MAX_SAID_BYTES)):
             self._said += chunk
             del self._said[:-MAX_SAID_BYTES]
+
+
+def _command(opa: Path, socket: Path) -> list[str]:
+    return [
+        sys.executable, "-I", "-S", leash.__file__, str(os.getpid()),
+        str(opa.absolute()), "run", "--server", "--addr", f"unix://{socket}",
+        "--unix-socket-perm", "600", "--bundle", BUNDLE, "--log-level", "error",
+        "--skip-version-check", "--shutdown-grace-period", "1",
+    ]  # fmt: skip
 
 
 def _refused(why: str) -> BundleError:

@@ -44,7 +44,7 @@ decision := {"allow": true, "reason_code": "ok"} if input.go
 def bundle(rego: dict[str, str] | None = None) -> Bundle:
     return Bundle(
         revision="r-1",
-        wasm=b"",
+        wasm=None,
         data=b'{"tenants": {}}',
         rego=rego or {"pdp/authz.rego": AUTHZ, "pdp/budget.rego": BUDGET},
     )
@@ -82,8 +82,11 @@ async def refusal(engine: ManagedOpa, document: JsonObject) -> str:
 
 
 def pid_of(engine: ManagedOpa) -> int:
-    assert engine._process is not None
-    return engine._process.pid
+    return engine._server.process.pid
+
+
+def folder_of(engine: ManagedOpa) -> Path:
+    return engine._server.folder.path
 
 
 def is_gone(pid: int) -> bool:
@@ -203,16 +206,17 @@ def test_a_bundle_that_fails_without_input_is_refused(opa: Path) -> None:
 
 
 def test_an_opa_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="served by OPA"):
+    with pytest.raises(BundleError, match="/opa can not be run: No such file or directory"):
         asyncio.run(ManagedOpa.start(bundle(), opa=tmp_path / "opa", deadline_ms=1_000, workers=1))
 
 
 def test_only_the_sidecars_own_user_reaches_it(opa: Path) -> None:
     async def run() -> None:
         async with started(opa) as engine:
-            folder = engine._folder
-            assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
-            assert stat.S_IMODE(folder.socket.stat().st_mode) == 0o600
+            folder = folder_of(engine)
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+            (socket,) = folder.iterdir()  # and no tenant's data
+            assert stat.S_IMODE(socket.stat().st_mode) == 0o600
             listening = await asyncio.to_thread(
                 (Path("/proc") / str(pid_of(engine)) / "net" / "tcp").read_text
             )
@@ -247,7 +251,7 @@ def test_a_dead_opa_is_noticed_at_once_and_started_again(opa: Path) -> None:
             asking = asyncio.create_task(refusal(engine, {"runaway": True}))
 
             async def asked() -> bool:
-                return engine._client._turns._value < managed.QUESTIONS_PER_WORKER
+                return engine._server.client._turns._value < managed.QUESTIONS_PER_WORKER
 
             await until(asked)
             os.kill(first, signal.SIGKILL)
@@ -301,7 +305,7 @@ def test_an_opa_that_will_not_stay_is_started_less_and_less_often(
 def test_after_close_nothing_is_left_and_nothing_is_answered(opa: Path) -> None:
     async def run() -> None:
         async with started(opa) as engine:
-            pid, folder = pid_of(engine), engine._folder.path
+            pid, folder = pid_of(engine), folder_of(engine)
         assert is_gone(pid)
         assert not folder.exists()
         assert await refusal(engine, {"go": True}) == "policy_unavailable"
@@ -328,12 +332,12 @@ import asyncio
 from pathlib import Path
 from pdp.policy.bundle import Bundle
 from pdp.policy.opa.managed import ManagedOpa
-bundle = Bundle(revision="r-1", wasm=b"", data=b"{{}}", rego={dict(bundle().rego)!r})
+bundle = Bundle(revision="r-1", wasm=None, data=b"{{}}", rego={dict(bundle().rego)!r})
 async def main():
     engine = await ManagedOpa.start(
         bundle, opa=Path({str(opa)!r}), deadline_ms=1000, workers=1
     )
-    print(engine._process.pid, flush=True)
+    print(engine._server.process.pid, flush=True)
     await asyncio.Event().wait()
 asyncio.run(main())
 """

@@ -23,7 +23,6 @@ class OpaEngine:
 
     Which revision that is, the server says with each answer; it is "unknown" before
     the first one, and of policies that it has not got from a bundle with a revision.
-    Must be made within a running event loop.
     """
 
     def __init__(self, url: str, *, token_file: Path | None, deadline_ms: int) -> None:

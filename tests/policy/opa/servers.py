@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 import subprocess
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -56,7 +57,7 @@ def process_wait(process: subprocess.Popen[bytes]) -> None:
 
 
 @asynccontextmanager
-async def answering(handler: Handler) -> AsyncIterator[str]:
+async def answering(handler: Handler, *, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
     """A server that answers every request as ``handler`` does, by its URL."""
     application = web.Application(client_max_size=16 * 1024 * 1024)
     application.router.add_route("*", "/{path:.*}", handler)
@@ -64,11 +65,11 @@ async def answering(handler: Handler) -> AsyncIterator[str]:
         application, access_log=None, handler_cancellation=True, shutdown_timeout=0.1
     )
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
+    site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
     await site.start()
     try:
         assert runner.addresses
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+        yield f"http{'s' if tls else ''}://127.0.0.1:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()
 

@@ -210,6 +210,24 @@ def test_an_opa_that_is_not_there_is_named(tmp_path: Path) -> None:
         asyncio.run(ManagedOpa.start(bundle(), opa=tmp_path / "opa", deadline_ms=1_000, workers=1))
 
 
+def test_where_no_folder_can_be_made_it_says_what_to_do(
+    opa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far = tmp_path / ("x" * 100)
+    far.mkdir()
+    for place in (far, tmp_path / "missing"):
+        monkeypatch.setattr(tempfile, "tempdir", str(place))
+        with pytest.raises(BundleError, match="set TMPDIR"):
+            asyncio.run(ManagedOpa.start(bundle(), opa=opa, deadline_ms=1_000, workers=1))
+    assert list(far.iterdir()) == []
+
+
+def test_a_file_that_can_not_lie_beside_the_others_is_named(opa: Path) -> None:
+    files = {**bundle().rego, "data.json/more.rego": "package more"}
+    with pytest.raises(BundleError, match=r"data\.json/more\.rego can not be written"):
+        asyncio.run(ManagedOpa.start(bundle(files), opa=opa, deadline_ms=1_000, workers=1))
+
+
 def test_only_the_sidecars_own_user_reaches_it(opa: Path) -> None:
     async def run() -> None:
         async with started(opa) as engine:

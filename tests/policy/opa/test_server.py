@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
+import ipaddress
 import json
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,6 +14,11 @@ from typing import Any, Final
 
 import pytest
 from aiohttp import web
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from pdp.canonical import JsonObject, JsonValue
 from pdp.policy.bundle import assemble, read_part
@@ -410,6 +418,52 @@ def test_a_closed_engine_refuses() -> None:
         assert not await engine.healthy()
 
     asyncio.run(run())
+
+
+def certified(directory: Path) -> ssl.SSLContext:
+    """A server's TLS, with a certificate that nobody but itself vouches for."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "opa")])
+    now = dt.datetime.now(dt.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - dt.timedelta(hours=1))
+        .not_valid_after(now + dt.timedelta(hours=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
+            critical=False,
+        )
+        .sign(key, hashes.SHA256())
+    )
+    file = directory / "opa.pem"
+    file.write_bytes(
+        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        + certificate.public_bytes(Encoding.PEM)
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(file)
+    return context
+
+
+def test_a_server_that_nobody_vouches_for_gets_no_question(tmp_path: Path) -> None:
+    asked_it = False
+
+    async def handle(_: web.Request) -> web.StreamResponse:
+        nonlocal asked_it
+        asked_it = True
+        return reply({"result": True})
+
+    async def run() -> None:
+        async with answering(handle, tls=certified(tmp_path)) as url, engine_at(url) as engine:
+            assert await refusal(engine) == "policy_unavailable"
+            assert not await engine.healthy()
+
+    asyncio.run(run())
+    assert not asked_it
 
 
 # And the real one.

@@ -119,7 +119,7 @@ def matrix(
     with _refusals():
         loaded, asked = _load(bundle, opa), _cases(cases)
         only = _only(tenant, role, tool)
-        _tell_about_missing_cases([loaded], asked, only)
+        _check_names([loaded], asked, only)
         with _opened(out) as file, _progress("tenants") as progress:
             cells = cells_of(loaded, asked, only, processes=_processes(), progress=progress)
             _write_matrix(file, cells, output, loaded.revision)
@@ -152,7 +152,7 @@ def diff(
     with _refusals():
         before, after, asked = _load(old, opa), _load(new, opa), _cases(cases)
         only = _only(tenant, role, tool)
-        _tell_about_missing_cases([before, after], asked, only)
+        _check_names([before, after], asked, only)
         with _progress("tenants") as progress:
             found = compare(before, after, asked, only, processes=_processes(), progress=progress)
     if output is DiffOutput.JSON:
@@ -196,7 +196,7 @@ def prove_isolation(
     with _refusals():
         loaded, asked = _load(bundle, opa), _cases(cases)
         only = _only(tenant, role, tool)
-        _tell_about_missing_cases([loaded], asked, only)
+        _check_names([loaded], asked, only)
         with _progress("tenants") as progress:
             found = search(loaded, asked, only, processes=_processes(), progress=progress)
     if output is Output.JSON:
@@ -279,14 +279,19 @@ def _only(tenants: list[str] | None, roles: list[str] | None, tools: list[str] |
     )
 
 
-def _tell_about_missing_cases(bundles: list[Bundle], cases: Cases, only: Only) -> None:
+def _check_names(bundles: list[Bundle], cases: Cases, only: Only) -> None:
+    """Refuse to narrow to what nobody knows, and tell which tools need a case."""
+    from pdp.policy.analysis.cases import CasesError  # noqa: PLC0415
     from pdp.policy.analysis.questions import Estate, Questionnaire  # noqa: PLC0415
 
     questions = Questionnaire([Estate(bundle.data) for bundle in bundles], cases, only)
+    unknown = questions.unknown()
+    if unknown:
+        raise CasesError(f"Neither the bundle nor the cases know {_named(unknown)}.")
     for tool, reason in questions.without_case().items():
         typer.echo(
-            f"{printable(tool)}: {printable(reason)}, so it is asked about without arguments."
-            " Add a case for it (--cases).",
+            f"{printable(tool)}: {printable(reason)}, so it is asked about without arguments,"
+            " and what allows it may not show. Add a case for it (--cases).",
             err=True,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -10,7 +11,7 @@ from functools import partial
 from pdp.canonical import JsonObject
 from pdp.policy.analysis.cases import Cases
 from pdp.policy.analysis.evaluator import Answer, Evaluator, decide, open_evaluator
-from pdp.policy.analysis.matrix import FEW_QUESTIONS, TENANTS_PER_TASK, chunks
+from pdp.policy.analysis.matrix import TENANTS_PER_TASK, chunks, is_small
 from pdp.policy.analysis.questions import Estate, Only, Questionnaire
 from pdp.policy.analysis.workers import Progress, spread
 from pdp.policy.bundle import Bundle
@@ -93,8 +94,7 @@ def compare(
     setup = partial(_pair, old, new, cases, only)
     questions = _questionnaire(old, new, cases, only)
     tenants = questions.tenants()
-    if not tenants or sum(1 for _ in questions.of(tenants[0])) * len(tenants) <= FEW_QUESTIONS:
-        processes = 1
+    processes = 1 if is_small(questions, tenants) else processes
     asked = 0
     differing: list[Differing] = []
     done = 0
@@ -133,13 +133,13 @@ def _rules(bundle: Bundle) -> object:
     return rego or bundle.wasm
 
 
-def _pair(old: Bundle, new: Bundle, cases: Cases, only: Only) -> _Pair:
-    # The process's end closes the evaluators.
-    return _Pair(
-        open_evaluator(old, clock=lambda: cases.time).__enter__(),
-        open_evaluator(new, clock=lambda: cases.time).__enter__(),
-        _questionnaire(old, new, cases, only),
-    )
+@contextmanager
+def _pair(old: Bundle, new: Bundle, cases: Cases, only: Only) -> Iterator[_Pair]:
+    with (
+        open_evaluator(old, clock=lambda: cases.time) as before,
+        open_evaluator(new, clock=lambda: cases.time) as after,
+    ):
+        yield _Pair(before, after, _questionnaire(old, new, cases, only))
 
 
 def _differences(pair: _Pair, tenants: list[str]) -> tuple[int, list[Differing]]:

@@ -37,9 +37,12 @@ def explain_call(bundle: Bundle, document: JsonObject, *, opa: Path | None) -> E
         would_allow = () if answer.allow else counterfactuals(evaluator, bundle.data, document)
     found, no_trace = None, ""
     try:
-        found = trace(bundle, document, opa=find_opa(opa), reason_code=answer.reason_code)
-    except (TraceError, BundleError) as error:
+        command = find_opa(opa)
+        found = trace(bundle, document, opa=command, reason_code=answer.reason_code)
+    except TraceError as error:
         no_trace = error.message
+    except BundleError:
+        no_trace = "there is no opa command on PATH. Install OPA, or name it with --opa."
     return Explanation(
         revision=bundle.revision,
         document=document,

@@ -6,8 +6,8 @@ This searches for a counterexample; it proves nothing about inputs that it did n
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final
@@ -38,6 +38,8 @@ ALONE_AT_MOST: Final = 16
 """With so few tenants each one is asked about while all others are changed at once."""
 MAX_LEAKS: Final = 100
 """Counterexamples that are kept; the others are counted."""
+NARROWED_AT_MOST: Final = 10
+"""Counterexamples of which it is sought whose data alone makes them."""
 MAX_CHARGES: Final = 16
 _MENTIONED: Final = ("tenant", "tenant_id")
 
@@ -95,24 +97,22 @@ class _Found:
     data_documents: int = 0
     leaks: list[Leak] = field(default_factory=list)
     leaks_found: int = 0
+    kinds: set[tuple[str, ...]] = field(default_factory=set)
 
     def add(self, leak: Leak) -> None:
         self.leaks_found += 1
-        # Of equal ones the first is enough; what is left has room for other kinds.
+        # Of one kind the first is enough; what is left has room for others.
         kind = (leak.tenant, leak.tool, leak.entrypoint, leak.changed)
-        known = {(each.tenant, each.tool, each.entrypoint, each.changed) for each in self.leaks}
-        if len(self.leaks) < MAX_LEAKS and kind not in known:
+        if len(self.leaks) < MAX_LEAKS and kind not in self.kinds:
+            self.kinds.add(kind)
             self.leaks.append(leak)
 
 
 class _Desk:
     """One bundle, its data to be changed, and the questions about it."""
 
-    def __init__(self, bundle: Bundle, cases: Cases, only: Only) -> None:
-        self._stack = ExitStack()
-        self.evaluator: Evaluator = self._stack.enter_context(
-            open_evaluator(bundle, clock=lambda: cases.time, entrypoints=tuple(Entrypoint))
-        )
+    def __init__(self, evaluator: Evaluator, bundle: Bundle, cases: Cases, only: Only) -> None:
+        self.evaluator = evaluator
         self.estate = Estate(bundle.data)
         self.questions = Questionnaire([self.estate], cases, only)
         self.neighbours = Neighbours(self.estate.document)
@@ -146,6 +146,13 @@ class _Desk:
         return raw(self.evaluator, ask.entrypoint, ask.document)
 
 
+@contextmanager
+def _desk(bundle: Bundle, cases: Cases, only: Only) -> Iterator[_Desk]:
+    entrypoints = tuple(Entrypoint)
+    with open_evaluator(bundle, clock=lambda: cases.time, entrypoints=entrypoints) as evaluator:
+        yield _Desk(evaluator, bundle, cases, only)
+
+
 def search(
     bundle: Bundle, cases: Cases, only: Only, *, processes: int, progress: Progress
 ) -> Search:
@@ -153,28 +160,29 @@ def search(
 
     Raises BundleError.
     """
-    desk = _Desk(bundle, cases, only)
-    tenants = desk.questions.tenants()
-    if not tenants or _evaluations(desk, tenants[0]) * len(tenants) <= FEW_EVALUATIONS:
-        processes = 1
-    found = _Found()
-    done = 0
-    setup: Callable[[], _Desk] = partial(_Desk, bundle, cases, only)
-    tasks = chunks(tenants, TENANTS_PER_TASK)
-    for part in spread(setup, _search_some, tasks, processes=processes):
-        found.questions += part.questions
-        found.evaluations += part.evaluations
-        found.data_documents += part.data_documents
-        found.leaks += part.leaks[: MAX_LEAKS - len(found.leaks)]
-        found.leaks_found += part.leaks_found
-        done += TENANTS_PER_TASK
-        progress(min(done, len(tenants)), len(tenants))
+    with _desk(bundle, cases, only) as desk:
+        tenants = desk.questions.tenants()
+        if not tenants or _evaluations(desk, tenants[0]) * len(tenants) <= FEW_EVALUATIONS:
+            processes = 1
+        found = _Found()
+        done = 0
+        tasks = chunks(tenants, TENANTS_PER_TASK)
+        setup = partial(_desk, bundle, cases, only)
+        for part in spread(setup, _search_some, tasks, processes=processes):
+            found.questions += part.questions
+            found.evaluations += part.evaluations
+            found.data_documents += part.data_documents
+            found.leaks += part.leaks[: MAX_LEAKS - len(found.leaks)]
+            found.leaks_found += part.leaks_found
+            done += TENANTS_PER_TASK
+            progress(min(done, len(tenants)), len(tenants))
+        narrowed = [_narrowed(desk, leak) for leak in found.leaks[:NARROWED_AT_MOST]]
     return Search(
         tenants=len(tenants),
         questions=found.questions,
         evaluations=found.evaluations,
         data_documents=found.data_documents,
-        leaks=tuple(_narrowed(desk, leak) for leak in found.leaks),
+        leaks=(*narrowed, *found.leaks[NARROWED_AT_MOST:]),
         leaks_found=found.leaks_found,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -45,7 +46,7 @@ def matrix(
     tenants = questions.tenants()
     done, total = 0, len(tenants)
     setup = partial(_asker, bundle, cases, only)
-    processes = 1 if _is_small(questions, tenants) else processes
+    processes = 1 if is_small(questions, tenants) else processes
     for cells in spread(setup, _cells, chunks(tenants, TENANTS_PER_TASK), processes=processes):
         yield from cells
         done += TENANTS_PER_TASK
@@ -57,14 +58,15 @@ def chunks(names: Sequence[str], size: int) -> list[list[str]]:
     return [list(names[start : start + size]) for start in range(0, len(names), size)]
 
 
-def _is_small(questions: Questionnaire, tenants: Sequence[str]) -> bool:
+def is_small(questions: Questionnaire, tenants: Sequence[str]) -> bool:
+    """Whether other processes are not worth their start; judged by the first tenant."""
     return not tenants or sum(1 for _ in questions.of(tenants[0])) * len(tenants) <= FEW_QUESTIONS
 
 
-def _asker(bundle: Bundle, cases: Cases, only: Only) -> _Asker:
-    # The process's end closes the evaluator.
-    evaluator = open_evaluator(bundle, clock=lambda: cases.time).__enter__()
-    return _Asker(evaluator, Questionnaire([Estate(bundle.data)], cases, only))
+@contextmanager
+def _asker(bundle: Bundle, cases: Cases, only: Only) -> Iterator[_Asker]:
+    with open_evaluator(bundle, clock=lambda: cases.time) as evaluator:
+        yield _Asker(evaluator, Questionnaire([Estate(bundle.data)], cases, only))
 
 
 def _cells(asker: _Asker, tenants: list[str]) -> list[Cell]:

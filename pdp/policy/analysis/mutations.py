@@ -45,7 +45,10 @@ class Neighbours:
         self._paths = list(_keyed_by(data, frozenset(self.tenants), ()))
         self._places = [_at(data, path) for path in self._paths]
         tools = data.get("tools")
-        self._tools: list[JsonValue] = [*sorted(tools)] if isinstance(tools, dict) else []
+        self._every: tuple[list[JsonValue], ...] = (
+            [*sorted(tools)] if isinstance(tools, dict) else [],
+            [*self.tenants],
+        )
         self._widest = [self._merged(place) for place in self._places]
         self._index = {name: index for index, name in enumerate(self.tenants)}
 
@@ -110,13 +113,16 @@ class Neighbours:
         for name in self.tenants[:MERGED_AT_MOST]:
             if name in place:
                 widest = _union(widest, place[name])
-        return self._with_every_tool(widest)
+        return self._with_every_name(widest)
 
-    def _with_every_tool(self, value: JsonValue) -> JsonValue:
+    def _with_every_name(self, value: JsonValue) -> JsonValue:
+        """A list that names a tool, or a tenant, names every one."""
         if isinstance(value, dict):
-            return {key: self._with_every_tool(item) for key, item in value.items()}
-        if isinstance(value, list) and any(item in self._tools for item in value):
-            return [*self._tools]
+            return {key: self._with_every_name(item) for key, item in value.items()}
+        if isinstance(value, list):
+            for every in self._every:
+                if any(item in every for item in value):
+                    return every
         return value
 
 
@@ -126,6 +132,8 @@ _GARBAGE: Final[tuple[JsonValue, ...]] = ("garbage", 0, [], True, {}, [["garbage
 def _keyed_by(value: JsonValue, names: AbstractSet[str], path: _Path) -> Iterator[_Path]:
     """Where the objects are that have a tenant's name as a key."""
     if not isinstance(value, dict):
+        return
+    if path == ("tools",):
         return
     if path == ("tenants",) or (path and not names.isdisjoint(value)):
         yield path

@@ -183,9 +183,22 @@ class Questionnaire:
                     reasons[tool] = reason
         return reasons
 
+    def unknown(self) -> list[str]:
+        """What is asked for and neither the data nor the cases know, in words."""
+        roles = {role for estate in self._estates for _, role in estate.all_roles()}
+        roles |= {*(self._cases.roles or ())}
+        found = []
+        for kind, wanted, known in (
+            ("tenant", self._only.tenants, self.tenants()),
+            ("role", self._only.roles, roles),
+            ("tool", self._only.tools, self.tools()),
+        ):
+            found += [f"{kind} {name}" for name in sorted(wanted.difference(known))]
+        return found
+
     def _why_not_made(self, tool: str) -> str | None:
         reason = None
-        for estate in self._estates:
+        for estate in self._estates_with(tool):
             for tenant in estate.tenants:
                 try:
                     made_arguments(estate.tool_rules(tool), estate.tenant_rules(tenant, tool))
@@ -235,7 +248,7 @@ class Questionnaire:
 
     def _made(self, tenant: str, tool: str) -> list[Case]:
         found: dict[str, Case] = {}
-        for estate in self._estates:
+        for estate in self._estates_with(tool):
             try:
                 arguments = made_arguments(
                     estate.tool_rules(tool), estate.tenant_rules(tenant, tool)
@@ -247,6 +260,9 @@ class Questionnaire:
             case = Case(name=name, arguments=arguments)
             found.setdefault(_content(case), case)
         return list(found.values())
+
+    def _estates_with(self, tool: str) -> list[Estate]:
+        return [estate for estate in self._estates if tool in estate.tools]
 
     def _rules_differ(self, tenant: str, tool: str) -> bool:
         first, *others = (

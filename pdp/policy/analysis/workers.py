@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, TypeVar
 
 _State = TypeVar("_State")
@@ -16,7 +17,7 @@ Progress = Callable[[int, int], None]
 
 
 def spread(
-    setup: Callable[[], _State],
+    setup: Callable[[], AbstractContextManager[_State]],
     work: Callable[[_State, _Item], _Result],
     items: Sequence[_Item],
     *,
@@ -24,13 +25,13 @@ def spread(
 ) -> Iterator[_Result]:
     """``work(state, item)`` for each item, in their order.
 
-    Each process makes one state of its own. With more than one process everything
+    Each process opens one state of its own. With more than one process everything
     that is passed in must be picklable; with one, all is done here.
     """
     if processes <= 1:
-        state = setup()
-        for item in items:
-            yield work(state, item)
+        with setup() as state:
+            for item in items:
+                yield work(state, item)
         return
     # Threads of the Wasm runtime do not survive a fork, so each process starts anew.
     context = multiprocessing.get_context("spawn")
@@ -46,9 +47,13 @@ class _Worker:
 
     here: Any = None
 
-    def __init__(self, setup: Callable[[], Any], work: Callable[[Any, Any], Any]) -> None:
+    def __init__(
+        self, setup: Callable[[], AbstractContextManager[Any]], work: Callable[[Any, Any], Any]
+    ) -> None:
         self._setup = setup
         self._work = work
+        self._stack = ExitStack()
+        """Stays open: what it holds ends with the process."""
         self._state: Any = None
 
     @classmethod
@@ -60,5 +65,5 @@ class _Worker:
         worker = cls.here
         # Not in the initializer, so that what it raises reaches the parent.
         if worker._state is None:  # noqa: SLF001 - of its own
-            worker._state = worker._setup()  # noqa: SLF001
+            worker._state = worker._stack.enter_context(worker._setup())  # noqa: SLF001
         return worker._work(worker._state, item)  # noqa: SLF001

@@ -24,8 +24,10 @@ POLL_SECONDS: Final = 0.01
 FIRST_DELAY_SECONDS: Final = 0.1
 MAX_DELAY_SECONDS: Final = 10.0
 """Longest wait before a process that died is started again; it doubles up to here."""
-QUESTIONS_PER_WORKER: Final = 16
-"""Questions that one worker of OPA has before it at most; more wait in the sidecar."""
+QUESTIONS_PER_WORKER: Final = 2
+"""Questions that one worker of OPA has before it at most: one that it evaluates, and one
+on the wire. More wait in the sidecar, where their deadline has not begun: given to OPA at
+once, most of them ran past it together when more came than could be answered."""
 _log: Final = logging.getLogger(__name__)
 
 

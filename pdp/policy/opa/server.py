@@ -14,7 +14,7 @@ from pdp.canonical import JsonObject, JsonValue
 from pdp.policy.engine import Entrypoint, PolicyEngine, PolicyError
 from pdp.policy.opa.client import UNKNOWN_REVISION, OpaClient, unavailable
 
-MAX_CONNECTIONS: Final = 64
+MAX_CONNECTIONS: Final = 32
 """Questions that the server is asked at the same time at most."""
 
 

@@ -18,6 +18,7 @@ MAX_YAML_BYTES: Final = 1024 * 1024
 _JSON_NAME: Final = "data.json"
 _YAML_NAMES: Final = frozenset({"data.yaml", "data.yml"})
 _JSON_NUMBER: Final = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+_MINUS_ZERO: Final = re.compile(r"-[0.]+([eE].*)?")
 _LIKE_A_NUMBER: Final = re.compile(
     r"[-+]?\.?[0-9][-+.0-9A-Fa-fXxOo_]*|[-+]?\.(inf|nan)", re.IGNORECASE
 )
@@ -172,7 +173,7 @@ def _scalar(event: yaml.ScalarEvent) -> JsonValue:
         return text
     if text in _WORDS:
         return _WORDS[text]
-    if _JSON_NUMBER.fullmatch(text):
+    if _JSON_NUMBER.fullmatch(text) and not _MINUS_ZERO.fullmatch(text):
         return parse(text.encode(), max_bytes=MAX_YAML_BYTES)
     if _LIKE_A_NUMBER.fullmatch(text) or text.lower() in _WORDS_OF_SOME:
         raise JsonError(

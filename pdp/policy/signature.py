@@ -245,22 +245,32 @@ def _hashed_form(name: str, content: bytes, place: str) -> bytes:
     """What OPA digests of a file: data and manifest without what does not matter to JSON,
     all others as they are.
     """
-    if is_data(name):
-        value = parse_data(name, content, place=place)
-    elif name == MANIFEST or name.endswith(f"/{MANIFEST}"):
-        value = parse_json_object(name, content, place=place)
-    else:
+    if not is_data(name) and name != MANIFEST and not name.endswith(f"/{MANIFEST}"):
         return content
     try:
-        # Numbers count as they are written, so that 1.0 is not 1.
-        text = _AS_WRITTEN.decode(content.decode("utf-8"))
-    except ValueError:  # YAML, whose numbers OPA writes as RFC 8785 does
-        text = _AS_WRITTEN.decode(canonical_bytes(value).decode("utf-8"))
-    pieces: list[str] = []
-    _write(text, pieces)
+        return _json_as_written(content.decode("utf-8"))
+    except (ValueError, RecursionError):
+        pass
+    # YAML, whose numbers OPA writes as RFC 8785 does; or it is refused.
+    parse_file = parse_data if is_data(name) else parse_json_object
+    return _json_as_written(canonical_bytes(parse_file(name, content, place=place)).decode())
+
+
+def _json_as_written(text: str) -> bytes:
+    """JSON without spaces and with its keys in order. Numbers stay as they are written:
+    1.0 is not 1. Raises ValueError and RecursionError.
+    """
+    fractions: list[str] = []
+    value = json.loads(text, parse_float=fractions.append)
+    if not fractions and "-0" not in text:
+        # Only whole numbers, which the fast encoder writes as they were.
+        written = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    else:
+        pieces: list[str] = []
+        _write(_AS_WRITTEN.decode(text), pieces)
+        written = "".join(pieces)
     # Go writes these two, which Python does not, as escapes.
-    joined = "".join(pieces)
-    return joined.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").encode()
+    return written.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").encode()
 
 
 class _Number(str):

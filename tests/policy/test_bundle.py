@@ -155,6 +155,7 @@ def test_data_that_stands_in_two_files_is_refused() -> None:
         (b"a: 2026-11-24", "differently"),
         (b"a: .inf", "differently"),
         (b"a: True", "differently"),
+        (b"a: -0.0", "differently"),
         (b"a: 9007199254740993", "integer"),
         (b"a: &x 1", "an anchor or a tag at line 1"),
         (b"a: !!str 1", "an anchor or a tag"),

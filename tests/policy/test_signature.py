@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -16,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from joserfc import jws
 from joserfc.jwk import RSAKey
@@ -25,9 +28,10 @@ from pdp import base64url
 from pdp.policy.archive import Files, pack, read_archive, read_directory
 from pdp.policy.bundle import load_bundle, read_part
 from pdp.policy.compile import build_files
+from pdp.policy.data import parse_data
 from pdp.policy.engine import BundleError
 from pdp.policy.signature import SIGNATURES, VerificationKey, Verifier, sign
-from tests.policy.bundles import FILES, message_of, write_files
+from tests.policy.bundles import FILES, OPA, message_of, write_files
 
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
 PLACE = "oci://bundles/acme"
@@ -206,6 +210,56 @@ def test_opa_takes_what_is_signed_here(
     assert "scope mismatch" in evaluated("other").stdout
 
 
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53) + 1, 2**53 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8)
+    | st.sampled_from(("yes", "NO", "~", "null", "1.0", "0x1", "2026-11-25", "1_0", ".5", "<<")),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+plain_words = st.one_of(
+    st.text("0123456789abefxoXO+-._:~TZ =<", min_size=1, max_size=6),
+    st.text("nultrefasyoNTFY.", min_size=1, max_size=5),
+    st.sampled_from(("24h", "10.0.0.0/8", "0b1", "0o17", "017", "1:30", "1e3", "1E+3", "-0", "1.")),
+    st.sampled_from((".Inf", "-.inf", ".NaN", "True", "NULL", "Yes", "off", "y", "=", "1__0")),
+)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(values, min_size=20, max_size=40), st.lists(plain_words, min_size=50, max_size=90))
+def test_json_and_yaml_mean_to_opa_what_they_mean_here(
+    values: list[object], words: list[str]
+) -> None:
+    """OPA digests what it has read; so a digest that is the same was read alike."""
+    files = {}
+    texts = [f"a: {word}\nb: [{word}]\n" for word in words]
+    for number, value in enumerate(values):
+        files[f"json/{number}/data.json"] = json.dumps(value, ensure_ascii=number < 20).encode()
+        texts.append(yaml.safe_dump(value, allow_unicode=True, default_flow_style=number < 20))
+    for number, text in enumerate(texts):
+        with contextlib.suppress(BundleError):  # what is not read here can not be read otherwise
+            parse_data("data.yaml", text.encode(), place=PLACE)
+            files[f"yaml/{number}/data.yaml"] = text.encode()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = write_files(Path(scratch, "bundle"), files)
+        Path(scratch, "key.pem").write_bytes(private_pem(RSA))
+        Path(scratch, "claims.json").write_text('{"keyid": "release"}')
+        run(
+            OPA, "sign", "--bundle", ".", "--signing-key", "../key.pem",
+            "--claims-file", "../claims.json", folder=folder,
+        )  # fmt: skip
+        signed = read_directory(folder)
+
+    verifier(RSA, "RS256").verify(signed, place=PLACE)
+
+
 # Refusals
 
 
@@ -344,7 +398,12 @@ def test_blanks_and_the_order_of_keys_do_not_matter_in_data() -> None:
 
 
 def test_data_that_is_not_well_formed_is_refused_by_name() -> None:
-    for content, complaint in ((b'{"a":1,"a":2}', "duplicate"), (b"{", "JSON"), (b"\xff", "UTF-8")):
+    for content, complaint in (
+        (b"{", "JSON"),
+        (b"\xff", "UTF-8"),
+        (b'{"a":"\\ud800"}', "surrogate"),
+        (b"[" * 100_000, "deep"),
+    ):
         message = refusal_of({**signed(), "tenants/data.json": content})
         assert message.startswith("has a tenants/data.json that ")
         assert complaint in message

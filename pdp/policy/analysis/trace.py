@@ -137,6 +137,8 @@ class _Query:
     is_explained: bool = False
     """Something failed below the expression that is being evaluated."""
     failures: list[_Failure] = field(default_factory=list)
+    evaluated: list[tuple[int, int]] = field(default_factory=list)
+    """Row and column of each condition that was tried, as the author wrote it."""
 
     @property
     def head(self) -> Mapping[str, Any] | None:
@@ -186,8 +188,11 @@ class _Reader:
         location = event.get("Location") or {}
         file, row = location.get("file", ""), location.get("row", 0)
         query = self._queries.setdefault(number, _Query(event["ParentID"], node, file, row))
+        is_made = isinstance(node, dict) and node.get("generated") is True
         if operation == "Eval":
             query.is_explained = False
+            if not is_made:
+                query.evaluated.append((row, location.get("col", 0)))
         elif operation == "Exit":
             if not query.did_exit:
                 self._exited.append(number)
@@ -198,7 +203,6 @@ class _Reader:
                     self._queries[above].is_explained = False
         elif operation == "Fail":
             if not query.is_explained:
-                is_made = isinstance(node, dict) and node.get("generated") is True
                 is_negated = isinstance(node, dict) and node.get("negated") is True
                 column = 0 if is_made else location.get("col", 0)
                 failure = _Failure(file, row, column, is_negated, _values(event))
@@ -248,14 +252,9 @@ class _Reader:
     def _body(self, number: int) -> Iterator[Place]:
         """The conditions of a rule, without what the compiler made out of them."""
         query = self._queries[number]
-        rows = {
-            each["location"]["row"]: each["location"].get("col", 0)
-            for each in query.node.get("body", [])
-            if isinstance(each.get("location"), dict)
-        }
-        if not rows:
+        if not query.evaluated:
             yield self._rule(number)
-        for row, column in sorted(rows.items()):
+        for row, column in query.evaluated:
             yield Place(
                 file=query.file,
                 row=row,

@@ -18,6 +18,8 @@ from tests.policy.opa.servers import served
 
 ENGINES: Final = ("embedded", "managed", "external")
 WORKERS: Final = 2
+MEMORY_MAX_MIB: Final = 1_024
+"""So much that an endless policy meets its deadline first: it takes some 1 GiB a second."""
 
 
 @asynccontextmanager
@@ -32,7 +34,9 @@ async def active(
     live = LivePolicy(
         await ManagedOpa.start(bundle, opa=opa, deadline_ms=deadline_ms, workers=WORKERS)
         if engine == "managed"
-        else WasmEngine(bundle, deadline_ms=deadline_ms, workers=WORKERS, memory_max_mib=256)
+        else WasmEngine(
+            bundle, deadline_ms=deadline_ms, workers=WORKERS, memory_max_mib=MEMORY_MAX_MIB
+        )
     )
     try:
         yield live

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from pdp.canonical import JsonObject, JsonValue, canonical_bytes
+from pdp.canonical import JsonError, JsonObject, JsonValue, canonical_bytes, parse_object
 from pdp.policy.archive import MAX_ARCHIVE_BYTES, Files, read_archive
 from pdp.policy.engine import BundleError, Entrypoint
 from pdp.policy.manifest import MANIFEST, REGO_VERSION, WASM, manifest_document
@@ -19,8 +19,10 @@ from pdp.policy.signature import SIGNATURES
 from pdp.reason import ReasonCode
 
 COMPILE_TIMEOUT_SECONDS: Final = 120
-MAX_SAID_BYTES: Final = 16 * 1024
-"""How much of what opa says about Rego that does not compile is shown."""
+MAX_SAID_BYTES: Final = 1024 * 1024
+"""How much of what opa prints is read."""
+MAX_SHOWN_BYTES: Final = 16 * 1024
+"""How much of what it says about Rego that does not compile is shown."""
 
 
 def find_opa(opa: Path | None) -> Path:
@@ -108,15 +110,43 @@ def _with_sequence(metadata: JsonValue, sequence: int) -> JsonObject:
 def _compile(
     command: Path, sources: Mapping[str, bytes], entrypoints: Sequence[str], scratch: Path
 ) -> bytes:
-    folder, target, said = scratch / "rego", scratch / "bundle.tar.gz", scratch / "said"
+    folder, target = scratch / "rego", scratch / "bundle.tar.gz"
     for name, content in sources.items():
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
+    capabilities = scratch / "capabilities.json"
+    capabilities.write_bytes(offline_capabilities(command))
+    # `opa build` lets a rule stand where data stands, and an OPA server refuses that.
+    _run(command, "check", "--bundle", ".", "--capabilities", str(capabilities), folder=folder)
     arguments = ["build", "--target", "wasm", "--bundle", ".", "--output", str(target)]
     for entrypoint in entrypoints:
         arguments += ["--entrypoint", entrypoint]
-    with said.open("wb") as output:
+    _run(command, *arguments, folder=folder)
+    with target.open("rb") as built:
+        packed = built.read(MAX_ARCHIVE_BYTES + 1)
+    files = read_archive(packed, place="that opa built")
+    if WASM not in files:
+        raise _failed(f"was compiled without {WASM}: this is another opa command than is known")
+    return files[WASM]
+
+
+def offline_capabilities(opa: Path) -> bytes:
+    """For ``opa check``, ``test`` and ``eval --capabilities``: all that this opa can do, but
+    with no host that it may ask. Without it those three fetch the schemas that a comment
+    in the Rego points to. Raises BundleError and OSError.
+    """
+    said = _run(opa, "capabilities", "--current", folder=Path("/"))
+    try:
+        capabilities = parse_object(said, max_bytes=MAX_SAID_BYTES)
+    except JsonError:
+        raise _failed("can not be compiled: opa does not say what it can do") from None
+    return json.dumps({**capabilities, "allow_net": []}).encode()
+
+
+def _run(command: Path, *arguments: str, folder: Path) -> bytes:
+    """What opa prints. Raises BundleError with it when opa fails, and OSError."""
+    with tempfile.TemporaryFile() as output:
         try:
             done = subprocess.run(  # noqa: S603 - the operator's own opa
                 [command, *arguments],
@@ -130,16 +160,12 @@ def _compile(
             )
         except subprocess.TimeoutExpired:
             raise _failed(f"was not compiled within {COMPILE_TIMEOUT_SECONDS} seconds") from None
+        output.seek(0)
+        said = output.read(MAX_SAID_BYTES)
     if done.returncode != 0:
-        with said.open("rb") as output:
-            text = output.read(MAX_SAID_BYTES).decode(errors="replace").strip()
+        text = said[:MAX_SHOWN_BYTES].decode(errors="replace").strip()
         raise _failed(f"does not compile:\n{text}")
-    with target.open("rb") as built:
-        packed = built.read(MAX_ARCHIVE_BYTES + 1)
-    files = read_archive(packed, place="that opa built")
-    if WASM not in files:
-        raise _failed(f"was compiled without {WASM}: this is another opa command than is known")
-    return files[WASM]
+    return said
 
 
 def _failed(what: str) -> BundleError:

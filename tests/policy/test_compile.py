@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -83,6 +84,26 @@ def test_rego_without_an_entrypoint_says_which(opa: Path) -> None:
     assert "pdp/budget/decision" in message
 
 
+def test_a_rule_where_data_stands_is_refused_as_an_opa_server_refuses_it(opa: Path) -> None:
+    with pytest.raises(BundleError, match="conflicting rule for data path pdp/authz/decision"):
+        compile_rego(RULES, b'{"pdp": {"authz": {"decision": {"allow": true}}}}', opa=opa)
+
+    assert compile_rego(RULES, b'{"pdp": {"authz": {"more": 1}}}', opa=opa)
+
+
+def test_no_host_is_asked_for_what_a_comment_points_to(opa: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as host:
+        host.settimeout(0)
+        url = f"http://127.0.0.1:{host.getsockname()[1]}/schema.json"
+        asking = f'# METADATA\n# schemas:\n#   - input: {{"$ref": "{url}"}}\nallow := input.x\n'
+
+        message = refusal_of({**RULES, "pdp/x/x.rego": f"package pdp.x\n\n{asking}"}, opa)
+
+        assert "remote reference loading disabled" in message
+        with pytest.raises(BlockingIOError):
+            host.accept()
+
+
 def test_no_rego_at_all_is_refused(opa: Path) -> None:
     assert refusal_of({"a_test.rego": "package a_test"}, opa) == (
         "The policy holds no Rego that could be compiled"
@@ -94,9 +115,11 @@ def test_an_opa_that_does_not_run_is_a_plain_refusal(tmp_path: Path) -> None:
 
 
 def test_an_opa_that_builds_something_else_is_refused(tmp_path: Path) -> None:
-    quiet = script(tmp_path / "opa", "exit 0")
+    quiet = script(tmp_path / "opa", 'if [ "$1" = capabilities ]; then echo "{}"; fi')
+    silent = script(tmp_path / "silent", "exit 0")
 
     assert refusal_of(RULES, quiet).startswith("The policy could not be compiled: ")
+    assert refusal_of(RULES, silent).endswith("opa does not say what it can do")
 
 
 def test_an_opa_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,17 +1,32 @@
-"""Built-ins that the host lends to a policy, each as OPA's own answers."""
+"""Built-ins that the host lends to a policy, each as OPA's own answers.
+
+OPA compiles most built-ins into the module itself; these it does not. A module that
+asks for any other (http.send, io.jwt.*, crypto.*, rand.*, ...) is refused when it is
+loaded.
+
+The deadline of an evaluation can not interrupt Python. So every built-in is bounded:
+by the size of its arguments, which the engine bounds, and by limits of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-NAMES: Final[frozenset[str]] = frozenset()
-"""OPA compiles most built-ins into the module itself; these it does not."""
+from pdp.policy.builtins import versions
+from pdp.policy.builtins.faults import BuiltinError, UndefinedError
+from pdp.policy.builtins.values import Value, dump, parse
 
+__all__ = ["NAMES", "BuiltinError", "Evaluation", "call"]
 
-class BuiltinError(Exception):
-    """A fault that ends the evaluation."""
+_BUILTINS: Final[Mapping[str, Callable[..., Value]]] = {
+    **versions.BUILTINS,
+}
+_NOW: Final = "time.now_ns"
+
+NAMES: Final[frozenset[str]] = frozenset({_NOW, *_BUILTINS})
+"""Those that the host lends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,9 +37,19 @@ class Evaluation:
     """Unix nanoseconds."""
 
 
-def call(name: str, _arguments: Sequence[bytes], _evaluation: Evaluation) -> bytes | None:
+def call(name: str, arguments: Sequence[bytes], evaluation: Evaluation) -> bytes | None:
     """The value of a built-in; None is undefined. Raises BuiltinError.
 
     Arguments and result are values in OPA's own text form.
     """
-    raise BuiltinError(f"{name} is not lent")
+    if name == _NOW:
+        return str(evaluation.now_ns).encode()
+    builtin = _BUILTINS.get(name)
+    if builtin is None:
+        raise BuiltinError(f"{name} is not lent")
+    try:
+        return dump(builtin(*map(parse, arguments)))
+    except UndefinedError:
+        return None
+    except (RecursionError, MemoryError):
+        raise BuiltinError(f"{name} was asked for more than the host gives") from None

@@ -50,7 +50,15 @@ def directory_refusal(path: Path) -> str:
 def test_an_archive_as_opa_or_tar_writes_it_is_read() -> None:
     folder = tarfile.TarInfo("./tenants")
     folder.type = tarfile.DIRTYPE
-    content = tar(("/data.json", b"{}"), (folder, b""), ("./tenants/data.json", b"1"), ("a", b"x"))
+    root = tarfile.TarInfo("./")
+    root.type = tarfile.DIRTYPE
+    content = tar(
+        (root, b""),
+        ("/data.json", b"{}"),
+        (folder, b""),
+        ("./tenants/data.json", b"1"),
+        ("a", b"x"),
+    )
 
     assert read_archive(gzip.compress(content), place=PLACE) == {
         "data.json": b"{}",
@@ -236,6 +244,15 @@ def test_what_could_not_be_read_again_is_not_packed(
 ) -> None:
     with pytest.raises(BundleError, match=complaint):
         pack(files)
+
+
+def test_more_than_an_archive_may_hold_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"data.json": os.urandom(2048)}
+    for bound in ("MAX_ARCHIVE_BYTES", "MAX_CONTENT_BYTES"):
+        with monkeypatch.context() as patched:
+            patched.setattr(archive_module, bound, 1024)
+            with pytest.raises(BundleError, match="1024 bytes"):
+                pack(files)
 
 
 def test_a_directory_is_read_with_all_its_files(tmp_path: Path) -> None:

@@ -66,8 +66,9 @@ def test_without_a_revision_the_content_that_decides_is_the_revision() -> None:
         part({**FILES, ".manifest": b"{}", "tenants/data.json": b"{}"}).manifest.revision,
         part({**FILES, ".manifest": b"{}", "x.rego": b"package x"}).manifest.revision,
         part({**FILES, ".manifest": b"{}", "y.rego": b"package x"}).manifest.revision,
+        part({**FILES, ".manifest": b"{}", "x_test.rego": b"package x"}).manifest.revision,
     }
-    assert len(others) == 5
+    assert len(others) == 6
 
 
 def test_a_module_and_the_data_can_not_be_shifted_into_each_other() -> None:
@@ -161,6 +162,7 @@ def test_data_that_stands_in_two_files_is_refused() -> None:
         (b"a: !!str 1", "an anchor or a tag"),
         (b"a: !", "an anchor or a tag"),
         (b"- &x 1\n- *x", "an anchor or a tag"),
+        (b"- *x", "an alias at line 1; write the value out"),
         (b"a: 1\na: 2", "a duplicate key at line 2"),
         (b"1: x", "a key at line 1 that is not text"),
         (b"<<: {a: 1}", "a merge key"),
@@ -257,6 +259,7 @@ def test_what_lies_outside_of_the_roots_is_refused(
         ('package a["\\u0062"]', "a/b"),
         ("\r\n# one\n\t# two\npackage\n  a.b#c", "a/b"),
         ("package a.b x := 1", "a/b"),
+        ('package a["\\x"]', None),
         ("package a.b{", None),
         ("package a.b[x]", None),
         ("package a.b['c']", None),

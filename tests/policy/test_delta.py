@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from pdp.canonical import JsonObject, JsonValue
+from pdp.policy import delta as delta_module
 from pdp.policy.archive import Files, pack
 from pdp.policy.bundle import Part, read_part
 from pdp.policy.delta import apply_delta
@@ -210,6 +211,16 @@ def test_an_operation_that_is_not_known_is_refused(change: JsonObject) -> None:
 )
 def test_what_is_no_patch_is_refused(patch: bytes, complaint: str) -> None:
     assert complaint in refusal_of({**delta(), "patch.json": patch})
+
+
+def test_more_operations_than_a_delta_may_have_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(delta_module, "MAX_OPERATIONS", 2)
+
+    assert refusal_of(delta(*3 * [operation("upsert", "/tenants/x", 1)])) == (
+        "has more than 2 operations in patch.json."
+    )
 
 
 def test_a_delta_without_a_patch_is_refused() -> None:

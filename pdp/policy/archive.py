@@ -115,8 +115,10 @@ def pack(files: Files) -> bytes:
     packed = gzip.compress(unpacked, mtime=0)
     if len(unpacked) > MAX_RATIO * len(packed):
         packed = gzip.compress(unpacked, compresslevel=0, mtime=0)
-    if len(packed) > MAX_ARCHIVE_BYTES or len(unpacked) > MAX_CONTENT_BYTES:
+    if len(packed) > MAX_ARCHIVE_BYTES:
         raise refused(place, f"is larger than {MAX_ARCHIVE_BYTES} bytes")
+    if len(unpacked) > MAX_CONTENT_BYTES:
+        raise refused(place, f"holds more than {MAX_CONTENT_BYTES} bytes with its paths")
     return packed
 
 

@@ -114,7 +114,7 @@ class _Desk:
     def __init__(self, evaluator: Evaluator, bundle: Bundle, cases: Cases, only: Only) -> None:
         self.evaluator = evaluator
         self.estate = Estate(bundle.data)
-        self.questions = Questionnaire([self.estate], cases, only)
+        self.questions = Questionnaire([self.estate], cases, only, widely=True)
         self.neighbours = Neighbours(self.estate.document)
 
     def load(self, data: JsonObject) -> None:

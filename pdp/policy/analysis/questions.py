@@ -22,6 +22,8 @@ ACTOR: Final = "analysis"
 REQUEST_ID: Final = "analysis"
 NO_ROLE: Final = ""
 """The role of a caller who has none; asked about where a tenant names no role."""
+MANY_ROLES: Final = 20
+MANY_SCOPES: Final = 100
 MADE: Final = "made"
 """The name of the case that is made from the tool's rules."""
 
@@ -122,7 +124,8 @@ class Questionnaire:
 
     With several versions a question is about whatever any of them names, and a token
     holds the scopes of all. ``edges`` adds, for a tool whose rules differ between them,
-    arguments at the edges of its rules; ``all_edges`` does for every tool.
+    arguments at the edges of its rules; ``all_edges`` does for every tool. ``widely`` asks
+    for roles and with scopes that only other tenants have, too.
     """
 
     def __init__(
@@ -133,12 +136,20 @@ class Questionnaire:
         *,
         edges: bool = False,
         all_edges: bool = False,
+        widely: bool = False,
     ) -> None:
         self._estates = estates
         self._cases = cases
         self._only = only
         self._edges = edges
         self._all_edges = all_edges
+        self._others_roles: list[str] = []
+        self._others_scopes: list[str] = []
+        if widely:
+            self._others_roles = sorted({r for e in estates for _, r in e.all_roles()})
+            self._others_scopes = sorted(
+                {s for e in estates for t in e.tenants for s in e.scopes(t)}
+            )
 
     @property
     def time(self) -> float:
@@ -160,16 +171,16 @@ class Questionnaire:
         """The roles that are asked about for one tenant."""
         named = self._cases.roles
         if named is None:
-            named = tuple(
-                dict.fromkeys(r for estate in self._estates for r in estate.roles(tenant))
-            )
+            own = dict.fromkeys(r for estate in self._estates for r in estate.roles(tenant))
+            named = _and_others(own, self._others_roles, most=MANY_ROLES)
         return _wanted(named or (NO_ROLE,), self._only.roles)
 
     def scopes(self, tenant: str) -> tuple[str, ...]:
         """The scopes that a token of the tenant holds."""
         if self._cases.scopes is not None:
             return self._cases.scopes
-        return tuple(dict.fromkeys(s for estate in self._estates for s in estate.scopes(tenant)))
+        own = dict.fromkeys(s for estate in self._estates for s in estate.scopes(tenant))
+        return _and_others(own, self._others_scopes, most=MANY_SCOPES)
 
     def without_case(self) -> dict[str, str]:
         """The tools that can be asked about only with a case, and why: no tenant's rules
@@ -273,6 +284,13 @@ class Questionnaire:
 
 def _content(case: Case) -> str:
     return json.dumps([case.arguments, case.resource, case.context], sort_keys=True)
+
+
+def _and_others(own: Iterable[str], others: Iterable[str], *, most: int) -> tuple[str, ...]:
+    """All of the own names, and others until there are so many."""
+    named = list(own)
+    more = [name for name in others if name not in named]
+    return (*named, *more[: max(0, most - len(named))])
 
 
 def _wanted(names: Iterable[str], only: frozenset[str]) -> list[str]:

@@ -111,6 +111,35 @@ def test_a_rule_that_lets_the_call_name_its_tenant_is_found(build_policy: Build)
     assert leak == ("acme",)
 
 
+def test_a_scope_or_role_that_only_another_tenant_has_is_found(build_policy: Build) -> None:
+    authz = LEAKY["pdp/authz/authz.rego"]
+    assert isinstance(authz, str)
+    start = authz.split("allowed if")[0]
+    for leak in (
+        (
+            "\tsome other in data.tenants\n\tsome scope in other.scopes\n"
+            "\tscope in input.subject.properties.scopes\n"
+        ),
+        (
+            "\tsome other in data.tenants\n\tsome role in input.subject.properties.roles\n"
+            "\tinput.action.name in other.roles[role].tools\n"
+        ),
+    ):
+        data: dict[str, Any] = {
+            "tenants": {
+                "acme": {"roles": {"reader": {}}, "scopes": []},
+                "globex": {"roles": {"boss": {"tools": ["notes.read"]}}, "scopes": ["notes"]},
+            },
+            "tools": {"notes.read": {}},
+        }
+        rego = f"{start}allowed if {{\n{leak}}}\n"
+        found = searched(
+            build_policy(leaky(**{"pdp/authz/authz.rego": rego, "data.json": data})),
+            Only(tenants=frozenset({"acme"})),
+        )
+        assert Mutation.DELETED.told in by_change(found)
+
+
 def test_data_by_tenant_outside_of_data_tenants_is_changed_too(build_policy: Build) -> None:
     authz = LEAKY["pdp/authz/authz.rego"]
     assert isinstance(authz, str)

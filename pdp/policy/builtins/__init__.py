@@ -14,13 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from pdp.policy.builtins import versions
+from pdp.policy.builtins import times, versions
 from pdp.policy.builtins.faults import BuiltinError, UndefinedError
 from pdp.policy.builtins.values import Value, dump, parse
 
 __all__ = ["NAMES", "BuiltinError", "Evaluation", "call"]
 
 _BUILTINS: Final[Mapping[str, Callable[..., Value]]] = {
+    **times.BUILTINS,
     **versions.BUILTINS,
 }
 _NOW: Final = "time.now_ns"

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from pdp.policy.bundle import load_bundle
-from pdp.policy.wasm import WasmEvaluator
 from tests.policy.analysis.small import changed
 
 BuildSmall = Callable[..., Path]
@@ -19,6 +18,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BuildSmall]:
     """Write a directory with the starter policy, as Wasm too, and the small data, of
     which a function may change a copy.
     """
+    # Imported now: wasmtime's handler of signals has to come after pytest's faulthandler,
+    # which is set after conftests are imported, or a trap ends the whole run.
+    from pdp.policy.wasm import WasmEvaluator  # noqa: PLC0415
+
     starter = load_bundle(Path(__file__).parents[2] / "policies" / "bundle.tar.gz")
 
     def build(change: Any = lambda data: None) -> Path:

@@ -35,6 +35,7 @@ app = typer.Typer()
 
 NAMES_SHOWN: Final = 5
 """Names of a long list that are shown before the rest is counted."""
+GROUPS_SHOWN: Final = 40
 LEAKS_SHOWN: Final = 10
 FLIPS_SHOWN: Final = 20
 WIDTH_OF_A_FILE: Final = 240
@@ -458,24 +459,24 @@ def _show_comparison(found: Comparison, old: str, new: str) -> None:
     for kind, names in _names_json(found).items():
         console.print(f"{kind.replace('_', ' ')}: {_named(_joined(names))}")
     console.print(f"asked: {_counted(found.asked, 'call')} of both")
-    grouped = summary(iter(found.differing))
     for change, (title, style) in _CHANGES.items():
-        groups = {key: some for key, some in grouped.items() if key[0] is Change(change)}
-        calls = sum(each.calls for some in groups.values() for each in some)
+        groups = summary(found.of(Change(change)))
+        calls = sum(each.calls for group in groups for each in group)
         console.print(f"{title}: {_counted(calls, 'call')}", style=style if calls else "dim")
-        for (_, role, tool), some in groups.items():
-            first = some[0]
-            console.print(
-                f"  {_role(role)} may {printable(tool)}: "
-                f"{_answer_text(first.before)} -> {_answer_text(first.after)}"
-                f" ({_counted(sum(each.calls for each in some), 'call')})"
-                if change in {"grant", "revoke"}
-                else f"  {_role(role)}, {printable(tool)}: {_terms(first)}"
-                f" ({_counted(sum(each.calls for each in some), 'call')})"
-            )
-            console.print(f"    at {_named(each.tenant for each in some)}")
-            if change != "reason":
-                console.print(f"    for example {json.dumps(first.example)}", style="dim")
+        for group in groups[:GROUPS_SHOWN]:
+            _show_group(console, group)
+        if len(groups) > GROUPS_SHOWN:
+            console.print(f"  and {len(groups) - GROUPS_SHOWN:,} more: --output json has all")
+
+
+def _show_group(console: Console, group: list[Differing]) -> None:
+    """What changed alike at several tenants."""
+    first = group[0]
+    calls = _counted(sum(each.calls for each in group), "call")
+    console.print(f"  {_role(first.role)}, {printable(first.tool)}: {_moved(first)} ({calls})")
+    console.print(f"    at {_named(each.tenant for each in group)}")
+    if first.change != "reason":
+        console.print(f"    for example {json.dumps(first.example)}", style="dim")
 
 
 _CHANGES: Final = {
@@ -491,11 +492,11 @@ def _joined(names: JsonValue) -> list[str]:
     return [": ".join(map(str, each)) if isinstance(each, list) else str(each) for each in found]
 
 
-def _terms(differing: Differing) -> str:
-    """What differs between two answers that agree on allow."""
+def _moved(differing: Differing) -> str:
+    """What differs between two answers."""
     before, after = differing.before, differing.after
-    if not after.allow:
-        return f"{printable(before.reason_code)} -> {printable(after.reason_code)}"
+    if not (before.allow and after.allow):
+        return f"{_answer_text(before)} -> {_answer_text(after)}"
     from pdp.policy.analysis.matrix_output import charges_text  # noqa: PLC0415
 
     pairs = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -32,7 +32,7 @@ class Change(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Differing:
-    """All calls of one tenant, role and tool that changed in the same way."""
+    """All calls of one tenant, role and tool whose answers changed alike."""
 
     change: Change
     tenant: str
@@ -41,7 +41,6 @@ class Differing:
     calls: int
     """How many of the calls that were asked about."""
     before: Answer
-    """Of the example."""
     after: Answer
     example: JsonObject = field(repr=False)
     """The input of one such call."""
@@ -153,7 +152,7 @@ def _differences(pair: _Pair, tenants: list[str]) -> tuple[int, list[Differing]]
             change = change_of(before, after)
             if change is None:
                 continue
-            key = (change, tenant, question.role, question.tool)
+            key = (tenant, question.role, question.tool, before, after)
             first = found.get(key)
             found[key] = Differing(
                 change,
@@ -161,8 +160,8 @@ def _differences(pair: _Pair, tenants: list[str]) -> tuple[int, list[Differing]]
                 question.role,
                 question.tool,
                 first.calls + 1 if first else 1,
-                first.before if first else before,
-                first.after if first else after,
+                before,
+                after,
                 first.example if first else document,
             )
     return asked, list(found.values())
@@ -189,9 +188,10 @@ def _only_in(one: JsonObject, other: JsonObject) -> tuple[str, ...]:
     return tuple(sorted(one.keys() - other.keys()))
 
 
-def summary(differing: Iterator[Differing]) -> dict[tuple[Change, str, str], list[Differing]]:
-    """By change, role and tool: the same for a thousand tenants is told once."""
-    grouped: dict[tuple[Change, str, str], list[Differing]] = {}
+def summary(differing: Iterable[Differing]) -> list[list[Differing]]:
+    """What changed alike for the same role and tool, for however many tenants, together."""
+    alike: dict[tuple[object, ...], list[Differing]] = {}
     for each in differing:
-        grouped.setdefault((each.change, each.role, each.tool), []).append(each)
-    return grouped
+        key = (each.role, each.tool, each.before, each.after)
+        alike.setdefault(key, []).append(each)
+    return list(alike.values())

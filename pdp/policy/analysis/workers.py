@@ -5,12 +5,28 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, TypeVar
+
+from pdp.errors import PdpError
+from pdp.reason import ReasonCode
 
 _State = TypeVar("_State")
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
+
+
+class WorkerError(PdpError):
+    """A worker process has ended before its work was done."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            ReasonCode.INTERNAL,
+            "A worker process was ended from outside, most likely for want of memory. Ask about"
+            " fewer tenants at a time (--tenant).",
+        )
+
 
 Progress = Callable[[int, int], None]
 """Is told how much is done, and how much there is in all."""
@@ -38,6 +54,8 @@ def spread(
     with ProcessPoolExecutor(processes, context, _Worker.prepare, (_Worker(setup, work),)) as pool:
         try:
             yield from pool.map(_Worker.run, items)
+        except BrokenProcessPool:
+            raise WorkerError from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

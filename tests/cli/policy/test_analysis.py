@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from pdp.identity.subject import Subject
 from pdp.policy.question import authorize_input
 from tests.audit.conftest import make_record, write_in
 
+ROOT = Path(__file__).parents[3]
 Small = Callable[..., Path]
 
 
@@ -121,6 +125,24 @@ def test_many_tenants_show_progress_on_stderr(small: Small) -> None:
     assert len(result.stderr.splitlines()) <= 10
 
 
+def test_a_terminal_gets_a_bar_on_stderr(plain: Path) -> None:
+    terminal, command_side = os.openpty()
+    done = subprocess.run(
+        [sys.executable, "-m", "pdp", "policy", "matrix", str(plain), "--output", "csv"],
+        stdout=subprocess.PIPE,
+        stderr=command_side,
+        env={**os.environ, "TERM": "xterm", "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    os.close(command_side)
+    shown = os.read(terminal, 65536)
+    os.close(terminal)
+    assert done.returncode == 0
+    assert b"tenants" in shown
+    assert done.stdout.startswith(b"tenant,role,tool")
+    assert b"\x1b" not in done.stdout
+
+
 @pytest.mark.parametrize(
     ("change", "fail_on", "exit_code"),
     (
@@ -143,7 +165,7 @@ def test_diff_without_a_gate_exits_0(plain: Path, small: Small) -> None:
     result = run("diff", plain, small(grant))
     assert result.exit_code == 0
     assert "newly granted: 1 call\n" in result.stdout
-    assert "  reader may notes.write: role_not_allowed -> allow: tools 1 calls" in result.stdout
+    assert "  reader, notes.write: role_not_allowed -> allow: tools 1 calls" in result.stdout
 
 
 def test_diff_as_json_and_csv_has_every_change(plain: Path, small: Small) -> None:
@@ -184,7 +206,7 @@ def test_isolation_that_fails_exits_1_and_shows_whose_data_it_was(tmp_path: Path
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(content if isinstance(content, str) else json.dumps(content))
-    opa = Path(__file__).parents[3] / ".tools" / "opa"
+    opa = ROOT / ".tools" / "opa"
     result = run("prove-isolation", tmp_path, "--opa", opa)
     assert result.exit_code == 1
     assert "acme, reader, notes.read: pdp/authz/decision" in result.stdout

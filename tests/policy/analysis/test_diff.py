@@ -146,6 +146,21 @@ def test_what_is_the_same_for_many_tenants_is_told_once(starter: Bundle) -> None
 
     old, new = changed(starter, many), changed(starter, grant)
     found = compare(old, new, Cases(), Only(), processes=1, progress=no_progress)
-    ((key, some),) = summary(iter(found.differing)).items()
-    assert key == (Change.GRANT, "reader", "notes.write")
+    (some,) = summary(found.differing)
+    assert {(each.change, each.role, each.tool) for each in some} == {
+        (Change.GRANT, "reader", "notes.write")
+    }
     assert len(some) == 201
+
+
+def test_what_moves_otherwise_at_another_tenant_is_told_apart(starter: Bundle) -> None:
+    def drop(data: Any) -> None:
+        data["tenants"]["acme"]["status"] = "suspended"
+        data["tenants"]["globex"]["roles"]["reader"]["tools"] = []
+
+    found = difference(starter, drop)
+    reading = [some for some in summary(found.of(Change.REVOKE)) if some[0].role == "reader"]
+    assert {(some[0].tenant, some[0].after.reason_code) for some in reading} == {
+        ("acme", "tenant_suspended"),
+        ("globex", "role_not_allowed"),
+    }

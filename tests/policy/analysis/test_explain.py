@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,13 @@ def explained(starter: Bundle, opa: Path) -> Callable[..., Explanation]:
         return explain_call(changed(starter, change), document, opa=opa)
 
     return explain
+
+
+def mail_to(data: Any) -> None:
+    data["tools"]["notes.write"]["arguments"] |= {
+        "to": {"type": "string", "domains": ["a.example"], "required": False},
+        "note": {"type": "string", "max_length": 3, "required": False},
+    }
 
 
 def suspend(data: Any) -> None:
@@ -133,6 +141,12 @@ def test_the_values_in_a_failed_condition_are_told(explained: Callable[..., Expl
             ("the tenant's allowlist names notes.write",
              "the tenant's role reader names the tool notes.write")}),
         (asked("nobody"), None, set()),
+        (asked(), lambda data: data["tenants"]["acme"]["scopes"].remove("notes:write"), {
+            ("the tenant holds the scope notes:write",)}),
+        (asked(arguments={"kind": "memo", "to": "bo@b.example"}), mail_to, {
+            ('the argument to = "bo@a.example"',), ("the argument to is left out",)}),
+        (asked(arguments={"kind": "memo", "note": "long"}), mail_to, {
+            ('the argument note = "lon"',), ("the argument note is left out",)}),
     ),
 )  # fmt: skip
 def test_the_smallest_changes_that_would_have_allowed_it_are_told(
@@ -172,6 +186,37 @@ decision := {"allow": false, "reason_code": "too_late"} if {
     other = explain_call(bundle, asked(tool="notes.read"), opa=opa)
     assert other.trace is not None
     assert [place.where for place in other.trace.failed] == ["pdp/authz/authz.rego:6"]
+
+
+def test_a_condition_over_several_lines_is_told_whole(
+    build_policy: Callable[..., Bundle], opa: Path
+) -> None:
+    authz = """package pdp.authz
+
+default decision := {"allow": false, "reason_code": "policy_denied"}
+
+decision := {"allow": true, "reason_code": "ok"} if {
+	input.action.name in {
+		"one",
+		"two",
+	}
+}
+"""
+    bundle = build_policy({**LEAKY, "pdp/authz/authz.rego": authz})
+    found = explain_call(bundle, asked(), opa=opa)
+    assert found.trace is not None
+    assert [(place.where, place.text) for place in found.trace.failed] == [
+        ("pdp/authz/authz.rego:6", 'input.action.name in { "one", "two", }')
+    ]
+
+
+def test_a_bundle_without_sources_says_that_its_rules_have_no_names(
+    starter: Bundle, opa: Path
+) -> None:
+    found = explain_call(replace(changed(starter), rego={}), asked(role="reader"), opa=opa)
+    assert found.trace is None
+    assert "carries no Rego sources" in found.no_trace
+    assert not found.answer.allow
 
 
 def test_without_the_opa_command_the_rest_is_still_told(

@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -16,7 +18,7 @@ from pdp.policy.analysis.matrix_output import (
 )
 from pdp.policy.analysis.questions import Estate, Only, Questionnaire
 from pdp.policy.bundle import Bundle
-from tests.policy.analysis.small import changed, no_progress
+from tests.policy.analysis.small import LEAKY, changed, no_progress
 
 HOSTILE = '=cmd|"/c calc"!A1</title><script>alert(1)</script>'
 
@@ -93,6 +95,29 @@ def test_several_processes_give_the_same_in_the_same_order(
     two = list(matrix(bundle, Cases(), Only(), processes=2, progress=no_progress))
     assert one == two
     assert len(one) == 31 * 4 + 2
+
+
+def test_an_answer_that_is_none_is_the_denial_that_the_sidecar_makes_of_it(
+    build_policy: Callable[..., Bundle],
+) -> None:
+    authz = """package pdp.authz
+
+decision := {"allow": 1} if input.action.name == "invalid"
+
+decision := {"allow": false, "reason_code": "a"} if input.action.name == "conflict"
+
+decision := {"allow": false, "reason_code": "b"} if input.action.name == "conflict"
+"""
+    data: dict[str, Any] = {
+        "tenants": {"t": {}},
+        "tools": {"invalid": {}, "conflict": {}, "undefined": {}},
+    }
+    bundle = build_policy({**LEAKY, "pdp/authz/authz.rego": authz, "data.json": data})
+    assert {cell.tool: cell.answer.reason_code for cell in cells_of(bundle)} == {
+        "invalid": "policy_invalid",
+        "conflict": "policy_error",
+        "undefined": "policy_undefined",
+    }
 
 
 def test_progress_ends_at_the_whole(starter: Bundle) -> None:

@@ -133,6 +133,16 @@ def test_it_is_narrowed_by_tenant_and_time(starter: Bundle, log: Callable[..., P
     assert replayed(path, starter, until=NOON - hour).replayed == 0
 
 
+def test_a_line_that_is_no_record_is_counted(starter: Bundle, log: Callable[..., Path]) -> None:
+    path = log(decision(1))
+    (segment,) = path.iterdir()
+    segment.write_bytes(segment.read_bytes() + b'not json\n{"type":"decision"}\n{"torn')
+    found = replayed(path, starter)
+    assert found.replayed == 1
+    assert found.not_replayed == {replaying.UNREADABLE: 2}
+    assert find_decision(path, "d9") is None
+
+
 def test_a_decision_is_found_by_its_id(log: Callable[..., Path]) -> None:
     path = log(decision(1), decision(2, "globex"))
     record = find_decision(path, "d2")

@@ -51,10 +51,13 @@ docs: .venv/dev ## Generate the reference pages in docs/
 lock: .venv/dev ## Pin every dependency with its hashes
 	scripts/lock.sh
 
-bench: .venv/dev ## Measure the stub, the ledger and imports
+bench: .venv/dev $(OPA) ## Measure the stub, the policy, reloads, the ledger and imports
 	$(PY) bench/bench_import.py
 	$(PY) bench/bench_ledger.py
 	$(PY) bench/bench_guard.py
+	$(PY) bench/bench_policy.py
+	$(PY) bench/bench_reload.py
+	$(PY) bench/bench_matrix.py
 
 clean: ## Remove what was built; keep .venv and .tools
 	rm -rf dist htmlcov .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -508,14 +508,19 @@ _Path = tuple[str | int, ...]
 
 
 def load_config(
-    path: Path, environment: Mapping[str, str], *, files_must_exist: bool = False
+    path: Path,
+    environment: Mapping[str, str],
+    *,
+    files_must_exist: bool = False,
+    bundles_must_exist: bool = False,
 ) -> Config:
     """Read the file, lay the PDP_* variables over it, and check the whole.
 
     A variable names its key with "__" between levels: PDP_STATE_DIR,
     PDP_LISTEN__UNIX, PDP_BUDGET__DURABILITY; its value is read as YAML. Relative
     paths in the file are taken from the file's directory. ``files_must_exist`` also
-    looks for every file that is named. Raises ConfigError.
+    looks for every file that is named, but for bundles, which a sidecar can start
+    without; ``bundles_must_exist`` looks for those. Raises ConfigError.
     """
     document, lines = _read_yaml(path)
     variables = _overlay(document, environment)
@@ -525,21 +530,25 @@ def load_config(
         faults = [_explain(fault, path, lines, variables) for fault in error.errors()]
         raise ConfigError("\n".join(dict.fromkeys(faults))) from None
     resolved = _resolve_paths(config, path.resolve().parent)
+    wanted: set[str] = set()
     if files_must_exist:
-        faults = [
-            f"{_place(location, path, lines, variables)}: {'.'.join(map(str, location))}:"
-            f" there is no file {file}"
-            for location, file in _named_files(resolved)
-            if not file.exists()
-        ]
-        if faults:
-            raise ConfigError("\n".join(faults))
+        wanted |= _NAMED_FILES
+    if bundles_must_exist:
+        wanted |= _NAMED_BUNDLES
+    faults = [
+        f"{_place(location, path, lines, variables)}: {'.'.join(map(str, location))}:"
+        f" there is no file {file}"
+        for location, file in _named_files(resolved, wanted)
+        if not file.exists()
+    ]
+    if faults:
+        raise ConfigError("\n".join(faults))
     return resolved
 
 
 _NAMED_FILES: Final = frozenset(
     {
-        "bundle",
+        "bearer_token_file",
         "ca_file",
         "certificate_file",
         "client_ca_file",
@@ -549,17 +558,18 @@ _NAMED_FILES: Final = frozenset(
         "key_file",
         "opa_command",
         "password_file",
-        "path",
         "public_key_file",
         "token_file",
-        "bearer_token_file",
         "username_file",
     }
 )
 """Keys of files that the sidecar reads and does not make."""
+_NAMED_BUNDLES: Final = frozenset({"bundle", "path"})
 
 
-def _named_files(section: BaseModel, location: _Path = ()) -> Iterator[tuple[_Path, Path]]:
+def _named_files(
+    section: BaseModel, wanted: set[str], location: _Path = ()
+) -> Iterator[tuple[_Path, Path]]:
     for name in type(section).model_fields:
         value = getattr(section, name)
         items: Iterable[tuple[str | int | None, Any]] = [(None, value)]
@@ -570,8 +580,8 @@ def _named_files(section: BaseModel, location: _Path = ()) -> Iterator[tuple[_Pa
         for index, item in items:
             here = (*location, name) if index is None else (*location, name, index)
             if isinstance(item, BaseModel):
-                yield from _named_files(item, here)
-            elif isinstance(item, Path) and name in _NAMED_FILES:
+                yield from _named_files(item, wanted, here)
+            elif isinstance(item, Path) and name in wanted:
                 yield here, item
 
 

@@ -22,7 +22,7 @@ from pdp.budget.ledger import (
     LimitState,
     Receipt,
 )
-from pdp.canonical import JsonObject, canonical_bytes, sha256_hex
+from pdp.canonical import JsonObject, JsonValue, canonical_bytes, sha256_hex
 from pdp.errors import RequestError
 from pdp.identity.resolver import Credentials
 from pdp.identity.subject import Subject
@@ -148,7 +148,9 @@ async def authorize(rooms: Rooms, credentials: Credentials, asked: Asked) -> Rec
     document = _document(rooms, subject, question)
     try:
         with rooms.policy.pin() as policy:
-            ruling = await _ask_policy(policy, document)
+            value = await policy.evaluate(Entrypoint.AUTHZ_DECISION, document)
+            revision = policy.revision
+            ruling = await _rule(policy, document, value)
         receipt = await _hold(rooms, subject, account, question, ruling)
         watch.done("authorize")
         answer = _execute(rooms, subject, question, receipt)
@@ -189,11 +191,11 @@ def _document(rooms: Rooms, subject: Subject, question: Question) -> JsonObject:
     )
 
 
-async def _ask_policy(policy: PolicyEngine, document: JsonObject) -> _Ruling:
+async def _rule(policy: PolicyEngine, document: JsonObject, value: JsonValue) -> _Ruling:
     """Authorize, first half: the policy's verdict, and the limits that apply to
     what it charges.
     """
-    verdict = parse_verdict(await policy.evaluate(Entrypoint.AUTHZ_DECISION, document))
+    verdict = parse_verdict(value)
     limits = await limits_for(policy, document) if verdict.charges else ()
     return _Ruling(verdict, limits, policy.revision)
 

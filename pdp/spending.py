@@ -163,13 +163,12 @@ async def _spend(
             rooms, subject, operation, spend.charges, spend.tool, spend.idempotency_key
         )
         with rooms.policy.pin() as policy:
-            verdict = parse_budget_verdict(
-                await policy.evaluate(Entrypoint.BUDGET_DECISION, document)
-            )
+            answer = await policy.evaluate(Entrypoint.BUDGET_DECISION, document)
+            revision = policy.revision
+            verdict = parse_budget_verdict(answer)
             if not verdict.allow:
                 raise SpendingError(verdict.reason_code)
             limits = await limits_for(policy, document)
-            revision = policy.revision
         key = IdempotencyKey(
             operation=operation,
             key=spend.idempotency_key,

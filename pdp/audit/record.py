@@ -25,6 +25,8 @@ class Outcome(StrEnum):
     RESERVED = "reserved"
     SETTLED = "settled"
     RELEASED = "released"
+    ACTIVATED = "activated"
+    REFUSED = "refused"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,12 +34,13 @@ class AuditRecord:
     """One event, without secrets: no token, permit, credential, nor, unless the operator
     wants ``input`` kept, a raw argument.
 
-    ``tenant_id`` and ``actor_id`` are None only where no identity was verified.
+    ``tenant_id`` and ``actor_id`` are None only where no identity was verified, and
+    where the record is of the sidecar itself.
     Fields left None are left out of the file, except those two.
     """
 
     type: str
-    """One of "decision", "shadow", "budget", "redemption" or "outcome"."""
+    """One of "decision", "shadow", "budget", "redemption", "outcome" or "policy"."""
     tenant_id: str | None
     actor_id: str | None
     action: str

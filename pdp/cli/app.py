@@ -12,6 +12,7 @@ from pdp.cli.config import app as config
 from pdp.cli.demo import demo
 from pdp.cli.policy import app as policy
 from pdp.cli.serve import serve
+from pdp.cli.status import status
 
 app = typer.Typer(
     name="pdp",
@@ -21,6 +22,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(serve)
+app.command()(status)
 app.command()(demo)
 app.add_typer(config, name="config", help="Check and describe the configuration.")
 app.add_typer(audit, name="audit", help="Read and verify the audit log.")

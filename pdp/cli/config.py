@@ -35,7 +35,7 @@ def check(
     from pdp.config import ConfigError, load_config  # noqa: PLC0415
 
     try:
-        load_config(config, os.environ, files_must_exist=True)
+        load_config(config, os.environ, files_must_exist=True, bundles_must_exist=True)
     except ConfigError as error:
         typer.echo(error.message, err=True)
         raise typer.Exit(exit_codes.USAGE) from None

@@ -10,8 +10,8 @@ import typer
 from pdp.cli import exit_codes
 
 if TYPE_CHECKING:
-    from pdp.config import Policy
-    from pdp.policy.engine import PolicyEngine
+    from pdp.config import Config
+    from pdp.server.policy import Loaded
 
 
 def serve(
@@ -32,14 +32,14 @@ def serve(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     try:
-        loaded = load_config(config, os.environ, files_must_exist=True)
+        settings = load_config(config, os.environ, files_must_exist=True)
     except ConfigError as error:
         typer.echo(error.message, err=True)
         raise typer.Exit(exit_codes.USAGE) from None
 
     # Compiling the policy takes about as long as importing the rest: both at once.
     loader = ThreadPoolExecutor(1, thread_name_prefix="policy-loader")
-    engine = loader.submit(_load_policy, loaded.policy)
+    policy = loader.submit(_load_policy, settings)
     loader.shutdown(wait=False)
 
     import uvloop  # noqa: PLC0415
@@ -49,7 +49,7 @@ def serve(
     try:
         uvloop.run(
             sidecar.serve(
-                loaded, engine=engine, started=lambda line: typer.echo(f"pdp: {line}", err=True)
+                settings, loaded=policy, started=lambda line: typer.echo(f"pdp: {line}", err=True)
             )
         )
     except PdpError as error:
@@ -60,7 +60,7 @@ def serve(
         raise typer.Exit(exit_codes.CAN_NOT_START) from None
 
 
-def _load_policy(policy: Policy) -> PolicyEngine:
+def _load_policy(config: Config) -> Loaded:
     from pdp.server.policy import load_policy  # noqa: PLC0415 - off the main thread
 
-    return load_policy(policy)
+    return load_policy(config.policy, config.state_dir)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from pdp.canonical import JsonObject, JsonValue
 from pdp.errors import PdpError
@@ -54,6 +54,15 @@ class PolicyEngine(Protocol):
         ...
 
 
+@runtime_checkable
+class Supervised(Protocol):
+    """An engine that depends on another process."""
+
+    async def healthy(self) -> bool:
+        """Whether that process takes questions."""
+        ...
+
+
 class ActivePolicy(Protocol):
     """The policy in force, which a new bundle may replace while calls are under way."""
 
@@ -67,4 +76,8 @@ class ActivePolicy(Protocol):
 
         Raises PolicyError (policy_stale) when it is too old to be used.
         """
+        ...
+
+    async def changed_from(self, revision: str) -> str:
+        """The revision in force, as soon as it is another than ``revision``."""
         ...

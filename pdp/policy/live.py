@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from pdp.policy.engine import PolicyEngine, PolicyError
+from pdp.policy.engine import PolicyEngine, PolicyError, Supervised
 from pdp.reason import ReasonCode
 
 
@@ -71,6 +71,11 @@ class LivePolicy:
         finally:
             pinned.calls -= 1
             self._close_if_done(pinned)
+
+    async def healthy(self) -> bool:
+        """Whether calls get this policy's answer, and its engine can give one."""
+        engine = self._current.engine
+        return self.answers and (not isinstance(engine, Supervised) or await engine.healthy())
 
     def activate(self, engine: PolicyEngine) -> None:
         """From here on every call gets this engine."""

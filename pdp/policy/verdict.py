@@ -73,9 +73,10 @@ def parse_verdict(value: JsonValue) -> Verdict:
     return Verdict(
         allow=allow,
         reason_code=reason_code,
-        scopes=_scopes(answer.get("scopes", [])),
+        # In an order of their own: the engines list the members of a set in different ones.
+        scopes=tuple(sorted(_scopes(answer.get("scopes", [])))),
         permit_ttl_seconds=ttl_seconds,
-        charges=tuple(charges),
+        charges=tuple(sorted(charges, key=lambda charge: (charge.budget, charge.unit))),
     )
 
 
@@ -87,7 +88,7 @@ def parse_budget_verdict(value: JsonValue) -> BudgetVerdict:
 
 
 def parse_limits(value: JsonValue) -> tuple[Limit, ...]:
-    """The value of pdp/budget/limits. Raises PolicyError (policy_invalid)."""
+    """The value of pdp/budget/limits, by id. Raises PolicyError (policy_invalid)."""
     limits = []
     for item in _list(value, "limits", MAX_LIMITS):
         limit = _object(item, required=_LIMIT, optional=set())
@@ -103,7 +104,7 @@ def parse_limits(value: JsonValue) -> tuple[Limit, ...]:
         )
     if len({limit.id for limit in limits}) != len(limits):
         raise _invalid("a limit's id stands twice")
-    return tuple(limits)
+    return tuple(sorted(limits, key=lambda limit: limit.id))
 
 
 _VERDICT_OPTIONS: Final = {"scopes", "permit", "charge", "approval"}

@@ -1,7 +1,10 @@
-"""The HTTP listener: metrics, probes and the public permit keys. No tenant's data."""
+"""The HTTP listener: metrics, probes, the policy's state and the public permit keys. No
+tenant's data.
+"""
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 from collections.abc import Callable, Iterable
@@ -10,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+from pdp.canonical import JsonObject
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
@@ -73,11 +78,13 @@ class HttpListener:
         registry: CollectorRegistry,
         jwks: str,
         is_ready: Callable[[], bool],
+        status: Callable[[], JsonObject],
     ) -> None:
         host, _, port = address.rpartition(":")
         self._registry = registry
         self._jwks = jwks.encode("utf-8")
         self._is_ready = is_ready
+        self._status = status
         server_class = _Server6 if ":" in host else _Server
         self._server = server_class((host.strip("[]"), int(port)), _Handler)
         self._server.set_app(self._answer)
@@ -106,6 +113,8 @@ class HttpListener:
             kind, body = CONTENT_TYPE_LATEST, generate_latest(self._registry)
         elif path == "/.well-known/jwks.json":
             kind, body = "application/jwk-set+json", self._jwks
+        elif path == "/status":
+            kind, body = "application/json", json.dumps(self._status()).encode("utf-8")
         elif path == "/readyz":
             if not self._is_ready():
                 status, body = "503 Service Unavailable", b"not ready\n"

@@ -10,6 +10,7 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from pdp.decision import Recorded
+from pdp.policy.live import LivePolicy
 from pdp.reason import ReasonCode
 
 _SECONDS: Final = (
@@ -68,6 +69,39 @@ class Metrics:
             registry=self.registry,
         )
         self._policy = Info("pdp_policy", "The active policy bundle.", registry=self.registry)
+        self._bundle_refusals = Counter(
+            "pdp_policy_refusals",
+            "Policy bundles that a source held and that may not be used.",
+            ("bundle",),
+            registry=self.registry,
+        )
+        self._bundle_failures = Counter(
+            "pdp_policy_source_failures",
+            "Looks at a bundle's source that failed.",
+            ("bundle",),
+            registry=self.registry,
+        )
+        self._policy_activated = Gauge(
+            "pdp_policy_activated_timestamp_seconds",
+            "When the policy in force was taken up: Unix seconds.",
+            registry=self.registry,
+        )
+        self._policy_checked = Gauge(
+            "pdp_policy_checked_timestamp_seconds",
+            "When every source last said that this is what it holds: Unix seconds.",
+            registry=self.registry,
+        )
+        self._policy_stale = Gauge(
+            "pdp_policy_stale",
+            "1 when the sources could not be reached for longer than policy.max_age_seconds.",
+            registry=self.registry,
+        )
+        self._shadow = Counter(
+            "pdp_shadow_answers",
+            "Answers of the candidate: same, differs, or missed because too many waited.",
+            ("result",),
+            registry=self.registry,
+        )
         self.calls_under_way = Gauge(
             "pdp_calls_under_way", "Calls that are being answered.", registry=self.registry
         )
@@ -75,6 +109,24 @@ class Metrics:
     def policy_is(self, revision: str) -> None:
         """A policy revision became active."""
         self._policy.info({"revision": revision})
+
+    def policy_times_are(self, live: LivePolicy) -> None:
+        """From here on the policy's times are read off it."""
+        self._policy_activated.set_function(lambda: live.activated_at)
+        self._policy_checked.set_function(lambda: live.checked_at)
+        self._policy_stale.set_function(lambda: float(live.stale))
+
+    def bundle_refused(self, bundle: str) -> None:
+        """A source held what may not be used."""
+        self._bundle_refusals.labels(bundle).inc()
+
+    def bundle_unreachable(self, bundle: str) -> None:
+        """A source could not be read."""
+        self._bundle_failures.labels(bundle).inc()
+
+    def shadow_compared(self, result: str) -> None:
+        """The candidate's answer is "same", "differs" or "missed"."""
+        self._shadow.labels(result).inc()
 
     def decided(self, recorded: Recorded) -> None:
         """An answer to Authorize left."""

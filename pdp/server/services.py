@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Final, TypeVar
 
 import grpc
@@ -24,10 +24,11 @@ from pdp.errors import PdpError
 from pdp.identity.resolver import Credentials
 from pdp.permit.keys import PermitKeySet
 from pdp.reason import ReasonCode
-from pdp.rooms import Rooms
+from pdp.rooms import Rooms, identify
 from pdp.server import wire
 from pdp.server.metrics import Metrics
 from pdp.server.status import abort, status_code
+from pdp.server.watch import Watchers
 
 _log: Final = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -99,11 +100,18 @@ class AuthorizationServicer(authorization_pb2_grpc.AuthorizationServiceServicer)
     """May this call be made?"""
 
     def __init__(
-        self, rooms: Rooms, runner: CallRunner, metrics: Metrics, *, default_audience: str
+        self,
+        rooms: Rooms,
+        runner: CallRunner,
+        metrics: Metrics,
+        watchers: Watchers,
+        *,
+        default_audience: str,
     ) -> None:
         self._rooms = rooms
         self._runner = runner
         self._metrics = metrics
+        self._watchers = watchers
         self._reader = wire.QuestionReader(default_audience=default_audience)
 
     async def Authorize(  # noqa: N802 - the contract's name
@@ -119,6 +127,26 @@ class AuthorizationServicer(authorization_pb2_grpc.AuthorizationServiceServicer)
             return wire.authorize_response(recorded)
 
         return await self._runner.run(context, "Authorize", work)
+
+    async def Watch(  # noqa: N802 - the contract's name
+        self,
+        request: authorization_pb2.WatchRequest,  # noqa: ARG002 - has no fields
+        context: _Context,
+    ) -> AsyncIterator[authorization_pb2.WatchResponse]:
+        """Tell what changes."""
+        events = self._watchers.events()
+
+        async def first() -> authorization_pb2.WatchResponse:
+            credentials, trace_id = _caller(context)
+            await identify(self._rooms, credentials, action="watch", trace_id=trace_id)
+            return await anext(events)
+
+        try:
+            yield await self._runner.run(context, "Watch", first)
+            async for event in events:
+                yield event
+        finally:
+            await events.aclose()
 
 
 class BudgetServicer(budget_pb2_grpc.BudgetServiceServicer):

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from pdp import __version__
 from pdp.api.v1 import (
     authorization_pb2,
     authorization_pb2_grpc,
@@ -32,6 +33,7 @@ from pdp.api.v1 import (
 )
 from pdp.audit.log import ChainedAuditLog
 from pdp.budget.sqlite import SqliteLedger
+from pdp.canonical import JsonObject
 from pdp.config import Config, ServerLimits, SingleTenantIdentity, Tls
 from pdp.identity.keys import load_jwks_file
 from pdp.identity.resolver import IdentityResolver, SingleTenant
@@ -40,19 +42,22 @@ from pdp.permit.issuer import PermitIssuer
 from pdp.permit.signing import SigningKey
 from pdp.permit.uses import PermitUses
 from pdp.permit.verifier import PermitVerifier
-from pdp.policy.engine import ActivePolicy, PolicyEngine
-from pdp.policy.live import LivePolicy
+from pdp.policy.engine import ActivePolicy
 from pdp.private_files import NotPrivateError, make_directory, write_once
 from pdp.rooms import Rooms
 from pdp.server.http import HttpListener
 from pdp.server.locks import ExclusiveLock, StartError
 from pdp.server.metrics import Metrics
+from pdp.server.policy import Loaded, open_policy
+from pdp.server.policy_records import PolicyRecords
+from pdp.server.readiness import Readiness
 from pdp.server.services import (
     AuthorizationServicer,
     BudgetServicer,
     CallRunner,
     ExecutionServicer,
 )
+from pdp.server.watch import Watchers
 from pdp.strangers import Strangers
 
 _log: Final = logging.getLogger(__name__)
@@ -137,12 +142,11 @@ def identity_from(config: Config) -> IdentityResolver:
     )
 
 
-async def serve(
-    config: Config, *, engine: Future[PolicyEngine], started: Callable[[str], None]
-) -> None:
+async def serve(config: Config, *, loaded: Future[Loaded], started: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT; then finish what has begun, and close.
 
-    ``engine`` may still be loading; it is closed here. ``started`` is called with a line for the operator once calls are answered.
+    ``loaded`` is the policy, which may still be loading. ``started`` is called with a
+    line for the operator once calls are answered.
     Raises StartError, and the rooms' own errors when one can not be opened.
     """
     stop = asyncio.Event()
@@ -156,11 +160,21 @@ async def serve(
         )
         stack.callback(lock.release)
         key = _signing_key(config)
-        policy = LivePolicy(await asyncio.wrap_future(engine))
-        stack.push_async_callback(policy.close)
-        rooms = await stack.enter_async_context(open_rooms(config, key, policy))
         metrics = Metrics()
-        metrics.policy_is(rooms.policy.revision)
+        records, shadow_records = PolicyRecords(metrics), PolicyRecords(metrics, action="shadow")
+        policy = await stack.enter_async_context(
+            open_policy(
+                config.policy,
+                await asyncio.wrap_future(loaded),
+                counted=metrics.shadow_compared,
+                differs=shadow_records.differs,
+            )
+        )
+        rooms = await stack.enter_async_context(open_rooms(config, key, policy.active))
+        records.audit = shadow_records.audit = rooms.audit
+        await records.activated(policy.active.revision)
+        if policy.live is not None:
+            metrics.policy_times_are(policy.live)
         runner = CallRunner(
             metrics,
             timeout_seconds=config.limits.call_timeout_seconds,
@@ -169,7 +183,11 @@ async def serve(
         server = grpc.aio.server(options=_options(config.limits))
         authorization_pb2_grpc.add_AuthorizationServiceServicer_to_server(
             AuthorizationServicer(
-                rooms, runner, metrics, default_audience=config.permit.default_audience
+                rooms,
+                runner,
+                metrics,
+                Watchers(rooms.policy, draining=stop),
+                default_audience=config.permit.default_audience,
             ),
             server,
         )
@@ -185,15 +203,35 @@ async def serve(
         places = await _listen(config, server, stack)
         await server.start()
         stack.push_async_callback(server.stop, None)
-        for name in ("", *SERVICE_NAMES):
-            await probes.set(name, health_pb2.HealthCheckResponse.SERVING)
+        readiness = Readiness(
+            probes,
+            ("", *SERVICE_NAMES),
+            policy_answers=policy.answers,
+            audit_is_healthy=lambda: rooms.audit.healthy,
+        )
+        await readiness.look()
+        looking = asyncio.create_task(readiness.keep_looking())
+        stack.callback(looking.cancel)
+        await stack.enter_async_context(
+            policy.kept_up_to_date(config.state_dir, events=records, shadow_events=shadow_records)
+        )
+
+        def status() -> JsonObject:
+            return {
+                "version": __version__,
+                "instance": config.instance or socket.gethostname(),
+                "audit": {"healthy": rooms.audit.healthy},
+                "policy": {**policy.status(), "answers": readiness.policy_answers},
+            }
+
         if config.listen.metrics is not None:
-            http = _http_listener(config.listen.metrics, metrics, rooms, key, stop)
+            http = _http_listener(config, metrics, key, readiness, stop, status)
             stack.push_async_callback(asyncio.to_thread, http.close)
             places.append(f"http://{config.listen.metrics.rpartition(':')[0]}:{http.port}")
         started(f"serving on {', '.join(places)} with policy {rooms.policy.revision}")
         await stop.wait()
         _log.info("draining")
+        looking.cancel()
         await probes.enter_graceful_shutdown()
         await _drain(server, runner, config.limits.drain_seconds)
 
@@ -308,14 +346,22 @@ def _options(limits: ServerLimits) -> list[tuple[str, int]]:
 
 
 def _http_listener(
-    address: str, metrics: Metrics, rooms: Rooms, key: SigningKey, stop: asyncio.Event
+    config: Config,
+    metrics: Metrics,
+    key: SigningKey,
+    readiness: Readiness,
+    stop: asyncio.Event,
+    status: Callable[[], JsonObject],
 ) -> HttpListener:
+    address = config.listen.metrics
+    assert address is not None  # noqa: S101 - asked before
     try:
         return HttpListener(
             address,
             registry=metrics.registry,
             jwks=key.public_set.to_jwks(),
-            is_ready=lambda: not stop.is_set() and rooms.audit.healthy,
+            is_ready=lambda: not stop.is_set() and readiness.ready,
+            status=status,
         )
     except OSError as error:
         raise StartError(

@@ -140,7 +140,7 @@ _DETAILS = (
 )
 
 
-class _CallDefaults(grpc.UnaryUnaryClientInterceptor):
+class _CallDefaults(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
     """Adds the caller's metadata, and a deadline where a call has none."""
 
     def __init__(self, metadata: tuple[tuple[str, str], ...], timeout_seconds: float) -> None:
@@ -148,16 +148,19 @@ class _CallDefaults(grpc.UnaryUnaryClientInterceptor):
         self._timeout_seconds = timeout_seconds
 
     def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:  # noqa: ANN401 - gRPC's own shape
-        return continuation(
-            _Details(
-                details.method,
-                self._timeout_seconds if details.timeout is None else details.timeout,
-                (*(details.metadata or ()), *self._metadata),
-                details.credentials,
-                details.wait_for_ready,
-                details.compression,
-            ),
-            request,
+        return continuation(self._completed(details), request)
+
+    def intercept_unary_stream(self, continuation: Any, details: Any, request: Any) -> Any:  # noqa: ANN401 - gRPC's own shape
+        return continuation(self._completed(details), request)
+
+    def _completed(self, details: Any) -> _Details:  # noqa: ANN401 - gRPC's own shape
+        return _Details(
+            details.method,
+            self._timeout_seconds if details.timeout is None else details.timeout,
+            (*(details.metadata or ()), *self._metadata),
+            details.credentials,
+            details.wait_for_ready,
+            details.compression,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -130,4 +131,4 @@ def test_the_built_bundle_needs_nothing_that_the_embedded_engine_lacks(starter: 
 
     assert engine.revision == starter.revision
     assert starter.revision.startswith("sha256:")
-    engine._policy.close()
+    asyncio.run(engine.close())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +16,7 @@ from pdp.identity.subject import Subject
 from pdp.policy.bundle import Bundle
 from pdp.policy.engine import Entrypoint, PolicyError
 from pdp.policy.question import authorize_input, budget_input
-from pdp.policy.wasm import WasmEngine
+from pdp.policy.wasm import WasmEvaluator
 
 Questions = list[tuple[Entrypoint, JsonObject]]
 
@@ -73,26 +72,24 @@ class Decisions:
 
     def __init__(self, starter: Bundle) -> None:
         self._data: dict[str, Any] = json.loads(starter.data)
-        self._engine = WasmEngine(starter, deadline_ms=5_000, workers=1, memory_max_mib=64)
-        self._runner = asyncio.Runner()
+        self._engine = WasmEvaluator(starter, deadline_ms=5_000, memory_max_mib=64)
 
     @property
     def tenants(self) -> dict[str, Any]:
         return dict(self._data["tenants"])
 
     def with_tenants(self, tenants: JsonObject, asked: Questions) -> list[JsonValue]:
-        self._engine._policy.set_data({**self._data, "tenants": tenants})
-        return [self._runner.run(self._decide(*question)) for question in asked]
+        self._engine.set_data(json.dumps({**self._data, "tenants": tenants}).encode())
+        return [self._decide(*question) for question in asked]
 
-    async def _decide(self, entrypoint: Entrypoint, document: JsonObject) -> JsonValue:
+    def _decide(self, entrypoint: Entrypoint, document: JsonObject) -> JsonValue:
         try:
-            return await self._engine.evaluate(entrypoint, document)
+            return self._engine.evaluate(entrypoint, document)
         except PolicyError as error:
             return error.reason_code
 
     def close(self) -> None:
-        self._runner.run(self._engine.close())
-        self._runner.close()
+        self._engine.close()
 
 
 @pytest.fixture(scope="module")

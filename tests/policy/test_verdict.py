@@ -55,9 +55,9 @@ def test_an_allow_is_read_in_full() -> None:
     assert verdict == Verdict(
         allow=True,
         reason_code="ok",
-        scopes=("orders:write", "mail:send"),
+        scopes=("mail:send", "orders:write"),
         permit_ttl_seconds=30,
-        charges=(Charge("tools", "calls", 1), Charge("spend", "usd_micros", MAX_AMOUNT)),
+        charges=(Charge("spend", "usd_micros", MAX_AMOUNT), Charge("tools", "calls", 1)),
     )
 
 
@@ -174,13 +174,13 @@ def test_a_budget_verdict_is_read() -> None:
     )
 
 
-def test_limits_are_read_in_the_policys_order() -> None:
+def test_limits_are_read_in_an_order_of_their_own() -> None:
     last: JsonObject = {**LIMIT, "id": "a-minute", "window": "minute", "limit": 0, "scope": "tool"}
 
     limits = parse_limits([LIMIT, last])
 
-    assert [limit.id for limit in limits] == ["tools-per-day", "a-minute"]
-    assert limits[1] == Limit(
+    assert [limit.id for limit in limits] == ["a-minute", "tools-per-day"]
+    assert limits[0] == Limit(
         id="a-minute",
         budget="tools",
         unit="calls",

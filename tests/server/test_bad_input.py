@@ -416,7 +416,8 @@ def call(caller: Caller, method: Any, request: Message) -> Any:
         "BudgetService": caller.budget,
         "ExecutionService": caller.execution,
     }[service.name]
-    return getattr(stub, method.name)(request)
+    answer = getattr(stub, method.name)(request)
+    return next(answer) if method.server_streaming else answer
 
 
 def whole(kind: Descriptor, *, permit: str = "x") -> Message:

@@ -440,7 +440,7 @@ def test_a_budget_shows_every_limit_as_it_stands(caller: Caller) -> None:
     caller.budget.ChargeBudget(spend(3, budget="ten"))
     answer = caller.budget.GetBudget(budget_pb2.GetBudgetRequest(tool="orders.update"))
     limits = {limit.limit_id: limit for limit in answer.limits}
-    assert list(limits) == ["tools-per-day", "tokens", "ten-a-day", "fifty"]
+    assert list(limits) == ["fifty", "ten-a-day", "tokens", "tools-per-day"]
     ten = limits["ten-a-day"]
     assert (ten.budget, ten.unit, ten.window, ten.scope) == ("ten", "calls", "day", "tenant")
     assert (ten.limit, ten.spent, ten.held, ten.remaining) == (10, 3, 0, 7)

@@ -20,7 +20,11 @@ def get(port: int, path: str) -> int:
 
 def test_more_connections_than_there_may_be_are_closed_at_once() -> None:
     listener = HttpListener(
-        "127.0.0.1:0", registry=CollectorRegistry(), jwks="{}", is_ready=lambda: True
+        "127.0.0.1:0",
+        registry=CollectorRegistry(),
+        jwks="{}",
+        is_ready=lambda: True,
+        status=dict,
     )
     with contextlib.ExitStack() as stack:
         stack.callback(listener.close)

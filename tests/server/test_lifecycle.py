@@ -271,6 +271,7 @@ def broken_ledger(sidecar: SidecarProcess) -> Path:
 
 
 CAN_NOT_START: dict[str, tuple[Callable[[SidecarProcess], Path], str]] = {
+    "missing bundle": (no_bundle, "missing.tar.gz"),
     "broken bundle": (broken_bundle, "broken.tar.gz"),
     "key open to others": (open_key, "chmod 600"),
     "key of another kind": (wrong_key, "Ed25519"),
@@ -314,7 +315,6 @@ def test_a_sidecar_that_can_not_start_says_why_in_a_line_and_exits_3(
 @pytest.mark.parametrize(
     ("spoil", "said"),
     (
-        (no_bundle, "policy.bundle: there is no file "),
         (no_jwks, "identity.issuers.0.jwks_file: there is no file "),
         (no_certificate, "listen.tcp.tls.certificate_file: there is no file "),
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -9,9 +10,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
+import yaml
 from prometheus_client.metrics import MetricWrapperBase
 
 from pdp.api.v1 import execution_pb2
@@ -69,12 +72,20 @@ def test_every_command_works_as_it_stands_there(sidecar: SidecarProcess, command
         assert SigningKey.from_file(sidecar.directory / "permit-key.pem").kid
 
 
-def test_the_configuration_is_one_that_is_accepted(tmp_path: Path) -> None:
-    (example,) = re.findall(r"```yaml\n(.*?)```", OPERATORS, re.DOTALL)
-    example = example.replace("/etc/pdp", str(tmp_path))
-    (tmp_path / "pdp.yaml").write_text(example, encoding="utf-8")
-    for name in ("jwks.json", "bundle.tar.gz"):
+EXAMPLES = [
+    yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", OPERATORS, re.DOTALL)
+]
+
+
+@pytest.mark.parametrize("sections", EXAMPLES, ids="-".join)
+def test_every_configuration_is_one_that_is_accepted(
+    tmp_path: Path, sections: dict[str, Any]
+) -> None:
+    """The first is whole; the others are sections that take the place of its own."""
+    example = json.dumps({**EXAMPLES[0], **sections})
+    for name in re.findall(r"/etc/pdp/([\w.-]+)", example):
         (tmp_path / name).touch()
+    (tmp_path / "pdp.yaml").write_text(example.replace("/etc/pdp", str(tmp_path)))
     done = subprocess.run(
         [sys.executable, "-m", "pdp", "config", "check", str(tmp_path / "pdp.yaml")],
         capture_output=True,

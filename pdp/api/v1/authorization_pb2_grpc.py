@@ -42,6 +42,11 @@ class AuthorizationServiceStub:
                 request_serializer=pdp_dot_v1_dot_authorization__pb2.AuthorizeRequest.SerializeToString,
                 response_deserializer=pdp_dot_v1_dot_authorization__pb2.AuthorizeResponse.FromString,
                 _registered_method=True)
+        self.Watch = channel.unary_stream(
+                '/pdp.v1.AuthorizationService/Watch',
+                request_serializer=pdp_dot_v1_dot_authorization__pb2.WatchRequest.SerializeToString,
+                response_deserializer=pdp_dot_v1_dot_authorization__pb2.WatchResponse.FromString,
+                _registered_method=True)
 
 
 class AuthorizationServiceServicer:
@@ -69,6 +74,17 @@ class AuthorizationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Watch(self, request, context):
+        """Tells what a client that keeps answers must know: first the policy revision
+        in force, then each new one, and that the sidecar is about to stop. Ends
+        after at most an hour with OK; a client that still watches asks again, and
+        takes for gone whatever it may have missed in between. Errors in asking are
+        statuses as for Authorize.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AuthorizationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -76,6 +92,11 @@ def add_AuthorizationServiceServicer_to_server(servicer, server):
                     servicer.Authorize,
                     request_deserializer=pdp_dot_v1_dot_authorization__pb2.AuthorizeRequest.FromString,
                     response_serializer=pdp_dot_v1_dot_authorization__pb2.AuthorizeResponse.SerializeToString,
+            ),
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=pdp_dot_v1_dot_authorization__pb2.WatchRequest.FromString,
+                    response_serializer=pdp_dot_v1_dot_authorization__pb2.WatchResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -108,6 +129,33 @@ class AuthorizationService:
             '/pdp.v1.AuthorizationService/Authorize',
             pdp_dot_v1_dot_authorization__pb2.AuthorizeRequest.SerializeToString,
             pdp_dot_v1_dot_authorization__pb2.AuthorizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/pdp.v1.AuthorizationService/Watch',
+            pdp_dot_v1_dot_authorization__pb2.WatchRequest.SerializeToString,
+            pdp_dot_v1_dot_authorization__pb2.WatchResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -51,6 +51,13 @@ class AuthorizationServiceStub:
     audit_unavailable), RESOURCE_EXHAUSTED (rate_limited), DEADLINE_EXCEEDED
     (deadline_exceeded), INTERNAL (internal). Nothing is allowed by any of them.
     """
+    Watch: _grpc.UnaryStreamMultiCallable[_authorization_pb2.WatchRequest, _authorization_pb2.WatchResponse]
+    """Tells what a client that keeps answers must know: first the policy revision
+    in force, then each new one, and that the sidecar is about to stop. Ends
+    after at most an hour with OK; a client that still watches asks again, and
+    takes for gone whatever it may have missed in between. Errors in asking are
+    statuses as for Authorize.
+    """
 
 @_typing.type_check_only
 class AuthorizationServiceAsyncStub(AuthorizationServiceStub):
@@ -74,6 +81,13 @@ class AuthorizationServiceAsyncStub(AuthorizationServiceStub):
     ALREADY_EXISTS (idempotency_key_reused), UNAVAILABLE (budget_unavailable,
     audit_unavailable), RESOURCE_EXHAUSTED (rate_limited), DEADLINE_EXCEEDED
     (deadline_exceeded), INTERNAL (internal). Nothing is allowed by any of them.
+    """
+    Watch: _aio.UnaryStreamMultiCallable[_authorization_pb2.WatchRequest, _authorization_pb2.WatchResponse]  # type: ignore[assignment]
+    """Tells what a client that keeps answers must know: first the policy revision
+    in force, then each new one, and that the sidecar is about to stop. Ends
+    after at most an hour with OK; a client that still watches asks again, and
+    takes for gone whatever it may have missed in between. Errors in asking are
+    statuses as for Authorize.
     """
 
 class AuthorizationServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -101,6 +115,19 @@ class AuthorizationServiceServicer(metaclass=_abc_1.ABCMeta):
         ALREADY_EXISTS (idempotency_key_reused), UNAVAILABLE (budget_unavailable,
         audit_unavailable), RESOURCE_EXHAUSTED (rate_limited), DEADLINE_EXCEEDED
         (deadline_exceeded), INTERNAL (internal). Nothing is allowed by any of them.
+        """
+
+    @_abc_1.abstractmethod
+    def Watch(
+        self,
+        request: _authorization_pb2.WatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_authorization_pb2.WatchResponse], _abc.AsyncIterator[_authorization_pb2.WatchResponse]]:
+        """Tells what a client that keeps answers must know: first the policy revision
+        in force, then each new one, and that the sidecar is about to stop. Ends
+        after at most an hour with OK; a client that still watches asks again, and
+        takes for gone whatever it may have missed in between. Errors in asking are
+        statuses as for Authorize.
         """
 
 def add_AuthorizationServiceServicer_to_server(servicer: AuthorizationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

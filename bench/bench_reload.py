@@ -1,0 +1,121 @@
+"""What a reload costs the calls that are under way: latency with and without reloads in
+the same run, and what memory it leaves behind.
+
+Run: python bench/bench_reload.py [reloads] [--same-rules]
+
+Each reload changes the data and, unless --same-rules is given, the rules too, so that
+machine code is made anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from pdp.api.v1 import authorization_pb2
+from pdp.policy.archive import Files, pack, read_archive
+from pdp.testing import Caller, SidecarProcess, TokenIssuer, build_bundle
+
+ROOT = Path(__file__).parents[1]
+STARTER = read_archive((ROOT / "policies/bundle.tar.gz").read_bytes(), place="starter")
+
+
+def other_rules(directory: Path) -> Files:
+    """The starter bundle with a rule more, so that its Wasm is another."""
+    sources = directory / "sources"
+    for name, content in STARTER.items():
+        if name.endswith((".rego", "data.json")) or name == ".manifest":
+            (sources / name).parent.mkdir(parents=True, exist_ok=True)
+            (sources / name).write_bytes(content)
+    manifest = json.loads(STARTER[".manifest"])
+    manifest.pop("wasm")
+    (sources / ".manifest").write_text(json.dumps(manifest))
+    rule = sources / "pdp/authz/authz.rego"
+    rule.write_text(rule.read_text() + "\nunused := sum([1, 2, 3])\n")
+    built = build_bundle(sources, directory / "other.tar.gz", opa=ROOT / ".tools/opa")
+    return {**STARTER, **read_archive(built.read_bytes(), place="other")}
+
+
+def release(path: Path, files: Files, number: int) -> str:
+    manifest = json.loads(files[".manifest"]) | {"revision": f"r{number}"}
+    draft = path.with_suffix(".draft")
+    draft.write_bytes(pack({**files, ".manifest": json.dumps(manifest).encode()}))
+    draft.replace(path)
+    return f"r{number}"
+
+
+def resident_mib(pid: int) -> float:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError("no VmRSS")
+
+
+def main(reloads: int, *, same_rules: bool) -> None:
+    issuer = TokenIssuer()
+    token = issuer.token("tenant_acme", "alice", roles=["support_agent"], scopes=["orders:read"])
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        path = directory / "bundle.tar.gz"
+        versions = [STARTER, STARTER if same_rules else other_rules(directory)]
+        release(path, STARTER, 0)
+        config = {"policy": {"bundles": {"main": {"path": str(path), "poll_seconds": 0.1}}}}
+        sidecar = stack.enter_context(
+            SidecarProcess(directory, issuer=issuer, bundle=path, config=config)
+        )
+        caller = stack.enter_context(Caller(sidecar.target, token=token))
+        assert sidecar.process is not None
+        times: dict[bool, list[float]] = {False: [], True: []}
+        revisions: set[str] = set()
+        reloading = threading.Event()
+        ended = threading.Event()
+
+        def call() -> None:
+            while not ended.is_set():
+                under_reload = reloading.is_set()
+                began = time.perf_counter()
+                answer = caller.authorize("orders.read", {"order_id": "918"})
+                times[under_reload].append((time.perf_counter() - began) * 1e3)
+                assert answer.decision, answer.reason_code
+                revisions.add(answer.policy_revision)
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        watch = caller.authorization.Watch(authorization_pb2.WatchRequest(), timeout=3600)
+        assert next(watch).policy.revision == "r0"
+        memory = []
+        for number in range(1, reloads + 1):
+            reloading.set()
+            expected = release(path, versions[number % 2], number)
+            assert next(watch).policy.revision == expected
+            reloading.clear()
+            time.sleep(0.3)
+            memory.append(resident_mib(sidecar.process.pid))
+            if number % 20 == 0:
+                print(f"  {number} reloads, {memory[-1]:.0f} MiB", file=sys.stderr)
+        ended.set()
+        thread.join()
+        for under_reload, name in ((False, "quiet"), (True, "while a bundle is taken up")):
+            cuts = statistics.quantiles(times[under_reload], n=1000)
+            print(
+                f"{name:27} {len(times[under_reload]):7} calls   p50 {cuts[499]:6.2f} ms"
+                f"   p99 {cuts[989]:6.2f}   p99.9 {cuts[998]:6.2f}   max {max(times[under_reload]):6.2f}"
+            )
+        settled = memory[len(memory) // 4 :]
+        slope = statistics.linear_regression(range(len(settled)), settled).slope
+        print(
+            f"{reloads} reloads, {len(revisions)} revisions seen by calls, none failed;"
+            f" resident {memory[0]:.0f} -> {memory[-1]:.0f} MiB,"
+            f" slope {slope * 1024:.1f} KiB per reload after the first quarter"
+        )
+
+
+if __name__ == "__main__":
+    numbers = [int(argument) for argument in sys.argv[1:] if argument.isdigit()]
+    main(numbers[0] if numbers else 200, same_rules="--same-rules" in sys.argv)

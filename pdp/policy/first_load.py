@@ -1,0 +1,131 @@
+"""What a sidecar starts with: what the sources hold, or what was in force last."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from pdp.policy.archive import Files
+from pdp.policy.bundle_state import BundleState, Wanted, accept, received_from
+from pdp.policy.engine import BundleError
+from pdp.policy.last_good import Kept, LastGood
+from pdp.policy.preparation import Prepared, Rules, prepare
+from pdp.policy.sources.source import Fetched, SourceError
+from pdp.reason import ReasonCode
+
+_log: Final = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstLoad:
+    """A policy that can be put in force."""
+
+    prepared: Prepared
+    states: Mapping[str, BundleState]
+
+    @property
+    def checked_at(self) -> float:
+        """When every source had last been reached: Unix seconds."""
+        return min(state.kept.checked_at for state in self.states.values())
+
+
+async def first_load(
+    wanted: Sequence[Wanted],
+    rules: Rules,
+    last_good: LastGood,
+    *,
+    allow_rollback: bool = False,
+    clock: Callable[[], float] = time.time,
+) -> FirstLoad:
+    """What the sources hold or, where that can not be used, what was in force last.
+
+    Nothing is written. Raises BundleError when there is neither.
+    """
+    found = _Found(
+        kept={one.name: await asyncio.to_thread(last_good.read, one.name) for one in wanted}
+    )
+    await asyncio.gather(*(_fetch(one, found) for one in wanted))
+    try:
+        return await _load(wanted, rules, found, found.held, allow_rollback, clock)
+    except BundleError as error:
+        without = {name: got for name, got in found.held.items() if found.kept[name] is None}
+        if len(without) == len(found.held):
+            raise
+        # All of what is new is left: which of several does not fit is not always plain.
+        left = found.held.keys() - without.keys()
+        found.errors.update(dict.fromkeys(left, error.message))
+        _log.error("the policy is the one that was in force last: %s", error.message)
+        try:
+            return await _load(wanted, rules, found, without, allow_rollback, clock)
+        except BundleError:
+            raise error from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """By the bundle's name: what was in force last, what the source holds, what is wrong."""
+
+    kept: dict[str, Kept | None]
+    held: dict[str, Fetched] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+
+
+async def _fetch(one: Wanted, found: _Found) -> None:
+    try:
+        fetched = await one.source.fetch(None)
+    except (SourceError, BundleError) as error:
+        _log.warning("policy bundle %s: %s", one.name, error.message)
+        found.errors[one.name] = error.message
+        return
+    if fetched is not None:
+        found.held[one.name] = fetched
+
+
+async def _load(
+    wanted: Sequence[Wanted],
+    rules: Rules,
+    found: _Found,
+    fresh: Mapping[str, Fetched],
+    allow_rollback: bool,  # noqa: FBT001 - private
+    clock: Callable[[], float],
+) -> FirstLoad:
+    chains = {one.name: _chain(one.name, found, fresh) for one in wanted}
+    received = [received_from(one, chains[one.name]) for one in wanted]
+    prepared = await asyncio.to_thread(prepare, received, rules)
+    now = clock()
+    states = {}
+    for one in wanted:
+        name, kept, held = one.name, found.kept[one.name], found.held.get(one.name)
+        if kept is None or name in fresh:
+            kept = accept(
+                one, prepared, chains[name], fresh[name].tag, kept, now,
+                allow_rollback=allow_rollback,
+            )  # fmt: skip
+        states[name] = BundleState(
+            name=name,
+            place=one.source.place,
+            kept=kept,
+            revision=prepared.revisions[name],
+            seen_tag=held.tag if held else None,
+            pending=held.files if held and name not in fresh else None,
+            attempted_at=now,
+            activated_at=now,
+            error=found.errors.get(name),
+        )
+    return FirstLoad(prepared=prepared, states=states)
+
+
+def _chain(name: str, found: _Found, fresh: Mapping[str, Fetched]) -> tuple[Files, ...]:
+    kept = found.kept[name]
+    if name in fresh:
+        return (fresh[name].files,)
+    if kept is None:
+        raise BundleError(
+            ReasonCode.POLICY_UNAVAILABLE,
+            found.errors.get(name, f"The policy bundle {name} can not be used."),
+        )
+    return kept.chain

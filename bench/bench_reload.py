@@ -34,7 +34,7 @@ def other_rules(directory: Path) -> Files:
             (sources / name).parent.mkdir(parents=True, exist_ok=True)
             (sources / name).write_bytes(content)
     manifest = json.loads(STARTER[".manifest"])
-    manifest.pop("wasm")
+    manifest.pop("wasm", None)
     (sources / ".manifest").write_text(json.dumps(manifest))
     rule = sources / "pdp/authz/authz.rego"
     rule.write_text(rule.read_text() + "\nunused := sum([1, 2, 3])\n")

@@ -10,6 +10,7 @@ from pdp import __version__
 from pdp.cli.audit import app as audit
 from pdp.cli.config import app as config
 from pdp.cli.demo import demo
+from pdp.cli.explain import explain
 from pdp.cli.policy import app as policy
 from pdp.cli.serve import serve
 from pdp.cli.status import status
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(status)
+app.command()(explain)
 app.command()(demo)
 app.add_typer(config, name="config", help="Check and describe the configuration.")
 app.add_typer(audit, name="audit", help="Read and verify the audit log.")

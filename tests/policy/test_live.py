@@ -94,9 +94,10 @@ def test_a_policy_past_its_age_is_denied_or_served_as_configured(*, deny: bool) 
             Engine("1"), max_age_seconds=60, deny_when_stale=deny, clock=lambda: now[0]
         )
         now[0] += 60
-        assert not policy.stale
+        ages = [policy.stale]
         now[0] += 1
-        assert policy.stale
+        ages.append(policy.stale)
+        assert ages == [False, True]
         assert policy.answers is not deny
         if deny:
             with pytest.raises(PolicyError) as refused:

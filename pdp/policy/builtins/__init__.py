@@ -5,7 +5,7 @@ asks for any other (http.send, io.jwt.*, crypto.*, rand.*, ...) is refused when 
 loaded.
 
 The deadline of an evaluation can not interrupt Python. So every built-in is bounded:
-by the size of its arguments, which the engine bounds, and by limits of its own.
+by the size of its arguments, and by limits of its own where that is not enough.
 """
 
 from __future__ import annotations
@@ -14,16 +14,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from pdp.policy.builtins import times, versions
+from pdp.policy.builtins import printf, texts, times, versions
 from pdp.policy.builtins.faults import BuiltinError, UndefinedError
 from pdp.policy.builtins.values import Value, dump, parse
 
 __all__ = ["NAMES", "BuiltinError", "Evaluation", "call"]
 
 _BUILTINS: Final[Mapping[str, Callable[..., Value]]] = {
+    **printf.BUILTINS,
+    **texts.BUILTINS,
     **times.BUILTINS,
     **versions.BUILTINS,
 }
+MAX_ARGUMENT_BYTES: Final = 1024 * 1024
+"""Of one call, all arguments together."""
 _NOW: Final = "time.now_ns"
 
 NAMES: Final[frozenset[str]] = frozenset({_NOW, *_BUILTINS})
@@ -48,6 +52,8 @@ def call(name: str, arguments: Sequence[bytes], evaluation: Evaluation) -> bytes
     builtin = _BUILTINS.get(name)
     if builtin is None:
         raise BuiltinError(f"{name} is not lent")
+    if sum(map(len, arguments)) > MAX_ARGUMENT_BYTES:
+        raise BuiltinError(f"{name} was given more than it takes")
     try:
         return dump(builtin(*map(parse, arguments)))
     except UndefinedError:

@@ -40,10 +40,10 @@ def int64(value: Value) -> int:
         or zeros.strip("0")
     ):
         raise UndefinedError
-    result = int(digits)
-    if result >= 2**63:
+    result = -int(digits) if text.startswith("-") else int(digits)
+    if not -(2**63) <= result < 2**63:
         raise UndefinedError
-    return -result if text.startswith("-") else result
+    return result
 
 
 def array(value: Value) -> tuple[Value, ...]:

@@ -16,7 +16,7 @@ from pdp.policy.builtins.faults import BuiltinError, too_large
 
 MAX_DIGITS: Final = 4_000
 """Of a number that is counted with, written out in full. Python's own limit is 4,300."""
-MAX_RESULT_BYTES: Final = 4 * 1024 * 1024
+MAX_RESULT_BYTES: Final = 1024 * 1024
 """Largest value that a built-in gives back."""
 
 

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from pdp.policy.builtins import Evaluation, call
+from tests.policy.builtins.asking import ask
 
 NS = 1_700_000_000_123_456_789
 """2023-11-14T22:13:20.123456789Z"""
-
-
-def ask(name: str, *arguments: object) -> object:
-    texts = [json.dumps(argument).encode() for argument in arguments]
-    answer = call(name, texts, Evaluation(now_ns=NS))
-    return None if answer is None else json.loads(answer)
 
 
 @pytest.mark.parametrize(

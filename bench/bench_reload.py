@@ -42,12 +42,15 @@ def other_rules(directory: Path) -> Files:
     return {**STARTER, **read_archive(built.read_bytes(), place="other")}
 
 
-def release(path: Path, files: Files, number: int) -> str:
+def packed(files: Files, number: int) -> bytes:
     manifest = json.loads(files[".manifest"]) | {"revision": f"r{number}"}
+    return pack({**files, ".manifest": json.dumps(manifest).encode()})
+
+
+def release(path: Path, content: bytes) -> None:
     draft = path.with_suffix(".draft")
-    draft.write_bytes(pack({**files, ".manifest": json.dumps(manifest).encode()}))
+    draft.write_bytes(content)
     draft.replace(path)
-    return f"r{number}"
 
 
 def resident_mib(pid: int) -> float:
@@ -64,7 +67,9 @@ def main(reloads: int, *, same_rules: bool) -> None:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         path = directory / "bundle.tar.gz"
         versions = [STARTER, STARTER if same_rules else other_rules(directory)]
-        release(path, STARTER, 0)
+        # Made beforehand: the calls are made by this process too.
+        releases = [packed(versions[number % 2], number) for number in range(reloads + 1)]
+        release(path, releases[0])
         config = {"policy": {"bundles": {"main": {"path": str(path), "poll_seconds": 0.1}}}}
         sidecar = stack.enter_context(
             SidecarProcess(directory, issuer=issuer, bundle=path, config=config)
@@ -92,8 +97,8 @@ def main(reloads: int, *, same_rules: bool) -> None:
         memory = []
         for number in range(1, reloads + 1):
             reloading.set()
-            expected = release(path, versions[number % 2], number)
-            assert next(watch).policy.revision == expected
+            release(path, releases[number])
+            assert next(watch).policy.revision == f"r{number}"
             reloading.clear()
             time.sleep(0.3)
             memory.append(resident_mib(sidecar.process.pid))

@@ -28,7 +28,7 @@ from pdp.reason import ReasonCode
 
 TIMEOUT_SECONDS: Final = 300
 """Longest time that a bundle may take to be prepared, its tests included."""
-_NICENESS: Final = 10
+_NICENESS: Final = 19
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

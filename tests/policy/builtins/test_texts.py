@@ -15,12 +15,12 @@ from tests.policy.builtins.asking import ask
         ("%5.2f|%-6s|%06d|%+d", [3.14159, "ab", -42, 7], " 3.14|ab    |-00042|+7"),
         ("%x %X %#o %b %q %c %U", [255, "hi", 8, 5, "a\n", 65, 233], 'ff 6869 010 101 "a\\n" A U+00E9'),
         ("%v %v %v", [[1, "a"], {"b": None, "a": True}, 1e6], '[1, "a"] {"a": true, "b": null} 1e+06'),
-        ("%[2]d %[1]d %*d", [1, 2], "2 1  2"),
+        ("%[2]d %[1]d %[1]*d", [3, 2], "2 3   2"),
         ("%d", ["a"], "%!d(string=a)"),
         ("%d %d", [1], "1 %!d(MISSING)"),
         ("%d", [1, 2], "1%!(EXTRA int64=2)"),
         ("%d", [2**70], "1180591620717411303424"),
-        ("%z %!", [1], "%!z(int64=1) %!!(NOVERB)"),
+        ("%z %!", [1], "%!z(int64=1) %!!(MISSING)"),
     ),
 )  # fmt: skip
 def test_sprintf_writes_as_go_writes(layout: str, values: list[object], text: str) -> None:
@@ -28,7 +28,7 @@ def test_sprintf_writes_as_go_writes(layout: str, values: list[object], text: st
 
 
 @pytest.mark.parametrize(
-    "layout", ("%9000000d", "%.9000000f", "%d" * 20_000, "%[1]1000000d" * 3, "%x", "%#v")
+    "layout", ("%9000000d", "%.9000000f", "%d" * 20_000, "%1000000[1]d" * 3, "%x", "%#g")
 )
 def test_sprintf_refuses_what_the_host_would_pay_for_or_does_not_write(layout: str) -> None:
     with pytest.raises(BuiltinError):
@@ -49,7 +49,7 @@ def test_a_search_that_would_take_long_ends_the_evaluation() -> None:
 
 
 def test_many_prefixes_are_not_compared_with_each_of_many_texts() -> None:
-    texts = [f"b{index:05}" for index in range(50_000)]
+    texts = [f"b{index:05}" for index in range(40_000)]
     assert ask("strings.any_prefix_match", texts, [f"a{text}" for text in texts]) is False
     assert ask("strings.any_prefix_match", texts, ["b0", "b00", "b0001", "c"]) is True
     assert ask("strings.any_suffix_match", ["x/é"], ["é", "ö"]) is True

@@ -1,0 +1,1 @@
+"""What policy authors do with a bundle: begin, check, test, build, sign and verify one."""

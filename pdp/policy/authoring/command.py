@@ -1,0 +1,61 @@
+"""Run the commands of others that check policies: opa and regal."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from pdp.policy.engine import BundleError
+from pdp.reason import ReasonCode
+
+TIMEOUT_SECONDS: Final = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """How a command ended."""
+
+    code: int
+    output: str
+    errors: str
+
+
+def run(
+    command: Path,
+    arguments: Sequence[str],
+    *,
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+) -> Done:
+    """Run a command in a folder, with nothing of this process's environment: a variable
+    OPA_... would change what it does, and a test could read the others.
+
+    Raises BundleError when it can not be run, or takes too long.
+    """
+    try:
+        done = subprocess.run(  # noqa: S603 - the author's own command
+            [command, *arguments],
+            cwd=folder,
+            env=environment or {},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=timeout_seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise _failed(f"did not end within {timeout_seconds:g} seconds", command) from None
+    except OSError as error:
+        raise _failed(f"can not be run: {error.strerror}", command) from None
+    return Done(
+        code=done.returncode,
+        output=done.stdout.decode(errors="replace"),
+        errors=done.stderr.decode(errors="replace"),
+    )
+
+
+def _failed(what: str, command: Path) -> BundleError:
+    return BundleError(ReasonCode.POLICY_UNAVAILABLE, f"The command {command} {what}.")

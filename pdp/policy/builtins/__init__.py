@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from pdp.policy.builtins import printf, texts, times, versions
+from pdp.policy.builtins import printf, regexes, texts, times, versions
 from pdp.policy.builtins.faults import BuiltinError, UndefinedError
 from pdp.policy.builtins.values import Value, dump, parse
 
@@ -22,6 +22,7 @@ __all__ = ["NAMES", "BuiltinError", "Evaluation", "call"]
 
 _BUILTINS: Final[Mapping[str, Callable[..., Value]]] = {
     **printf.BUILTINS,
+    **regexes.BUILTINS,
     **texts.BUILTINS,
     **times.BUILTINS,
     **versions.BUILTINS,

@@ -18,7 +18,7 @@ from typing import Final
 import yaml
 
 from pdp.canonical import JsonObject, JsonValue
-from pdp.policy.builtins.values import Number, Object, Value, dump, in_order, parse
+from pdp.policy.builtins.values import Object, Value, dump, in_order, parse, text_of
 
 OPA_VERSION: Final = "1.22.2"
 _ROOT: Final = Path(__file__).resolve().parent.parent.parent
@@ -148,22 +148,44 @@ def _value(value: JsonValue) -> Value:
 def _answer(row: Value, *, in_any_order: bool) -> Value:
     assert isinstance(row, Object)
     return Object(
-        (name, tuple(in_order(value)) if in_any_order and isinstance(value, tuple) else value)
+        (name, _bound(value, in_any_order=in_any_order))
         for name, value in row.items()
         if not (isinstance(name, str) and name.startswith(_GENERATED))
     )
 
 
+def _bound(value: Value, *, in_any_order: bool) -> Value:
+    listed = _without_sets(value)
+    return tuple(in_order(listed)) if in_any_order and isinstance(listed, tuple) else listed
+
+
+def _without_sets(value: Value) -> Value:
+    """A value as OPA writes it in JSON: sets as arrays in order, keys as strings."""
+    match value:
+        case tuple():
+            return tuple(map(_without_sets, value))
+        case frozenset():
+            return tuple(map(_without_sets, in_order(value)))
+        case Object():
+            return Object(
+                (key if isinstance(key, str) else text_of(_without_sets(key)), _without_sets(item))
+                for key, item in value.items()
+            )
+        case _:
+            return value
+
+
 class _Loader(yaml.CSafeLoader):
-    """Reads scalars as Go's YAML parser does."""
+    """Reads plain scalars as OPA's YAML parser does, which knows no ``on`` and no dates."""
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
-    for first, resolvers in yaml.CSafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+_Loader.yaml_implicit_resolvers = {}
+for _kind, _pattern in {
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "null": r"~|null|Null|NULL|",
+    "int": r"[-+]?(?:0|[1-9][0-9]*)",
+    "float": r"[-+]?(?:[0-9]+|[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?",
+}.items():
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_kind}", re.compile(rf"(?:{_pattern})$"), [None]
+    )

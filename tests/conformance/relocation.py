@@ -25,9 +25,7 @@ def moved(rego: str, place: str) -> str:
     return "".join(parts)
 
 
-def _move_code(
-    rego: str, at: int, place: str, parts: list[str], *, within_template: bool
-) -> int:
+def _move_code(rego: str, at: int, place: str, parts: list[str], *, within_template: bool) -> int:
     """Move up to the end, or to the brace that closes an expression in a template string."""
     before = last = ""
     depth = 0

@@ -14,7 +14,7 @@ from tests.conformance.relocation import moved
         ("x := data[y].data", "x := data.p[y].data"),
         ("x if y with data.z as data", "x if y with data.p.z as data.p"),
         ('x := "data.y" # data', 'x := "data.y" # data'),
-        ("x := `data \" data`", "x := `data \" data`"),
+        ('x := `data " data`', 'x := `data " data`'),
         ("import data.package.foo", "import data.p.package.foo"),
         ('x := $"data {data.y[{"data": data}]} \\{data}"', 'x := $"data {data.p.y[{"data": data.p}]} \\{data}"'),
         ("x := $`{data.y}` + data.z", "x := $`{data.p.y}` + data.p.z"),

@@ -7,36 +7,50 @@ ConfigMap, which inotify does not.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from pdp.policy.archive import MAX_ARCHIVE_BYTES, MAX_ENTRIES, Files, read_archive, read_directory
+from pdp.policy.engine import BundleError
 from pdp.policy.sources.source import Fetched, SourceError
 from pdp.reason import ReasonCode
 
 MAX_TRIES: Final = 5
-"""How often a directory is read that changes while it is read, before it is left for the
+"""How often a bundle is read that changes while it is read, before it is left for the
 next look.
 """
 SETTLE_SECONDS: Final = 0.1
-"""How long nothing may have changed. File systems count time in steps of some
-milliseconds, within which a second change can not be seen.
+"""How long after the look a directory is read: what changes from then on shows in the times
+of its files, which go in steps of milliseconds.
 """
-_Glance = tuple[tuple[str, int, int, int], ...]
-"""Of every file its path, size, time of change and inode."""
+_Glance = tuple[tuple[str | int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What was found when it was read last."""
+
+    glance: _Glance
+    tag: str | None
+    fault: str | None
+    """Why it is no bundle."""
 
 
 class PathSource:
     """A .tar.gz or a directory."""
 
-    def __init__(self, path: Path, *, poll_seconds: float) -> None:
+    def __init__(
+        self, path: Path, *, poll_seconds: float, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
         self._path = path
         self._poll_seconds = poll_seconds
-        self._seen: tuple[_Glance, str] | None = None
+        self._sleep = sleep
+        self._seen: _Seen | None = None
 
     @property
     def place(self) -> str:
@@ -44,7 +58,7 @@ class PathSource:
         return str(self._path)
 
     async def fetch(self, tag: str | None) -> Fetched | None:
-        """What lies there now. Raises SourceError, BundleError."""
+        """What lies there now: all of one write, never half. Raises SourceError, BundleError."""
         return await asyncio.to_thread(self._fetch, tag)
 
     async def wait(self) -> None:
@@ -57,62 +71,88 @@ class PathSource:
     def _fetch(self, tag: str | None) -> Fetched | None:
         try:
             glance = _glance(self._path)
-            if self._seen is not None and tag is not None and self._seen == (glance, tag):
-                return None
+            seen = self._seen
+            if seen is not None and seen.glance == glance:
+                if seen.fault is not None:
+                    raise BundleError(ReasonCode.POLICY_UNAVAILABLE, seen.fault)
+                if seen.tag == tag:
+                    return None
             for _ in range(MAX_TRIES):
-                files = self._read()
+                found = self._read()
                 before, glance = glance, _glance(self._path)
-                if glance == before and _is_settled(glance):
+                if before == glance:
                     break
-                time.sleep(SETTLE_SECONDS)
             else:
-                raise self._error("changes all the time; write it beside, then rename it")
+                raise self._error("changes all the time; write it elsewhere, then rename it")
         except OSError as error:
             raise self._error(f"can not be read: {error.strerror}") from None
-        found = _digest(files)
-        self._seen = (glance, found)
-        return None if found == tag else Fetched(files=files, tag=found)
+        if isinstance(found, BundleError):
+            self._seen = _Seen(glance, None, found.message)
+            raise found
+        digest = _digest(found)
+        self._seen = _Seen(glance, digest, None)
+        return None if digest == tag else Fetched(files=found, tag=digest)
 
-    def _read(self) -> Files:
-        """Raises OSError, SourceError, BundleError."""
-        if self._path.is_dir():
-            return read_directory(self._path)
+    def _read(self) -> Files | BundleError:
+        """What lies there, or why it is no bundle; another look tells whether it changed
+        meanwhile. Raises OSError, SourceError.
+        """
+        is_directory = self._path.is_dir()
+        if not is_directory:
+            # Its checksum says when it is whole.
+            with contextlib.suppress(BundleError):
+                return read_archive(self._content(), place=self.place)
+        self._sleep(SETTLE_SECONDS)
+        try:
+            if is_directory:
+                return read_directory(self._path)
+            return read_archive(self._content(), place=self.place)
+        except BundleError as error:
+            return error
+
+    def _content(self) -> bytes:
+        if self._path.exists() and not self._path.is_file():
+            raise self._error("is neither a file nor a directory")
         with self._path.open("rb") as file:
-            content = file.read(MAX_ARCHIVE_BYTES + 1)
-        return read_archive(content, place=self.place)
+            return file.read(MAX_ARCHIVE_BYTES + 1)
 
     def _error(self, what: str) -> SourceError:
         return SourceError(ReasonCode.POLICY_UNAVAILABLE, f"The policy bundle {self._path} {what}.")
 
 
 def _glance(path: Path) -> _Glance:
-    """Raises OSError."""
-    found = []
-    for count, file in enumerate(_entries(path)):
-        if count > 2 * MAX_ENTRIES:
-            break  # read_directory says what is wrong
-        stat = file.stat()
-        found.append((str(file), stat.st_size, stat.st_mtime_ns, stat.st_ino))
+    """Differs when anything that is read there does, and costs no reading. Raises OSError."""
+    found = [_looks(path)]
+    folders, known = [path], set()
+    while folders and len(found) <= 2 * MAX_ENTRIES:  # past that it is refused anyway
+        folder = folders.pop()
+        try:
+            here = folder.stat()
+            if (here.st_dev, here.st_ino) in known:
+                continue  # a link led back
+            known.add((here.st_dev, here.st_ino))
+            entries = sorted(folder.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # a file, or gone, which is in what was found
+        for entry in entries:
+            found.append(_looks(entry))
+            # Hidden folders are not read, but the link "..data" of a ConfigMap is looked at.
+            if entry.is_dir() and not entry.name.startswith("."):
+                folders.append(entry)
     return tuple(found)
 
 
-def _is_settled(glance: _Glance) -> bool:
-    now = time.time_ns()
-    return all(abs(now - changed) > SETTLE_SECONDS * 1e9 for _, _, changed, _ in glance)
-
-
-def _entries(path: Path) -> Iterator[Path]:
-    if not path.is_dir():
-        yield path
-        return
-    # Where "..data" leads is part of what is seen: a ConfigMap changes by that link alone.
-    yield path.resolve()
-    for folder, below, names in os.walk(path):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        for name in sorted(names):
-            file = Path(folder) / name
-            if file.exists():
-                yield file
+def _looks(path: Path) -> tuple[str | int, ...]:
+    """Where a link leads, and of what is there identity, size, and when content, mode or
+    owner changed.
+    """
+    try:
+        target = str(path.readlink()) if path.is_symlink() else ""
+        stat = path.stat()
+    except FileNotFoundError:
+        return (str(path),)
+    times = stat.st_mtime_ns, stat.st_ctime_ns
+    return (str(path), target, stat.st_dev, stat.st_ino, stat.st_size, *times)
 
 
 def _digest(files: Files) -> str:

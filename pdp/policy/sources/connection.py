@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import email.utils
 import random
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 from urllib.parse import urlsplit, urlunsplit
 
 import aiohttp
 from multidict import CIMultiDictProxy
+from yarl import URL
 
+from pdp.errors import PdpError
 from pdp.policy.sources.source import SourceError
 from pdp.reason import ReasonCode
 
 MAX_HEADER_BYTES: Final = 16 * 1024
 MAX_SECRET_BYTES: Final = 64 * 1024
 CONNECT_SECONDS: Final = 10.0
-_OK: Final = 200
 FIRST_RETRY_SECONDS: Final = 1.0
-MAX_RETRY_AFTER_SECONDS: Final = 3_600.0
-"""Longest wait that a server can ask for."""
+MAX_RETRY_AFTER_SECONDS: Final = 600.0
+"""Longest wait that a server can ask for: a policy grows stale meanwhile."""
+OK: Final = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +39,23 @@ class Reply:
     """Empty unless the status is 200: what else a server says is not read."""
 
 
+class StatusError(SourceError):
+    """A server answered, and not with a bundle."""
+
+    def __init__(self, place: str, reply: Reply) -> None:
+        meaning = _MEANINGS.get(reply.status, f"was answered with status {reply.status}")
+        super().__init__(ReasonCode.POLICY_UNAVAILABLE, f"The policy bundle {place} {meaning}.")
+        self.status = reply.status
+        self.retry_after_seconds = _retry_after(reply.headers)
+        """How long it asks to be left alone."""
+
+
 class Connection:
-    """Connections to one origin; made when first used, on the loop that uses them."""
+    """Connections to one origin; made when first used, on the loop that uses them.
+
+    Certificates and keys are read anew when their files change, so that they can be
+    rotated. No proxy, cookie or credential of the environment is used.
+    """
 
     def __init__(
         self,
@@ -50,38 +68,36 @@ class Connection:
         self._ca_file = ca_file
         self._client_certificate = client_certificate
         self._session: aiohttp.ClientSession | None = None
+        self._certificates: tuple[tuple[int, ...], ...] = ()
 
-    async def get(
+    async def request(
         self,
         url: str,
         *,
         headers: Mapping[str, str],
         max_bytes: int,
         timeout_seconds: float,
+        method: Literal["GET", "HEAD"] = "GET",
     ) -> Reply:
-        """The answer to one GET; redirects are answers. Raises SourceError."""
+        """What one request is answered with; a redirect is an answer. Raises SourceError."""
         try:
-            session = await self._open()
-            async with (
-                asyncio.timeout(timeout_seconds),
-                session.get(
-                    url,
+            async with asyncio.timeout(timeout_seconds):
+                session = await self._open()
+                async with session.request(
+                    method,
+                    # As it stands: a signed query may not be written in another way.
+                    URL(url, encoded=url.isascii()),
                     headers={**headers, "Accept-Encoding": "identity"},
                     allow_redirects=False,
-                ) as response,
-            ):
-                if response.headers.get("Content-Encoding", "identity") != "identity":
-                    raise self.error("is sent in an encoding that was not asked for")
-                return Reply(
-                    status=response.status,
-                    headers=response.headers,
-                    body=await self._body(response, max_bytes) if response.status == _OK else b"",
-                )
+                ) as response:
+                    wanted = response.status == OK and method == "GET"
+                    body = await self._body(response, max_bytes) if wanted else b""
+                    return Reply(status=response.status, headers=response.headers, body=body)
         except TimeoutError:
             raise self.error(f"did not come within {timeout_seconds:g} seconds") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             # The error's text may hold the URL's query; its kind says enough.
-            raise self.error(f"can not be reached ({_kind(error)})") from None
+            raise self.error(f"can not be fetched: {_kind(error)}") from None
 
     def error(self, what: str) -> SourceError:
         """The error for this place; ``what`` follows its name."""
@@ -89,14 +105,23 @@ class Connection:
             ReasonCode.POLICY_UNAVAILABLE, f"The policy bundle {self._place} {what}."
         )
 
-    def secret(self, path: Path) -> str:
+    def status_error(self, reply: Reply) -> StatusError:
+        """What a status means for whoever runs the sidecar."""
+        return StatusError(self._place, reply)
+
+    async def secret(self, path: Path) -> str:
         """A token or password, as its file has it now. Raises SourceError."""
+
+        def read() -> bytes:
+            with path.open("rb") as file:
+                return file.read(MAX_SECRET_BYTES + 1)
+
         try:
-            with path.open(encoding="utf-8") as file:
-                text = file.read(MAX_SECRET_BYTES).strip()
-        except (OSError, UnicodeError):
+            content = await asyncio.to_thread(read)
+        except OSError:
             raise self.error(f"can not be asked for: {path} can not be read") from None
-        if not text or not text.isprintable():
+        text = content.decode("utf-8", errors="replace").strip()
+        if not text.isprintable() or not text or len(content) > MAX_SECRET_BYTES:
             raise self.error(f"can not be asked for: {path} holds no single line of text")
         return text
 
@@ -107,69 +132,93 @@ class Connection:
             self._session = None
 
     async def _open(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            context = await asyncio.to_thread(self._tls)
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(ssl=context, limit=4),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
-                auto_decompress=False,
-                trust_env=False,
-                max_field_size=MAX_HEADER_BYTES,
-            )
+        certificates = await asyncio.to_thread(self._certificates_now)
+        if self._session is not None and certificates == self._certificates:
+            return self._session
+        await self.close()
+        context = await asyncio.to_thread(self._tls)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(ssl=context),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
+            auto_decompress=False,
+            trust_env=False,
+            max_field_size=MAX_HEADER_BYTES,
+        )
+        self._certificates = certificates
         return self._session
+
+    def _certificates_now(self) -> tuple[tuple[int, ...], ...]:
+        """Changes when a file of certificates or keys does."""
+        files = [self._ca_file] if self._ca_file is not None else []
+        files += self._client_certificate or ()
+        try:
+            found = [file.stat() for file in files]
+        except OSError:
+            raise self._unusable() from None
+        return tuple((one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns) for one in found)
 
     def _tls(self) -> ssl.SSLContext:
         try:
             context = ssl.create_default_context(cafile=self._ca_file)
             if self._client_certificate is not None:
-                context.load_cert_chain(*self._client_certificate)
-        except (OSError, ssl.SSLError):
-            raise self.error("can not be asked for: a certificate or key can not be used") from None
+                # With no password given, OpenSSL would ask for it on the terminal.
+                context.load_cert_chain(*self._client_certificate, password="")
+        except (OSError, ValueError):
+            raise self._unusable() from None
         return context
 
+    def _unusable(self) -> SourceError:
+        return self.error("can not be asked for: a certificate or key can not be used")
+
     async def _body(self, response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
-        too_large = self.error(f"is larger than {max_bytes} bytes")
+        """Raises SourceError, and what aiohttp does."""
+        if set(response.headers.getall("Content-Encoding", ())) - {"identity"}:
+            raise self.error("is sent with a Content-Encoding: let the server send it as it is")
         if (response.content_length or 0) > max_bytes:
-            raise too_large
-        body = bytearray()
-        async for chunk in response.content.iter_chunked(64 * 1024):
-            body += chunk
-            if len(body) > max_bytes:
-                raise too_large
-        return bytes(body)
+            raise self.error(f"is larger than {max_bytes} bytes")
+        chunks = []
+        left = max_bytes
+        async for chunk in response.content.iter_any():
+            left -= len(chunk)
+            if left < 0:
+                raise self.error(f"is larger than {max_bytes} bytes")
+            chunks.append(chunk)
+        return b"".join(chunks)
 
 
 class Pace:
-    """When to ask again: regularly, moved a little, and more rarely after failures."""
+    """When to ask again: regularly, moved a little so that sidecars spread, and after a
+    failure soon, then less and less often.
+    """
 
-    def __init__(self, poll_seconds: float) -> None:
+    def __init__(self, poll_seconds: float, *, draw: Callable[[], float] = random.random) -> None:
         self._poll_seconds = poll_seconds
+        self._draw = draw
         self._failures = 0
-        self._asked_for: float | None = None
+        self._asked_for = 0.0
 
     def went_well(self) -> None:
-        """The server answered."""
-        self._failures, self._asked_for = 0, None
+        """A bundle came, or there is nothing new."""
+        self._failures, self._asked_for = 0, 0.0
 
-    def failed(self, retry_after: str | None = None) -> None:
-        """It did not; it may have said how long to leave it alone (whole seconds)."""
+    def failed(self, error: PdpError) -> None:
+        """Neither; the server may have said how long to leave it alone."""
+        asked_for = error.retry_after_seconds if isinstance(error, StatusError) else None
         self._failures += 1
-        known = retry_after is not None and retry_after.isascii() and retry_after.isdecimal()
-        self._asked_for = (
-            min(float(retry_after), MAX_RETRY_AFTER_SECONDS) if known and retry_after else None
-        )
+        self._asked_for = min(asked_for or 0.0, MAX_RETRY_AFTER_SECONDS)
 
-    def seconds(self, *, at_once: bool = False) -> float:
-        """How long to wait now; ``at_once`` when the last answer was waited for."""
-        if self._asked_for is not None:
-            return self._asked_for
+    def seconds(self, *, regular: float | None = None) -> float:
+        """How long to wait now; ``regular`` goes before poll_seconds where all is well."""
         if self._failures:
+            # Two to the sixteenth seconds is past any poll_seconds; more would overflow.
             longest = FIRST_RETRY_SECONDS * 2.0 ** min(self._failures - 1, 16)
-            return random.uniform(0.5, 1.0) * min(longest, self._poll_seconds)  # noqa: S311 - jitter
-        if at_once:
-            return 0.0
-        return random.uniform(0.9, 1.1) * self._poll_seconds  # noqa: S311 - jitter
+            back_off = self._between(0.5, 1.0) * min(longest, self._poll_seconds)
+            return max(back_off, self._between(1.0, 1.1) * self._asked_for)
+        return self._between(0.9, 1.1) * self._poll_seconds if regular is None else regular
+
+    def _between(self, least: float, most: float) -> float:
+        return least + (most - least) * self._draw()
 
 
 def shown(url: str) -> str:
@@ -179,27 +228,45 @@ def shown(url: str) -> str:
     return urlunsplit((parts.scheme, host, parts.path, "", ""))
 
 
-def status_error(connection: Connection, status: int) -> SourceError:
-    """What a status means for whoever runs the sidecar."""
-    return connection.error(_MEANINGS.get(status, f"was answered with status {status}"))
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """RFC 9110 10.2.3: seconds, or a date, which is taken by the server's own clock."""
+    value = headers.get("Retry-After", "")
+    if value.isascii() and value.isdecimal():
+        return float(value)
+    try:
+        until, now = (
+            email.utils.parsedate_to_datetime(text) for text in (value, headers.get("Date", ""))
+        )
+        return (until - now).total_seconds()
+    except (ValueError, TypeError, OverflowError):
+        return None
 
 
+_ELSEWHERE: Final = "is elsewhere: name the address that it is at"
 _MEANINGS: Final = {
-    301: "is elsewhere (301): name the address that it is at",
-    302: "is elsewhere (302): name the address that it is at",
-    307: "is elsewhere (307): name the address that it is at",
-    308: "is elsewhere (308): name the address that it is at",
-    401: "was refused (401): check the credentials",
-    403: "was refused (403): check what the credentials may read",
-    404: "is not there (404): check the address",
-    429: "was asked for too often (429)",
-    503: "is not to be had now (503)",
+    **{status: f"{_ELSEWHERE} (status {status})" for status in (301, 302, 303, 307, 308)},
+    401: "was refused: check the credentials (status 401)",
+    403: "was refused: check what the credentials may read (status 403)",
+    404: "is not there: check the address (status 404)",
+    429: "was asked for too often: raise poll_seconds (status 429)",
+    503: "can not be had now: check the server (status 503)",
 }
 
 
 def _kind(error: Exception) -> str:
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return "its certificate is not one that is trusted here"
-    if isinstance(error, aiohttp.ClientSSLError):
-        return "TLS was refused"
+    for kind, meaning in _KINDS.items():
+        if isinstance(error, kind):
+            return meaning
     return type(error).__name__
+
+
+_KINDS: Final[Mapping[type[Exception], str]] = {
+    aiohttp.ClientConnectorCertificateError: "the server's certificate is not one to be trusted",
+    aiohttp.ClientSSLError: "the server refuses TLS",
+    ssl.SSLError: "the server refuses TLS",
+    aiohttp.ClientConnectorDNSError: "the server's name is not known",
+    aiohttp.ClientConnectorError: "the server can not be reached",
+    aiohttp.ClientPayloadError: "the answer broke off",
+    aiohttp.ClientConnectionError: "the server hung up",
+    aiohttp.ClientResponseError: "the answer is not HTTP",
+}

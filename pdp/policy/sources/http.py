@@ -1,6 +1,6 @@
 """A bundle from a web server, or from one that speaks OPA's bundle protocol.
 
-https://www.openpolicyagent.org/docs/management-bundles: ETag, ``Prefer`` for delta
+https://www.openpolicyagent.org/docs/management-bundles: ETag, and ``Prefer`` for delta
 bundles and for how long the server may hold the request.
 """
 
@@ -8,34 +8,46 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
+import time
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Final
 
 from pdp.config import HttpSource
+from pdp.errors import PdpError
 from pdp.policy.archive import MAX_ARCHIVE_BYTES, read_archive
-from pdp.policy.sources.connection import Connection, Pace, Reply, shown, status_error
-from pdp.policy.sources.source import Fetched, SourceError
+from pdp.policy.sources.connection import Connection, Pace, Reply, shown
+from pdp.policy.sources.source import Fetched
 
 MEDIA_TYPE: Final = "application/vnd.openpolicyagent.bundles"
-"""Says that the server holds requests open."""
-MAX_TAG_LENGTH: Final = 1_024
-_GRACE_SECONDS: Final = 10.0
-"""Beyond what the server may hold a request open."""
+"""By this type of a bundle a server says that it holds requests until there is a change."""
+MAX_ETAG_LENGTH: Final = 1_024
+LEAST_SECONDS: Final = 1.0
+"""Between two requests, whatever the server says: one that promises to hold them and does
+not is not asked all the time.
+"""
+_CONTENT_TAG: Final = re.compile(r"sha256:[0-9a-f]{64}")
+"""The tag of what came without an ETag, which is quoted."""
 
 
 class HttpBundleSource:
-    """One URL."""
+    """One URL. Redirects are not followed: the token goes where the settings say."""
 
-    def __init__(self, settings: HttpSource) -> None:
+    def __init__(
+        self, settings: HttpSource, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         certificate, key = settings.client_certificate_file, settings.client_key_file
         self._settings = settings
+        self._clock = clock
         self._connection = Connection(
             self.place,
             ca_file=settings.ca_file,
             client_certificate=(certificate, key) if certificate and key else None,
         )
         self._pace = Pace(settings.poll_seconds)
-        self._holds = False
+        self._asked_at = -LEAST_SECONDS
+        self._holds = self._held = settings.long_poll_seconds is not None
 
     @property
     def place(self) -> str:
@@ -43,36 +55,24 @@ class HttpBundleSource:
         return shown(self._settings.url)
 
     async def fetch(self, tag: str | None) -> Fetched | None:
-        """What the server holds now, or will hold within long_poll_seconds.
+        """What the server holds now or, with a tag, within long_poll_seconds.
 
         Raises SourceError, BundleError.
         """
+        self._asked_at = self._clock()
         try:
             reply = await self._ask(tag)
-        except SourceError:
-            self._pace.failed()
+            found = await self._read(reply, tag)
+        except PdpError as error:
+            self._pace.failed(error)
             raise
-        if reply.status not in {HTTPStatus.OK, HTTPStatus.NOT_MODIFIED} or (
-            reply.status == HTTPStatus.NOT_MODIFIED and tag is None
-        ):
-            self._pace.failed(reply.headers.get("Retry-After"))
-            raise status_error(self._connection, reply.status)
         self._pace.went_well()
-        self._holds = reply.headers.get("Content-Type") == MEDIA_TYPE
-        if reply.status == HTTPStatus.NOT_MODIFIED:
-            return None
-        found = reply.headers.get("ETag") or f"sha256:{hashlib.sha256(reply.body).hexdigest()}"
-        if len(found) > MAX_TAG_LENGTH or not found.isprintable():
-            raise self._connection.error("has an ETag that is too long or not printable")
-        if found == tag:
-            return None
-        files = await asyncio.to_thread(read_archive, reply.body, place=self.place)
-        return Fetched(files=files, tag=found)
+        return found
 
     async def wait(self) -> None:
         """Return when it is time to ask again."""
-        held = self._holds and self._settings.long_poll_seconds is not None
-        await asyncio.sleep(self._pace.seconds(at_once=held))
+        rest = max(0.0, LEAST_SECONDS - (self._clock() - self._asked_at))
+        await asyncio.sleep(self._pace.seconds(regular=rest if self._held else None))
 
     async def close(self) -> None:
         """Close the connection."""
@@ -82,19 +82,44 @@ class HttpBundleSource:
         settings = self._settings
         headers = {"Prefer": "modes=snapshot"}
         timeout_seconds = settings.timeout_seconds
-        if tag is not None:
+        if tag is not None and not _CONTENT_TAG.fullmatch(tag):
+            headers["If-None-Match"] = tag
             headers["Prefer"] = "modes=snapshot,delta"
-            if not tag.startswith("sha256:"):
-                headers["If-None-Match"] = tag
             if settings.long_poll_seconds is not None:
                 headers["Prefer"] += f";wait={settings.long_poll_seconds}"
-                timeout_seconds = settings.long_poll_seconds + _GRACE_SECONDS
+                timeout_seconds += settings.long_poll_seconds
         if settings.bearer_token_file is not None:
-            token = await asyncio.to_thread(self._connection.secret, settings.bearer_token_file)
+            token = await self._connection.secret(settings.bearer_token_file)
             headers["Authorization"] = f"Bearer {token}"
-        return await self._connection.get(
+        return await self._connection.request(
             settings.url,
             headers=headers,
             max_bytes=MAX_ARCHIVE_BYTES,
             timeout_seconds=timeout_seconds,
         )
+
+    async def _read(self, reply: Reply, tag: str | None) -> Fetched | None:
+        if reply.status == HTTPStatus.NOT_MODIFIED and tag is not None:
+            self._held = self._holds and self._clock() - self._asked_at >= LEAST_SECONDS
+            return None
+        if reply.status != HTTPStatus.OK:
+            raise self._connection.status_error(reply)
+        etag = reply.headers.get("ETag") or None
+        if etag is not None and not (etag.isascii() and etag.isprintable()):
+            raise self._connection.error("has an ETag that is not printable")
+        if etag is not None and len(etag) > MAX_ETAG_LENGTH:
+            raise self._connection.error(f"has an ETag of more than {MAX_ETAG_LENGTH} characters")
+        self._holds = self._held = (
+            self._settings.long_poll_seconds is not None
+            and etag is not None
+            and reply.headers.get("Content-Type") == MEDIA_TYPE
+        )
+        found = etag if etag is not None else await asyncio.to_thread(_content_tag, reply.body)
+        if found == tag:
+            return None
+        files = await asyncio.to_thread(read_archive, reply.body, place=self.place)
+        return Fetched(files=files, tag=found)
+
+
+def _content_tag(body: bytes) -> str:
+    return f"sha256:{hashlib.sha256(body).hexdigest()}"

@@ -8,7 +8,10 @@ import datetime as dt
 import hashlib
 import ipaddress
 import json
+import socket
+import socketserver
 import ssl
+import struct
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
@@ -18,8 +21,14 @@ from aiohttp import web
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+)
 from cryptography.x509.oid import NameOID
+from multidict import CIMultiDict
 
 from pdp.policy.archive import pack
 from pdp.policy.sources.source import BundleSource, Fetched
@@ -61,11 +70,12 @@ def web_server(handler: Handler, *, tls: ssl.SSLContext | None = None) -> Iterat
 
 
 @contextlib.contextmanager
-def raw_server(*pieces: bytes, hold: bool = False) -> Iterator[str]:
-    """Answer every connection with these bytes, then close it, or hold it open."""
-    import socket  # noqa: PLC0415 - only here
-    import socketserver  # noqa: PLC0415 - only here
-
+def raw_server(
+    *pieces: bytes, hold: bool = False, reset: bool = False, drip_seconds: float = 0.0
+) -> Iterator[str]:
+    """Answer every connection with these bytes, with pauses between, then close it, hold it
+    open, or reset it.
+    """
     ended = threading.Event()
 
     class Answer(socketserver.BaseRequestHandler):
@@ -75,15 +85,21 @@ def raw_server(*pieces: bytes, hold: bool = False) -> Iterator[str]:
             with contextlib.suppress(OSError):
                 for piece in pieces:
                     connection.sendall(piece)
+                    if ended.wait(drip_seconds):
+                        return
                 if hold:
                     ended.wait(20)
+                if reset:  # to close at once with something unsent is to reset
+                    linger = struct.pack("ii", 1, 0)
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                    connection.close()
 
     class Server(socketserver.ThreadingTCPServer):
         daemon_threads = True
         allow_reuse_address = True
 
     with Server(("127.0.0.1", 0), Answer) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
             yield f"127.0.0.1:{server.server_address[1]}"
@@ -91,6 +107,17 @@ def raw_server(*pieces: bytes, hold: bool = False) -> Iterator[str]:
             ended.set()
             server.shutdown()
             thread.join()
+
+
+def answering(body: bytes = b"", status: int = 200, **headers: str) -> Handler:
+    """Answer every request in the same way; "_" in a header's name is "-"."""
+
+    async def handle(_request: web.Request) -> web.Response:
+        return web.Response(
+            body=body, status=status, headers={k.replace("_", "-"): v for k, v in headers.items()}
+        )
+
+    return handle
 
 
 def fetched(source: BundleSource, *tags: str | None) -> list[Fetched | None]:
@@ -117,7 +144,7 @@ class Authority:
         self.file = directory / "ca.pem"
         self.file.write_bytes(certificate.public_bytes(Encoding.PEM))
 
-    def issue(self, name: str) -> tuple[Path, Path]:
+    def issue(self, name: str, *, password: bytes | None = None) -> tuple[Path, Path]:
         """Certificate and key for 127.0.0.1."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
@@ -126,7 +153,8 @@ class Authority:
         certificate_file.write_bytes(
             self._signed(subject, key, is_authority=False).public_bytes(Encoding.PEM)
         )
-        key_file.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        encryption = NoEncryption() if password is None else BestAvailableEncryption(password)
+        key_file.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption))
         return certificate_file, key_file
 
     def server_context(self, *, needs_client: bool = False) -> ssl.SSLContext:
@@ -171,8 +199,8 @@ class Authority:
         return builder.sign(self._key, hashes.SHA256())
 
 
-class Registry:
-    """An OCI registry: manifests and blobs by repository, behind Basic or tokens."""
+class FakeRegistry:
+    """An OCI registry: manifests and blobs of one repository, behind Basic or tokens."""
 
     def __init__(self, *, auth: str = "none", redirect_to: str | None = None) -> None:
         self.manifests: dict[str, tuple[str, bytes]] = {}
@@ -182,6 +210,7 @@ class Registry:
         self.auth = auth
         self.redirect_to = redirect_to
         self.realm: str | None = None
+        self.token_answer: Any = None
 
     def push(self, tag: str, content: bytes, **changes: Any) -> str:
         """A manifest with one layer; its digest."""
@@ -209,7 +238,7 @@ class Registry:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         path = request.path
-        self.asked.append(path)
+        self.asked.append(f"{request.method} {path}")
         if path == "/token":
             return self._token(request)
         if not self._is_let_in(request):
@@ -217,19 +246,24 @@ class Registry:
         kind, _, reference = path.removeprefix("/v2/policies/acme/").partition("/")
         if kind == "manifests" and reference in self.manifests:
             media_type, body = self.manifests[reference]
-            return web.Response(body=body, headers={"Content-Type": media_type or "text/plain"})
+            headers = {
+                "Content-Type": media_type or "text/plain",
+                "Docker-Content-Digest": digest_of(body),
+            }
+            return web.Response(body=body, headers=headers)
         if kind == "blobs" and reference in self.blobs:
             return self._blob(request, self.blobs[reference])
         return web.Response(status=404)
 
     def _challenge(self, request: web.Request) -> web.Response:
         realm = self.realm or f"http://{request.host}/token"
-        challenge = (
-            'Basic realm="registry"'
-            if self.auth == "basic"
-            else f'Bearer realm="{realm}",service="registry",scope="ignored"'
-        )
-        return web.Response(status=401, headers={"WWW-Authenticate": challenge}, body=b"x" * 9999)
+        headers = CIMultiDict[str]()
+        if self.auth in {"basic", "both"}:
+            headers.add("WWW-Authenticate", 'Basic realm="registry"')
+        if self.auth in {"token", "both"}:
+            bearer = f'Bearer realm="{realm}",service="registry",scope="repository:x:push,pull"'
+            headers.add("WWW-Authenticate", bearer)
+        return web.Response(status=401, headers=headers, body=b"x" * 9999)
 
     def _blob(self, request: web.Request, content: bytes) -> web.Response:
         if self.redirect_to is not None and "stored" not in request.query:
@@ -251,6 +285,8 @@ class Registry:
         wanted = {"scope": "repository:policies/acme:pull", "service": "registry"}
         if dict(request.query) != wanted:
             return web.Response(status=400)
+        if self.token_answer is not None:
+            return web.json_response(self.token_answer)
         if request.headers.get("Authorization") not in {None, "Basic YW5uOnMzY3JldA=="}:
             return web.Response(status=401)
         self.tokens_given += 1

@@ -1,40 +1,39 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 
-from pdp.config import HttpSource
+from pdp.config import BundleSettings, HttpSource
 from pdp.policy.archive import MAX_ARCHIVE_BYTES
 from pdp.policy.engine import BundleError
-from pdp.policy.sources.connection import MAX_RETRY_AFTER_SECONDS, Pace
-from pdp.policy.sources.http import MEDIA_TYPE, HttpBundleSource
+from pdp.policy.sources import open_source
+from pdp.policy.sources.http import LEAST_SECONDS, MEDIA_TYPE, HttpBundleSource
 from pdp.policy.sources.source import SourceError
-from tests.policy.sources.servers import Authority, archive, fetched, raw_server, web_server
+from tests.policy.sources.servers import (
+    Authority,
+    answering,
+    archive,
+    fetched,
+    raw_server,
+    web_server,
+)
 
 SECRET = "s3cret-token"
 
 
-def source(address: str, scheme: str = "http", **settings: Any) -> HttpBundleSource:
+def source(
+    address: str, scheme: str = "http", clock: Callable[[], float] = time.monotonic, **settings: Any
+) -> HttpBundleSource:
     url = f"{scheme}://{address}/bundles/acme.tar.gz?sig=query-secret"
-    return HttpBundleSource(HttpSource(url=url, **settings))
-
-
-def answering(
-    body: bytes = b"", status: int = 200, **headers: str
-) -> Callable[[web.Request], Awaitable[web.Response]]:
-    async def handle(request: web.Request) -> web.Response:
-        return web.Response(
-            body=body, status=status, headers={k.replace("_", "-"): v for k, v in headers.items()}
-        )
-
-    return handle
+    return HttpBundleSource(HttpSource(url=url, **settings), clock=clock)
 
 
 def refusal(address: str, tag: str | None = None, scheme: str = "http", **settings: Any) -> str:
@@ -98,8 +97,10 @@ def test_the_token_is_read_anew_for_every_request_and_never_shown(tmp_path: Path
         (401, "check the credentials"),
         (404, "check the address"),
         (500, "status 500"),
-        (503, "not to be had now"),
+        (503, "check the server"),
+        (429, "raise poll_seconds"),
         (206, "status 206"),
+        (204, "status 204"),
         (304, "status 304"),
     ),
 )
@@ -138,7 +139,7 @@ def test_what_is_no_bundle_is_refused_with_its_place() -> None:
 def test_an_encoding_that_was_not_asked_for_is_refused() -> None:
     bomb = gzip.compress(b"\0" * 10_000_000)
     with web_server(answering(bomb, Content_Encoding="gzip")) as address:
-        assert "encoding" in refusal(address)
+        assert "Content-Encoding" in refusal(address)
 
 
 def test_an_endless_body_is_cut_at_the_bound() -> None:
@@ -158,38 +159,72 @@ def test_a_body_that_says_it_is_too_large_is_not_read() -> None:
         assert "larger than" in refusal(address)
 
 
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n"
+
+
 @pytest.mark.parametrize(
-    "pieces",
+    ("pieces", "said"),
     (
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nshort",),
-        (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000 + b"\r\n\r\n",),
-        (b"not http at all",),
-        (b"",),
+        ((HEAD + b"\r\nshort",), "the answer broke off"),
+        ((b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nshort",), "broke off"),
+        ((b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n",), "is not HTTP"),
+        ((b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",), "is not HTTP"),
+        ((b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n",), "is not HTTP"),
+        ((HEAD + b"X: " + b"x" * 100_000 + b"\r\n\r\n",), "is not HTTP"),
+        ((HEAD + b"X: x\r\n" * 100_000 + b"\r\n",), "is not HTTP"),
+        ((b"not http at all",), "is not HTTP"),
+        ((b"",), "the server hung up"),
     ),
-    ids=("cut", "huge header", "no http", "nothing"),
-)
-def test_a_broken_answer_is_an_error(pieces: tuple[bytes, ...]) -> None:
+    ids=(
+        "cut", "cut chunk", "bad chunk", "two lengths", "bad length",
+        "huge header", "many headers", "no http", "nothing",
+    ),
+)  # fmt: skip
+def test_a_broken_answer_is_an_error(pieces: tuple[bytes, ...], said: str) -> None:
     with raw_server(*pieces) as address:
-        assert "can not be reached" in refusal(address)
+        assert said in refusal(address)
+
+
+def test_a_connection_that_is_reset_midway_is_an_error() -> None:
+    with raw_server(HEAD + b"\r\nsome", reset=True) as address:
+        assert "can not be fetched" in refusal(address)
+
+
+def test_an_answer_without_a_length_that_was_cut_is_refused() -> None:
+    cut = b"HTTP/1.1 200 OK\r\n\r\n" + archive(1)[:-10]
+    with raw_server(cut) as address, pytest.raises(BundleError, match="not a whole"):
+        fetched(source(address), None)
 
 
 def test_a_slow_answer_is_cut_at_the_timeout() -> None:
-    head = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n"
-    with raw_server(head, hold=True) as address:
+    with raw_server(HEAD + b"\r\n", hold=True) as address:
+        assert "did not come within 0.2 seconds" in refusal(address, timeout_seconds=0.2)
+
+
+@pytest.mark.parametrize(
+    "dripped",
+    (
+        [HEAD + b"\r\n"] + [b"x"] * 99,
+        [b"HTTP/1.1 200 OK\r\n"] + [b"X"] * 99,
+        [b"HTTP/1.1 100 Continue\r\n\r\n"] * 99,
+    ),
+)
+def test_an_answer_that_drips_is_cut_at_the_timeout(dripped: list[bytes]) -> None:
+    with raw_server(*dripped, drip_seconds=0.02) as address:
         assert "did not come within 0.2 seconds" in refusal(address, timeout_seconds=0.2)
 
 
 def test_nobody_listening_is_an_error() -> None:
     with raw_server() as address:
         pass
-    assert "can not be reached" in refusal(address)
+    assert "the server can not be reached" in refusal(address)
 
 
 def test_a_server_of_another_authority_is_not_believed(tmp_path: Path) -> None:
     ours, theirs = Authority(tmp_path / "ours", "ours"), Authority(tmp_path / "theirs", "theirs")
     with web_server(answering(archive(1)), tls=theirs.server_context()) as address:
         message = refusal(address, scheme="https", ca_file=ours.file)
-        assert "its certificate is not one that is trusted here" in message
+        assert "the server's certificate is not one to be trusted" in message
         (found,) = fetched(source(address, "https", ca_file=theirs.file), None)
         assert found is not None
 
@@ -219,71 +254,184 @@ def test_a_proxy_of_the_environment_is_not_used(monkeypatch: pytest.MonkeyPatch)
     assert found is not None
 
 
-def test_a_server_that_holds_the_request_is_asked_again_at_once() -> None:
-    prefers: list[str | None] = []
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Holder:
+    """A server that holds requests, and says so: every held request takes so long."""
+
+    def __init__(self, clock: Clock, seconds: float = 4.0, media_type: str = MEDIA_TYPE) -> None:
+        self.clock = clock
+        self.seconds = seconds
+        self.etag = '"1"'
+        self.media_type = media_type
+        self.prefers: list[str | None] = []
+
+    async def handle(self, request: web.Request) -> web.Response:
+        self.prefers.append(request.headers.get("Prefer"))
+        if request.headers.get("If-None-Match") == self.etag:
+            self.clock.now += self.seconds
+            return web.Response(status=304)
+        headers = {"ETag": self.etag, "Content-Type": self.media_type}
+        return web.Response(body=archive(1), headers=headers)
+
+
+def waits(held: HttpBundleSource, *tags: str | None, clock: Clock | None = None) -> list[bool]:
+    """For each tag, whether the wait after its fetch is short."""
+
+    async def run() -> list[bool]:
+        found = []
+        for tag in tags:
+            with contextlib.suppress(SourceError, BundleError):
+                await held.fetch(tag)
+            if clock is not None:
+                clock.now += LEAST_SECONDS
+            try:
+                await asyncio.wait_for(held.wait(), 0.1)
+            except TimeoutError:
+                found.append(False)
+            else:
+                found.append(True)
+        await held.close()
+        return found
+
+    return asyncio.run(run())
+
+
+def test_a_server_that_holds_requests_is_asked_again_at_once() -> None:
+    clock = Clock()
+    holder = Holder(clock)
+    with web_server(holder.handle) as address:
+        held = source(address, clock=clock, long_poll_seconds=5, poll_seconds=1000)
+        # An answer of 304 says nothing of holding, and changes nothing.
+        assert waits(held, None, '"1"', '"1"', clock=clock) == [True, True, True]
+    assert holder.prefers == ["modes=snapshot"] + ["modes=snapshot,delta;wait=5"] * 2
+
+
+def test_a_change_ends_a_held_request() -> None:
     changed = asyncio.Event()
 
     async def handle(request: web.Request) -> web.Response:
-        prefers.append(request.headers.get("Prefer"))
         if request.headers.get("If-None-Match") == '"1"':
-            await asyncio.wait_for(changed.wait(), 10)
-            return web.Response(
-                body=archive(2), headers={"ETag": '"2"', "Content-Type": MEDIA_TYPE}
-            )
-        asyncio.get_running_loop().call_later(0.3, changed.set)
+            asyncio.get_running_loop().call_later(0.3, changed.set)
+            await changed.wait()
+            headers = {"ETag": '"2"', "Content-Type": MEDIA_TYPE}
+            return web.Response(body=archive(2), headers=headers)
         return web.Response(body=archive(1), headers={"ETag": '"1"', "Content-Type": MEDIA_TYPE})
 
-    async def run(address: str) -> None:
-        held = source(address, long_poll_seconds=5, poll_seconds=1000, timeout_seconds=0.2)
-        first = await held.fetch(None)
-        assert first is not None
-        await asyncio.wait_for(held.wait(), 5)
-        second = await held.fetch(first.tag)
-        assert second is not None
-        assert second.tag == '"2"'
-        await held.close()
-
     with web_server(handle) as address:
-        asyncio.run(run(address))
-    assert prefers == ["modes=snapshot", "modes=snapshot,delta;wait=5"]
+        # Longer than timeout_seconds, which does not count while the server holds.
+        held = source(address, long_poll_seconds=5, timeout_seconds=0.2)
+        (second,) = fetched(held, '"1"')
+    assert second is not None
+    assert (second.tag, second.files) == ('"2"', {"data.json": b'{"number": 2}'})
 
 
-def test_a_server_that_does_not_hold_requests_is_polled() -> None:
-    async def run(address: str) -> None:
-        polled = source(address, long_poll_seconds=5, poll_seconds=1000)
-        await polled.fetch(None)
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(polled.wait(), 0.1)
-        await polled.close()
-
-    with web_server(answering(archive(1), ETag='"1"')) as address:
-        asyncio.run(run(address))
+def test_a_request_that_is_held_too_long_is_cut() -> None:
+    with raw_server(b"", hold=True) as address:
+        message = refusal(address, '"1"', long_poll_seconds=1, timeout_seconds=0.2)
+    assert "did not come within 1.2 seconds" in message
 
 
-def test_failures_make_the_pace_slower_and_a_success_ends_that() -> None:
-    pace = Pace(60)
-    longest = []
-    for _ in range(10):
-        pace.failed()
-        longest.append(max(pace.seconds() for _ in range(20)))
-    assert longest[0] <= 1
-    assert longest == sorted(longest[:6]) + longest[6:]
-    assert all(seconds <= 60 for seconds in longest)
-    pace.went_well()
-    assert all(54 <= pace.seconds() <= 66 for _ in range(50))
-    assert pace.seconds(at_once=True) == 0
+def test_the_first_look_after_a_start_may_be_held_at_once() -> None:
+    """What is in force was fetched by another source, when the sidecar started."""
+
+    async def run() -> None:
+        held = source("127.0.0.1:1", long_poll_seconds=5, poll_seconds=1000)
+        await asyncio.wait_for(held.wait(), 5)
+
+    asyncio.run(run())
+
+
+def test_a_server_that_only_promises_to_hold_requests_is_polled() -> None:
+    clock = Clock()
+    with web_server(Holder(clock, seconds=0.0).handle) as address:
+        polled = source(address, clock=clock, long_poll_seconds=5, poll_seconds=1000)
+        assert waits(polled, '"1"', clock=clock) == [False]
 
 
 @pytest.mark.parametrize(
-    ("retry_after", "expected"),
-    (("7", 7.0), ("99999999", MAX_RETRY_AFTER_SECONDS), ("soon", None), ("-1", None), ("٣", None)),
+    ("media_type", "settings"),
+    (("application/gzip", {"long_poll_seconds": 5}), (MEDIA_TYPE, {})),
 )
-def test_a_server_may_ask_for_a_pause_within_bounds(
-    retry_after: str, expected: float | None
+def test_a_server_that_does_not_hold_requests_is_polled(
+    media_type: str, settings: dict[str, Any]
 ) -> None:
-    pace = Pace(60)
-    pace.failed(retry_after)
-    assert (pace.seconds() == expected) if expected is not None else (pace.seconds() <= 1)
+    clock = Clock()
+    with web_server(Holder(clock, media_type=media_type).handle) as address:
+        polled = source(address, clock=clock, poll_seconds=1000, **settings)
+        assert waits(polled, None, clock=clock) == [False]
+
+
+def test_however_often_the_content_changes_a_pause_is_kept() -> None:
+    with web_server(Holder(Clock()).handle) as address:
+        held = source(address, long_poll_seconds=5, poll_seconds=1000)
+        assert waits(held, None) == [False]
+
+
+def test_what_is_no_bundle_is_not_asked_for_again_at_once() -> None:
+    clock = Clock()
+    broken = answering(b"<html>", ETag='"2"', Content_Type=MEDIA_TYPE)
+    with web_server(broken) as address:
+        held = source(address, clock=clock, long_poll_seconds=5, poll_seconds=1000)
+        assert waits(held, '"1"', clock=clock) == [False]
+
+
+def test_without_an_etag_nothing_can_be_held_or_be_a_delta() -> None:
+    prefers = []
+
+    async def handle(request: web.Request) -> web.Response:
+        prefers.append((request.headers.get("Prefer"), request.headers.get("If-None-Match")))
+        return web.Response(body=archive(1), headers={"Content-Type": MEDIA_TYPE})
+
+    clock = Clock()
+    with web_server(handle) as address:
+        polled = source(address, clock=clock, long_poll_seconds=5, poll_seconds=1000)
+        (first,) = fetched(polled, None)
+        assert first is not None
+        assert waits(polled, first.tag, clock=clock) == [False]
+    assert prefers == [("modes=snapshot", None)] * 2
+
+
+def test_another_etag_of_the_same_content_is_a_new_tag() -> None:
+    with web_server(answering(archive(1), ETag='W/"2"')) as address:
+        (found,) = fetched(source(address), '"1"')
+    assert found is not None
+    assert (found.tag, found.files) == ('W/"2"', {"data.json": b'{"number": 1}'})
+
+
+@pytest.mark.parametrize(
+    ("etag", "said"), ((b'"\xc3\xa4"', "not printable"), (b"x" * 2000, "more than 1024"))
+)
+def test_an_etag_that_can_not_be_sent_back_is_an_error(etag: bytes, said: str) -> None:
+    body = archive(1)
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nETag: %b\r\n\r\n" % (len(body), etag)
+    with raw_server(head + body) as address:
+        assert said in refusal(address)
+
+
+def test_a_cookie_is_not_kept() -> None:
+    given = []
+
+    async def handle(request: web.Request) -> web.Response:
+        given.append(request.headers.get("Cookie"))
+        return web.Response(body=archive(1), headers={"Set-Cookie": "a=b"})
+
+    with web_server(handle) as address:
+        fetched(source(address), None, None)
+    assert given == [None, None]
+
+
+def test_the_configuration_opens_a_bundle_server() -> None:
+    settings = BundleSettings(http=HttpSource(url="https://h.example/a.tar.gz?sig=1"))
+    opened = open_source(settings)
+    assert isinstance(opened, HttpBundleSource)
+    assert opened.place == "https://h.example/a.tar.gz"
 
 
 def test_a_held_connection_costs_the_loop_nothing() -> None:

@@ -1,27 +1,40 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
-from pdp.config import OciSource
+from pdp.config import BundleSettings, OciSource
 from pdp.policy.archive import MAX_ARCHIVE_BYTES
+from pdp.policy.engine import BundleError
+from pdp.policy.sources import open_source
 from pdp.policy.sources.oci import Image, OciBundleSource
 from pdp.policy.sources.source import SourceError
-from tests.policy.sources.servers import LAYER, Registry, archive, digest_of, fetched, web_server
+from tests.policy.sources.servers import (
+    LAYER,
+    FakeRegistry,
+    answering,
+    archive,
+    digest_of,
+    fetched,
+    web_server,
+)
 
 INDEX = "application/vnd.oci.image.index.v1+json"
 
 
 @pytest.fixture
-def registry() -> Registry:
-    return Registry()
+def registry() -> FakeRegistry:
+    return FakeRegistry()
 
 
 @pytest.fixture
-def address(registry: Registry) -> Iterator[str]:
+def address(registry: FakeRegistry) -> Iterator[str]:
     with web_server(registry.handle) as address:
         yield address
 
@@ -34,9 +47,14 @@ def credentials(tmp_path: Path) -> dict[str, Any]:
     return files
 
 
-def source(address: str, reference: str = ":1.2", **settings: Any) -> OciBundleSource:
+def source(
+    address: str,
+    reference: str = ":1.2",
+    clock: Callable[[], float] = time.monotonic,
+    **settings: Any,
+) -> OciBundleSource:
     image = f"{address}/policies/acme{reference}"
-    return OciBundleSource(OciSource(image=image, plain_http=True, **settings))
+    return OciBundleSource(OciSource(image=image, plain_http=True, **settings), clock=clock)
 
 
 def refusal(address: str, reference: str = ":1.2", **settings: Any) -> str:
@@ -60,7 +78,7 @@ def test_a_reference_is_read_as_registries_read_it(text: str, image: tuple[str, 
 
 
 def test_a_tag_is_looked_at_and_its_layer_fetched_when_it_moves(
-    registry: Registry, address: str
+    registry: FakeRegistry, address: str
 ) -> None:
     first_digest = registry.push("1.2", archive(1))
     watched = source(address)
@@ -72,10 +90,13 @@ def test_a_tag_is_looked_at_and_its_layer_fetched_when_it_moves(
     (second,) = fetched(watched, first_digest)
     assert second is not None
     assert second.files == {"data.json": b'{"number": 2}'}
-    assert sum("/blobs/" in path for path in registry.asked) == 2
+    assert [asked.split("/")[0] + asked.split("/")[4] for asked in registry.asked] == [
+        "GET manifests", "GET blobs", "HEAD manifests",
+        "HEAD manifests", "GET manifests", "GET blobs",
+    ]  # fmt: skip
 
 
-def test_a_digest_is_fetched_once(registry: Registry, address: str) -> None:
+def test_a_digest_is_fetched_once(registry: FakeRegistry, address: str) -> None:
     digest = registry.push("1.2", archive(1))
     fixed = source(address, f"@{digest}")
     first, same = fetched(fixed, None, digest)
@@ -84,31 +105,153 @@ def test_a_digest_is_fetched_once(registry: Registry, address: str) -> None:
     assert len(registry.asked) == 2
 
 
-def test_an_index_of_one_manifest_is_followed(registry: Registry, address: str) -> None:
+def test_an_index_of_one_manifest_is_followed(registry: FakeRegistry, address: str) -> None:
     digest = registry.push("inner", archive(1))
     entry = {"mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": digest, "size": 1}
     outer = registry.put_manifest("1.2", {"mediaType": INDEX, "manifests": [entry]})
     (found,) = fetched(source(address), None)
     assert found is not None
     assert found.tag == outer
-    registry.put_manifest("1.2", {"mediaType": INDEX, "manifests": [entry, entry]})
-    assert "other than one manifest" in refusal(address)
+    provenance = {**entry, "platform": {"os": "unknown", "architecture": "unknown"}}
+    registry.put_manifest("1.2", {"mediaType": INDEX, "manifests": [entry, provenance]})
+    assert fetched(source(address), None) != [None]
+
+
+@pytest.mark.parametrize("count", (0, 2))
+def test_an_index_of_other_than_one_manifest_is_refused(
+    registry: FakeRegistry, address: str, count: int
+) -> None:
+    digest = registry.push("inner", archive(1))
+    registry.put_manifest("1.2", {"mediaType": INDEX, "manifests": [{"digest": digest}] * count})
+    assert "is an index of other than one manifest" in refusal(address)
+
+
+def test_a_manifest_that_two_readers_could_read_apart_is_refused(
+    registry: FakeRegistry, address: str
+) -> None:
+    registry.push("1.2", archive(1), manifests=[])
+    assert "has a manifest that is an index too" in refusal(address)
+
+
+def test_an_index_within_an_index_is_refused(registry: FakeRegistry, address: str) -> None:
+    digest = registry.push("inner", archive(1))
+    for tag in ("middle", "1.2"):
+        entry = {"mediaType": INDEX, "digest": digest, "size": 1}
+        digest = registry.put_manifest(tag, {"mediaType": INDEX, "manifests": [entry]})
+    assert "has no layer" in refusal(address)
+
+
+def test_the_layer_that_oras_writes_unless_told_better_is_taken(
+    registry: FakeRegistry, address: str
+) -> None:
+    kind = "application/vnd.oci.image.layer.v1.tar"
+    layer = {"mediaType": kind, "digest": digest_of(archive(1)), "size": len(archive(1))}
+    registry.push("1.2", archive(1), layers=[{"mediaType": "text/plain"}, layer])
+    (found,) = fetched(source(address), None)
+    assert found is not None
+    assert found.files == {"data.json": b'{"number": 1}'}
+
+
+def test_a_layer_that_is_no_bundle_is_refused(registry: FakeRegistry, address: str) -> None:
+    registry.push("1.2", b"no bundle")
+    with pytest.raises(BundleError, match=r"acme:1\.2 is not a whole \.tar\.gz"):
+        fetched(source(address), None)
+
+
+def test_a_digest_that_is_in_force_is_not_asked_for() -> None:
+    digest = digest_of(b"")
+    assert fetched(source("127.0.0.1:1", f"@{digest}"), digest) == [None]
 
 
 def test_a_token_is_fetched_where_the_registry_says_and_used_again(
-    registry: Registry, address: str, credentials: dict[str, Any]
+    registry: FakeRegistry, address: str, credentials: dict[str, Any]
 ) -> None:
     registry.auth = "token"
     registry.push("1.2", archive(1))
     (found,) = fetched(source(address, **credentials), None)
     assert found is not None
     assert registry.tokens_given == 1
+    assert registry.asked.count("GET /token") == 1
     (anonymous,) = fetched(source(address), None)
     assert anonymous is not None
 
 
+def test_a_token_is_fetched_anew_when_it_ends_or_is_refused(
+    registry: FakeRegistry, address: str
+) -> None:
+    registry.auth = "token"
+    digest = registry.push("1.2", archive(1))
+    now = [0.0]
+    watched = source(address, clock=lambda: now[0])
+    assert fetched(watched, None) != [None]
+    now[0] = 0.8 * 300
+    assert fetched(watched, digest) == [None]
+    assert registry.tokens_given == 1
+    now[0] = 0.95 * 300
+    registry.asked.clear()
+    assert fetched(watched, digest) == [None]
+    assert registry.tokens_given == 2
+    registry.tokens_given += 1  # as a registry that was restarted
+    assert fetched(watched, digest) == [None]
+    assert registry.tokens_given == 4
+
+
+@pytest.mark.parametrize(
+    "answer",
+    (
+        [], "x", {}, {"token": ""}, {"token": 7}, {"token": "a\nb"}, {"token": "\u00e4"},
+        {"token": "x", "expires_in": "soon"}, {"token": "x", "expires_in": [1]}, {"token": [1]},
+        {"token": "x", "expires_in": 10**400},
+    ),
+)  # fmt: skip
+def test_a_token_that_can_not_be_read_is_an_error(
+    registry: FakeRegistry, address: str, answer: Any
+) -> None:
+    registry.auth = "token"
+    registry.token_answer = answer
+    registry.push("1.2", archive(1))
+    assert "whose token can not be read" in refusal(address)
+
+
+def test_a_token_is_chosen_where_a_password_would_do_too(
+    registry: FakeRegistry, address: str, credentials: dict[str, Any]
+) -> None:
+    registry.auth = "both"
+    registry.push("1.2", archive(1))
+    assert fetched(source(address, **credentials), None) != [None]
+    assert registry.tokens_given == 1
+
+
+def test_a_password_that_is_changed_is_read_anew(
+    registry: FakeRegistry, address: str, credentials: dict[str, Any]
+) -> None:
+    registry.auth = "basic"
+    digest = registry.push("1.2", archive(1))
+    watched = source(address, **credentials)
+    assert fetched(watched, None) != [None]
+    assert len(registry.asked) == 3  # the first request was without
+    credentials["password_file"].write_text("old")
+    with pytest.raises(SourceError, match="check the credentials"):
+        fetched(watched, digest)
+    credentials["password_file"].write_text("s3cret")
+    assert fetched(watched, digest) == [None]
+
+
+def test_a_pause_that_a_registry_asks_for_is_kept() -> None:
+    async def run(address: str) -> None:
+        watched = source(address, poll_seconds=1)
+        with pytest.raises(SourceError, match="raise poll_seconds"):
+            await watched.fetch(None)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(watched.wait(), 1.3)
+        await watched.close()
+
+    with web_server(answering(status=429, Retry_After="30")) as address:
+        asyncio.run(run(address))
+
+
 def test_a_wrong_password_is_an_error_that_says_so(
-    registry: Registry, address: str, credentials: dict[str, Any]
+    registry: FakeRegistry, address: str, credentials: dict[str, Any]
 ) -> None:
     registry.auth = "token"
     registry.push("1.2", archive(1))
@@ -117,7 +260,7 @@ def test_a_wrong_password_is_an_error_that_says_so(
 
 
 def test_basic_credentials_are_given_only_when_asked_for(
-    registry: Registry, address: str, credentials: dict[str, Any]
+    registry: FakeRegistry, address: str, credentials: dict[str, Any]
 ) -> None:
     registry.auth = "basic"
     registry.push("1.2", archive(1))
@@ -127,10 +270,18 @@ def test_basic_credentials_are_given_only_when_asked_for(
 
 
 @pytest.mark.parametrize(
-    "realm", ("http://192.0.2.1/token", "http://user@127.0.0.1/token", "file:///etc/passwd", "")
+    "realm",
+    (
+        "http://192.0.2.1/token",
+        "http://user@127.0.0.1/token",
+        "file:///etc/passwd",
+        "http://[",
+        "http://127.0.0.1/#",
+        "",
+    ),
 )
 def test_credentials_go_to_no_address_in_plain_text(
-    registry: Registry, address: str, credentials: dict[str, Any], realm: str
+    registry: FakeRegistry, address: str, credentials: dict[str, Any], realm: str
 ) -> None:
     registry.auth = "token"
     registry.realm = realm or "nowhere"
@@ -139,7 +290,7 @@ def test_credentials_go_to_no_address_in_plain_text(
 
 
 def test_a_blob_elsewhere_is_fetched_without_credentials(
-    registry: Registry, address: str, credentials: dict[str, Any]
+    registry: FakeRegistry, address: str, credentials: dict[str, Any]
 ) -> None:
     registry.auth = "token"
     registry.redirect_to = "http://{host}{path}?stored=1"
@@ -148,22 +299,22 @@ def test_a_blob_elsewhere_is_fetched_without_credentials(
     assert found is not None
 
 
-@pytest.mark.parametrize("to", ("http://192.0.2.1/x", "ftp://x/y", "//u@127.0.0.1/z"))
+@pytest.mark.parametrize("to", ("http://192.0.2.1/x", "ftp://x/y", "//u@127.0.0.1/z", "http://["))
 def test_a_blob_is_fetched_from_no_address_in_plain_text(
-    registry: Registry, address: str, to: str
+    registry: FakeRegistry, address: str, to: str
 ) -> None:
     registry.redirect_to = to
     registry.push("1.2", archive(1))
     assert "redirected to an address that is not https" in refusal(address)
 
 
-def test_a_blob_is_not_chased_through_many_redirects(registry: Registry, address: str) -> None:
+def test_a_blob_is_not_chased_through_many_redirects(registry: FakeRegistry, address: str) -> None:
     registry.redirect_to = "http://{host}{path}"
     registry.push("1.2", archive(1))
-    assert "307" in refusal(address)
+    assert "is redirected more than once" in refusal(address)
 
 
-def test_what_is_not_what_its_digest_says_is_refused(registry: Registry, address: str) -> None:
+def test_what_is_not_what_its_digest_says_is_refused(registry: FakeRegistry, address: str) -> None:
     registry.push("1.2", archive(1))
     registry.blobs[digest_of(archive(1))] = archive(1)[:-1] + b"x"
     assert "has a layer that is not what its digest says" in refusal(address)
@@ -190,7 +341,7 @@ def test_what_is_not_what_its_digest_says_is_refused(registry: Registry, address
     ),
 )
 def test_a_hostile_manifest_is_refused(
-    registry: Registry, address: str, layers: Any, said: str
+    registry: FakeRegistry, address: str, layers: Any, said: str
 ) -> None:
     registry.push("1.2", archive(1), layers=layers)
     assert said in refusal(address)
@@ -198,11 +349,25 @@ def test_a_hostile_manifest_is_refused(
 
 @pytest.mark.parametrize("body", (b"", b"[]", b"{", b"[" * 100_000))
 def test_a_manifest_that_is_no_object_is_refused(
-    registry: Registry, address: str, body: bytes
+    registry: FakeRegistry, address: str, body: bytes
 ) -> None:
     registry.manifests["1.2"] = ("", body)
-    assert "has a manifest that is not JSON" in refusal(address)
+    assert "has a manifest that is not a JSON object" in refusal(address)
 
 
 def test_an_image_that_is_not_there_is_an_error(address: str) -> None:
-    assert "is not there (404)" in refusal(address)
+    assert "is not there: check the address (status 404)" in refusal(address)
+
+
+def test_a_manifest_is_followed_nowhere_else(address: str) -> None:
+    async def handle(_request: web.Request) -> web.Response:
+        return web.Response(status=307, headers={"Location": f"http://{address}/"})
+
+    with web_server(handle) as redirecting:
+        assert "is elsewhere" in refusal(redirecting)
+
+
+def test_the_configuration_opens_a_registry() -> None:
+    opened = open_source(BundleSettings(oci=OciSource(image="docker.io/acme/policies:1")))
+    assert isinstance(opened, OciBundleSource)
+    assert opened.place == "docker.io/acme/policies:1"

@@ -3,6 +3,8 @@
 # description: |
 #   One decision with one reason: the first rule of the ladder that applies. A call
 #   is allowed only when every question on the ladder has been answered with yes.
+# schemas:
+#   - input: schema.authz_input
 package pdp.authz
 
 import data.pdp.arguments

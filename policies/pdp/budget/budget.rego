@@ -1,6 +1,8 @@
 # METADATA
 # title: What may be spent?
 # description: Which limits apply to the subject, and which budgets it may charge by itself.
+# schemas:
+#   - input: schema.input
 package pdp.budget
 
 import data.pdp.subject

@@ -4,6 +4,8 @@
 #   The one place that reads data.tenants. Every other rule takes the tenant from
 #   here, so that no rule can look at another tenant's data. The tenant is the one
 #   that the verified token names; nothing else in a request names one.
+# schemas:
+#   - input: schema.input
 package pdp.subject
 
 # The tenant's own data; undefined for a tenant that is not known.

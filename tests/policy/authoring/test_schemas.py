@@ -1,0 +1,291 @@
+"""The schemas fit what is asked and what is accepted, and nothing else.
+
+OPA itself holds the documents against them, as it does for editors.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pdp.budget.ledger import Charge, Scope, Window
+from pdp.identity.subject import TENANT_PATTERN, Subject
+from pdp.policy.authoring.schemas import schema_names, schema_text
+from pdp.policy.engine import PolicyError
+from pdp.policy.question import authorize_input, budget_input
+from pdp.policy.verdict import (
+    MAX_SCOPES_LENGTH,
+    parse_budget_verdict,
+    parse_limits,
+    parse_verdict,
+)
+
+OPA = Path(__file__).resolve().parents[3] / ".tools" / "opa"
+FEW = settings(max_examples=15, deadline=None)
+MANY = 60
+"""Documents of one example; each example asks OPA once."""
+
+
+def fits(name: str, documents: Sequence[Any]) -> list[bool]:
+    """Whether each document fits the schema."""
+    done = subprocess.run(
+        [
+            *(OPA, "eval", "--stdin-input", "--format", "raw"),
+            "[json.match_schema(d, input.schema)[0] | some d in input.documents]",
+        ],
+        # As texts: OPA takes documents that are no objects only so.
+        input=json.dumps(
+            {
+                "schema": json.loads(schema_text(name)),
+                "documents": list(map(json.dumps, documents)),
+            }
+        ),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    answers: list[bool] = json.loads(done.stdout)
+    return answers
+
+
+# What is asked
+
+names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,20}", fullmatch=True)
+texts = st.text(st.characters(exclude_categories=["C"]), min_size=1, max_size=20)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=5,
+)
+objects = st.dictionaries(texts, values, max_size=3)
+subjects = st.builds(
+    Subject,
+    tenant=st.from_regex(TENANT_PATTERN, fullmatch=True),
+    actor=texts,
+    roles=st.lists(texts, max_size=3).map(tuple),
+    scopes=st.lists(texts, max_size=3).map(tuple),
+)
+times = st.floats(0, 4e9)
+budgets = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,20}", fullmatch=True)
+amounts = st.integers(1, 2**53 - 1)
+charges = st.builds(Charge, budget=budgets, unit=budgets, amount=amounts)
+calls = st.builds(
+    authorize_input,
+    subjects,
+    tool=names,
+    arguments=objects,
+    resource=st.none()
+    | st.fixed_dictionaries(
+        {"type": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,20}", fullmatch=True), "id": texts}
+    ),
+    time=times,
+    request_id=names,
+    context=objects,
+)
+spends = st.builds(
+    budget_input,
+    subjects,
+    operation=st.sampled_from(["charge", "reserve", "get"]),
+    charges=st.lists(charges, max_size=3),
+    tool=st.just("") | names,
+    time=times,
+    request_id=names,
+)
+
+
+@FEW
+@given(st.lists(calls, min_size=1, max_size=MANY))
+def test_every_call_fits_its_schema_and_that_of_any_input(documents: list[Any]) -> None:
+    assert all(fits("authz_input", documents))
+    assert all(fits("input", documents))
+
+
+@FEW
+@given(st.lists(spends, min_size=1, max_size=MANY))
+def test_every_spend_fits_its_schema_and_that_of_any_input(documents: list[Any]) -> None:
+    assert all(fits("budget_input", documents))
+    assert all(fits("input", documents))
+    assert not any(fits("authz_input", documents))
+
+
+@pytest.mark.parametrize("name", ("authz_input", "budget_input", "input"))
+def test_what_all_inputs_have_is_described_alike(name: str) -> None:
+    one, other = json.loads(schema_text(name)), json.loads(schema_text("input"))
+
+    assert one["properties"]["subject"] == other["properties"]["subject"]
+    assert set(one["properties"]) <= set(other["properties"])
+    for key in ("time", "request_id"):
+        mine, theirs = (schema["properties"]["context"]["properties"] for schema in (one, other))
+        assert mine[key] == theirs[key]
+
+
+# What is answered
+
+NOT_JSON_OF_IT = [None, True, False, 0, -1, 1.5, "", "x", "OK", [], {}, [None], {"a": 1}, 2**53]
+odd = st.sampled_from(NOT_JSON_OF_IT)
+reasons = st.sampled_from(["ok", "policy_denied", "Mine", "my_own", "9", "a" * 65, "ok "])
+scopes = st.lists(
+    st.text(string.ascii_lowercase + ':"\\ ', max_size=3) | st.just("s" * 256), max_size=3
+) | st.just([f"scope-{number}" for number in range(65)])
+amount_like = st.sampled_from([0, 1, 1.0, 1.5, 2**53 - 1, 2**53, "1", True, None])
+charge_like = st.fixed_dictionaries(
+    {"budget": st.sampled_from(["llm", "a b", "", 1]), "unit": st.sampled_from(["calls", "C"])},
+    optional={"amount": amount_like, "more": st.just(1)},
+)
+permit_like = st.fixed_dictionaries(
+    {},
+    optional={
+        "binds": st.sampled_from([["tool", "arguments"], ["tool"], ["arguments", "tool"], "tool"]),
+        "ttl_seconds": st.sampled_from([0, 1, 60.0, 3600, 3601, 1.5, "60", True]),
+        "max_uses": st.sampled_from([0, 1, 1.0, 2, True]),
+        "more": st.just(1),
+    },
+)
+charge_lists = st.lists(charge_like, max_size=2) | st.just(
+    [{"budget": f"b{number}", "unit": "calls", "amount": 1} for number in range(17)]
+)
+decisions = st.fixed_dictionaries(
+    {"allow": st.booleans() | odd, "reason_code": reasons | odd},
+    optional={
+        "scopes": scopes | odd,
+        "permit": permit_like | odd,
+        "charge": charge_lists | odd,
+        "more": st.just(1),
+    },
+)
+sound = st.fixed_dictionaries(
+    {"allow": st.just(True), "reason_code": st.just("ok")},
+    optional={
+        "scopes": st.lists(st.sampled_from(["a:b", "c"]), max_size=2),
+        "permit": permit_like,
+        "charge": charge_lists,
+    },
+)
+limit_like = st.fixed_dictionaries(
+    {
+        "id": budgets | odd,
+        "budget": budgets,
+        "unit": budgets,
+        "window": st.sampled_from([*map(str, Window), "week", 1]),
+        "limit": amount_like,
+        "scope": st.sampled_from([*map(str, Scope), "team"]),
+    },
+    optional={"more": st.just(1)},
+)
+
+
+def accepted(parse: Callable[[Any], object], value: Any) -> bool:
+    try:
+        parse(value)
+    except PolicyError:
+        return False
+    return True
+
+
+def odd_names() -> list[Any]:
+    return ["a", "a" * 64, "a" * 65, "A", "", "-a", "9", "a b", "a\n", "\u00e9", 1, None]
+
+
+def pairs_are_unique(decision: Any) -> bool:
+    """What a schema can not say: each pair of budget and unit once."""
+    pairs = [(each["budget"], each["unit"]) for each in decision.get("charge", [])]
+    return len(set(pairs)) == len(pairs)
+
+
+CHARGE: dict[str, Any] = {"budget": "llm", "unit": "calls", "amount": 1}
+EDGES: list[dict[str, Any]] = [
+    *({"permit": {"ttl_seconds": value}} for value in (0, 1, 1.0, 1.5, 3600, 3601, "60", True)),
+    *({"permit": {"max_uses": value}} for value in (0, 1, 1.0, 2, True, None)),
+    *({"permit": {"binds": value}} for value in (["tool", "arguments"], ["tool"], [], None)),
+    *({"permit": value} for value in ({}, {"more": 1}, [], None)),
+    *({"scopes": value} for value in ([], ["a"], ["a", "a"], ["a", 1], [""], ["a b"], ['"'], "a")),
+    *({"scopes": ["s" * length]} for length in (255, 256)),
+    *({"scopes": [f"s{number}" for number in range(count)]} for count in (64, 65)),
+    *({"scopes": [chr(code)]} for code in range(0x1F, 0x81)),
+    *({"charge": [{**CHARGE, "amount": value}]} for value in (0, 1, 1.5, 2**53 - 1, 2**53, "1")),
+    *({"charge": [{**CHARGE, key: value}]} for key in ("budget", "unit") for value in odd_names()),
+    *({"charge": [{**CHARGE, "budget": f"b{n}"} for n in range(count)]} for count in (0, 16, 17)),
+    *({"charge": value} for value in ([{}], [{**CHARGE, "more": 1}], {}, None)),
+    *({"reason_code": value} for value in ("ok", "OK", "my_own", "a" * 64, "a" * 65, "", 1)),
+    *({"allow": value} for value in (False, "true", 1, None)),
+    {"more": 1},
+]
+
+
+def test_the_decision_schema_takes_each_edge_that_is_accepted_and_no_other() -> None:
+    base = {"allow": True, "reason_code": "ok"}
+    denied = {"allow": False, "reason_code": "my_own"}
+    documents = [{**start, **edge} for edge in EDGES for start in (base, denied)]
+
+    for document, fit in zip(documents, fits("authz_decision", documents), strict=True):
+        assert accepted(parse_verdict, document) is fit, document
+
+
+@FEW
+@given(st.lists(decisions | sound | odd, min_size=1, max_size=MANY))
+def test_the_decision_schema_takes_just_what_is_accepted(documents: list[Any]) -> None:
+    for document, fit in zip(documents, fits("authz_decision", documents), strict=True):
+        expected = fit and pairs_are_unique(document)
+        assert accepted(parse_verdict, document) is expected, document
+
+
+@FEW
+@given(st.lists(decisions | sound | odd, min_size=1, max_size=MANY))
+def test_the_schema_of_budget_decisions_takes_just_what_is_accepted(documents: list[Any]) -> None:
+    documents += [
+        {key: document[key] for key in ("allow", "reason_code")}
+        for document in documents
+        if isinstance(document, dict) and "allow" in document
+    ]
+    for document, fit in zip(documents, fits("budget_decision", documents), strict=True):
+        assert accepted(parse_budget_verdict, document) is fit, document
+
+
+@FEW
+@given(st.lists(st.lists(limit_like, max_size=2) | odd, min_size=1, max_size=MANY))
+def test_the_schema_of_limits_takes_just_what_is_accepted(documents: list[Any]) -> None:
+    for document, fit in zip(documents, fits("budget_limits", documents), strict=True):
+        ids = [limit["id"] for limit in document] if fit else []
+        assert accepted(parse_limits, document) is (fit and len(set(ids)) == len(ids)), document
+
+
+def test_an_answer_with_approval_fits_and_is_read_as_a_denial() -> None:
+    approval = {"roles": ["lead"], "expires_seconds": 600, "four_eyes": True}
+    decision: Any = {"allow": True, "reason_code": "ok", "approval": approval}
+
+    assert fits("authz_decision", [decision]) == [True]
+    assert not parse_verdict(decision).allow
+
+
+def test_scopes_that_are_too_long_together_are_beyond_what_a_schema_says() -> None:
+    scopes = [f"{number:0255}" for number in range(MAX_SCOPES_LENGTH // 255 + 1)]
+    decision: Any = {"allow": True, "reason_code": "ok", "scopes": scopes}
+
+    assert fits("authz_decision", [decision]) == [True]
+    assert not accepted(parse_verdict, decision)
+    assert "2048 characters together" in schema_text("authz_decision")
+
+
+def test_there_is_a_schema_for_everything_that_is_asked_and_answered() -> None:
+    assert schema_names() == [
+        "authz_decision",
+        "authz_input",
+        "budget_decision",
+        "budget_input",
+        "budget_limits",
+        "input",
+    ]
+
+
+@pytest.mark.parametrize("name", ("nothing", "../archive", "", "input.json"))
+def test_another_name_names_no_schema(name: str) -> None:
+    with pytest.raises(KeyError):
+        schema_text(name)

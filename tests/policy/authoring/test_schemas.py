@@ -201,11 +201,13 @@ def pairs_are_unique(decision: Any) -> bool:
 
 
 CHARGE: dict[str, Any] = {"budget": "llm", "unit": "calls", "amount": 1}
+OBJECTS: list[Any] = [{}, {"more": 1}, [], None]
+LISTS: list[Any] = [[{}], [{**CHARGE, "more": 1}]]
 EDGES: list[dict[str, Any]] = [
     *({"permit": {"ttl_seconds": value}} for value in (0, 1, 1.0, 1.5, 3600, 3601, "60", True)),
     *({"permit": {"max_uses": value}} for value in (0, 1, 1.0, 2, True, None)),
     *({"permit": {"binds": value}} for value in (["tool", "arguments"], ["tool"], [], None)),
-    *({"permit": value} for value in ({}, {"more": 1}, [], None)),
+    *({"permit": value} for value in OBJECTS),
     *({"scopes": value} for value in ([], ["a"], ["a", "a"], ["a", 1], [""], ["a b"], ['"'], "a")),
     *({"scopes": ["s" * length]} for length in (255, 256)),
     *({"scopes": [f"s{number}" for number in range(count)]} for count in (64, 65)),
@@ -213,7 +215,7 @@ EDGES: list[dict[str, Any]] = [
     *({"charge": [{**CHARGE, "amount": value}]} for value in (0, 1, 1.5, 2**53 - 1, 2**53, "1")),
     *({"charge": [{**CHARGE, key: value}]} for key in ("budget", "unit") for value in odd_names()),
     *({"charge": [{**CHARGE, "budget": f"b{n}"} for n in range(count)]} for count in (0, 16, 17)),
-    *({"charge": value} for value in ([{}], [{**CHARGE, "more": 1}], {}, None)),
+    *({"charge": value} for value in (*LISTS, {}, None)),
     *({"reason_code": value} for value in ("ok", "OK", "my_own", "a" * 64, "a" * 65, "", 1)),
     *({"allow": value} for value in (False, "true", 1, None)),
     {"more": 1},

@@ -527,7 +527,14 @@ def load_config(
     try:
         config = Config.model_validate(document)
     except ValidationError as error:
-        faults = [_explain(fault, path, lines, variables) for fault in error.errors()]
+        found = error.errors()
+        deeper = {fault["loc"][:-1] for fault in found if "OpaEngine" in fault["loc"]}
+        faults = [
+            _explain(fault, path, lines, variables)
+            for fault in found
+            # Of a section that is not "embedded" either, only what is wrong within it.
+            if not (fault["loc"][-1:] == ("literal['embedded']",) and deeper)
+        ]
         raise ConfigError("\n".join(dict.fromkeys(faults))) from None
     resolved = _resolve_paths(config, path.resolve().parent)
     wanted: set[str] = set()

@@ -133,6 +133,26 @@ def test_what_kubernetes_sets_for_a_service_named_pdp_is_passed_over(tmp_path: P
             "budget.hold_ttl_seconds must be at least permit.ttl_seconds",
         ),
         (GOOD + "state_dir: other\n", "pdp.yaml:10: a key stands twice"),
+        (
+            GOOD.replace("bundle: /etc/pdp/bundle.tar.gz", "bundles: {a: {pth: x}}"),
+            "policy.bundles.a.pth: unknown key; did you mean path?",
+        ),
+        (
+            GOOD.replace(
+                "bundle: /etc/pdp/bundle.tar.gz", "bundles: {a: {path: x, oci: {image: r/a}}}"
+            ),
+            "policy.bundles.a: set one of path, http and oci",
+        ),
+        (
+            GOOD.replace(
+                "bundle: bundle.tar.gz", "bundles: {a: {http: {url: 'http://x.example'}}}"
+            ),
+            "policy.bundles.a.http: plain http is allowed only to loopback; use https",
+        ),
+        (
+            GOOD.replace("bundle: /etc/pdp/bundle.tar.gz", "engine: {opa: {managd: true}}"),
+            "policy.engine.opa.managd: unknown key; did you mean managed?",
+        ),
         (GOOD + "instance: &a x\npermit: *a\n", "aliases are not used here"),
         ("- a\n", "expected keys such as identity and policy"),
         ("", "identity: is required"),
@@ -144,6 +164,11 @@ def test_a_wrong_configuration_is_refused_with_its_place(
     tmp_path: Path, text: str, fault: str
 ) -> None:
     assert any(fault in line for line in faults(tmp_path, text)), faults(tmp_path, text)
+
+
+def test_a_wrong_engine_section_is_one_fault(tmp_path: Path) -> None:
+    text = GOOD.replace("bundle: /etc/pdp/bundle.tar.gz", "engine: {opa: {managd: true}}")
+    assert len(faults(tmp_path, text)) == 1
 
 
 def test_every_fault_is_named_at_once(tmp_path: Path) -> None:

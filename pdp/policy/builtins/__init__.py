@@ -14,21 +14,35 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from pdp.policy.builtins import printf, regexes, texts, times, versions
+from pdp.policy.builtins import (
+    encodings,
+    networks,
+    numbers,
+    objects,
+    printf,
+    regexes,
+    texts,
+    times,
+    versions,
+)
 from pdp.policy.builtins.faults import BuiltinError, UndefinedError
 from pdp.policy.builtins.values import Value, dump, parse
 
 __all__ = ["NAMES", "BuiltinError", "Evaluation", "call"]
 
 _BUILTINS: Final[Mapping[str, Callable[..., Value]]] = {
+    **encodings.BUILTINS,
+    **networks.BUILTINS,
+    **numbers.BUILTINS,
+    **objects.BUILTINS,
     **printf.BUILTINS,
     **regexes.BUILTINS,
     **texts.BUILTINS,
     **times.BUILTINS,
     **versions.BUILTINS,
 }
-MAX_ARGUMENT_BYTES: Final = 1024 * 1024
-"""Of one call, all arguments together."""
+MAX_ARGUMENT_BYTES: Final = 256 * 1024
+"""Of one call, all arguments together: to read them takes up to 0.3 s."""
 _NOW: Final = "time.now_ns"
 
 NAMES: Final[frozenset[str]] = frozenset({_NOW, *_BUILTINS})

@@ -45,11 +45,11 @@ def test_overlapping_occurrences_are_found() -> None:
 
 def test_a_search_that_would_take_long_ends_the_evaluation() -> None:
     with pytest.raises(BuiltinError):
-        ask("indexof_n", "a" * 400_000, "a" * 200_000)
+        ask("indexof_n", "a" * 160_000, "a" * 80_000)
 
 
 def test_many_prefixes_are_not_compared_with_each_of_many_texts() -> None:
-    texts = [f"b{index:05}" for index in range(40_000)]
+    texts = [f"b{index:05}" for index in range(10_000)]
     assert ask("strings.any_prefix_match", texts, [f"a{text}" for text in texts]) is False
     assert ask("strings.any_prefix_match", texts, ["b0", "b00", "b0001", "c"]) is True
     assert ask("strings.any_suffix_match", ["x/é"], ["é", "ö"]) is True

@@ -47,6 +47,9 @@ class HttpBundleSource:
         )
         self._pace = Pace(settings.poll_seconds)
         self._asked_at = -LEAST_SECONDS
+        self._given: str | None = None
+        # What is in force may be from another source of the same settings, so that the
+        # first request here is one that can be held.
         self._holds = self._held = settings.long_poll_seconds is not None
 
     @property
@@ -100,7 +103,7 @@ class HttpBundleSource:
 
     async def _read(self, reply: Reply, tag: str | None) -> Fetched | None:
         if reply.status == HTTPStatus.NOT_MODIFIED and tag is not None:
-            self._held = self._holds and self._clock() - self._asked_at >= LEAST_SECONDS
+            self._note(is_news=False)
             return None
         if reply.status != HTTPStatus.OK:
             raise self._connection.status_error(reply)
@@ -109,16 +112,23 @@ class HttpBundleSource:
             raise self._connection.error("has an ETag that is not printable")
         if etag is not None and len(etag) > MAX_ETAG_LENGTH:
             raise self._connection.error(f"has an ETag of more than {MAX_ETAG_LENGTH} characters")
-        self._holds = self._held = (
+        self._holds = (
             self._settings.long_poll_seconds is not None
             and etag is not None
             and reply.headers.get("Content-Type") == MEDIA_TYPE
         )
         found = etag if etag is not None else await asyncio.to_thread(_content_tag, reply.body)
+        self._note(is_news=found not in {tag, self._given})
+        self._given = found
         if found == tag:
             return None
         files = await asyncio.to_thread(read_archive, reply.body, place=self.place)
         return Fetched(files=files, tag=found)
+
+    def _note(self, *, is_news: bool) -> None:
+        """Whether this answer was held, as far as can be told: at once comes only news."""
+        took_long = self._clock() - self._asked_at >= LEAST_SECONDS
+        self._held = self._holds and (is_news or took_long)
 
 
 def _content_tag(body: bytes) -> str:

@@ -137,7 +137,7 @@ async def follow(
     await source.close()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(steps=STEPS, with_etag=st.booleans())
 def test_a_bundle_server_gives_what_it_holds_or_an_error(
     bundle_server: tuple[str, Faulty, BundleServer], *, steps: list[Step], with_etag: bool
@@ -148,7 +148,7 @@ def test_a_bundle_server_gives_what_it_holds_or_an_error(
     asyncio.run(follow(source, faulty, lambda number: setattr(holds, "number", number), steps))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(steps=STEPS)
 def test_a_registry_gives_what_it_holds_or_an_error(
     registry: tuple[str, Faulty, FakeRegistry], *, steps: list[Step]

@@ -355,6 +355,21 @@ def test_a_server_that_only_promises_to_hold_requests_is_polled() -> None:
         assert waits(polled, '"1"', clock=clock) == [False]
 
 
+def test_who_asks_for_the_same_again_and_again_is_slowed_down() -> None:
+    clock = Clock()
+    with web_server(Holder(clock).handle) as address:
+        held = source(address, clock=clock, long_poll_seconds=5, poll_seconds=1000)
+        assert waits(held, None, None, clock=clock) == [True, False]
+
+
+def test_a_server_that_sends_the_same_again_and_again_is_polled() -> None:
+    clock = Clock()
+    heedless = answering(archive(1), ETag='"1"', Content_Type=MEDIA_TYPE)
+    with web_server(heedless) as address:
+        polled = source(address, clock=clock, long_poll_seconds=5, poll_seconds=1000)
+        assert waits(polled, '"1"', clock=clock) == [False]
+
+
 @pytest.mark.parametrize(
     ("media_type", "settings"),
     (("application/gzip", {"long_poll_seconds": 5}), (MEDIA_TYPE, {})),

@@ -96,6 +96,15 @@ def test_a_tag_is_looked_at_and_its_layer_fetched_when_it_moves(
     ]  # fmt: skip
 
 
+def test_a_registry_that_names_no_digest_is_asked_for_the_manifest(
+    registry: FakeRegistry, address: str
+) -> None:
+    registry.names_digests = False
+    digest = registry.push("1.2", archive(1))
+    assert fetched(source(address), digest) == [None]
+    assert not any("/blobs/" in asked for asked in registry.asked)
+
+
 def test_a_digest_is_fetched_once(registry: FakeRegistry, address: str) -> None:
     digest = registry.push("1.2", archive(1))
     fixed = source(address, f"@{digest}")

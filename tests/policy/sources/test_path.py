@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -257,3 +259,10 @@ def test_the_configuration_opens_a_path(tmp_path: Path) -> None:
     opened = open_source(BundleSettings(path=tmp_path))
     assert isinstance(opened, PathSource)
     assert opened.place == str(tmp_path)
+
+
+def test_a_path_needs_no_http() -> None:
+    """Importing it takes longer than a sidecar has to start."""
+    code = "import sys, pdp.policy.sources; print('aiohttp' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "False\n"

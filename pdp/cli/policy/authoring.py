@@ -286,6 +286,8 @@ def fmt(
     from pdp.policy.archive import refused  # noqa: PLC0415
     from pdp.policy.authoring.command import run  # noqa: PLC0415
     from pdp.policy.compile import find_opa  # noqa: PLC0415
+    from pdp.policy.engine import BundleError  # noqa: PLC0415
+    from pdp.reason import ReasonCode  # noqa: PLC0415
 
     with _refusals():
         if not path.exists():
@@ -296,7 +298,7 @@ def fmt(
             listed_again = run(command, ["fmt", "--write", "--", str(path)], folder=Path.cwd())
             listed = listed if listed_again.code == 0 else listed_again
         if listed.code != 0:
-            raise refused(str(path), f"can not be formatted: {listed.errors.strip()}")
+            raise BundleError(ReasonCode.POLICY_UNAVAILABLE, listed.errors.strip())
     typer.echo(_printable_lines(listed.output), nl=False)
     if check_only and listed.output:
         raise typer.Exit(exit_codes.FAILED)

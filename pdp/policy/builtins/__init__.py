@@ -23,6 +23,7 @@ from pdp.policy.builtins import (
     regexes,
     texts,
     times,
+    urls,
     versions,
 )
 from pdp.policy.builtins.faults import BuiltinError, UndefinedError
@@ -39,6 +40,7 @@ _BUILTINS: Final[Mapping[str, Callable[..., Value]]] = {
     **regexes.BUILTINS,
     **texts.BUILTINS,
     **times.BUILTINS,
+    **urls.BUILTINS,
     **versions.BUILTINS,
 }
 MAX_ARGUMENT_BYTES: Final = 256 * 1024

@@ -32,7 +32,8 @@ class Number:
             raise too_large("a number") from None
         if abs(self.value.adjusted()) > MAX_EMAX // 2 or not self.value.is_finite():
             raise too_large("a number")
-        self.text = text
+        # Rego may leave out a zero before the point; what reads results does not.
+        self.text = text.replace(".", "0.", 1) if text.removeprefix("-")[:1] == "." else text
 
     @property
     def is_integer(self) -> bool:
@@ -154,7 +155,7 @@ def in_order(values: Iterable[Value]) -> list[Value]:
 
 _DECODER: Final = JSONDecoder()
 _SPACES: Final = " \t\r\n"
-_NUMBER: Final = re.compile(r"-?[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?").match
+_NUMBER: Final = re.compile(r"-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?").match
 _EMPTY_SET: Final = re.compile(r"set\([ \t\r\n]*\)").match
 _WORDS: Final[Mapping[str, tuple[str, bool | None]]] = {
     "n": ("null", None),

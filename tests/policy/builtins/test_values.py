@@ -14,6 +14,7 @@ from pdp.policy.builtins.values import Number, Object, dump, in_order, parse
         "null",
         "true",
         "-12.50e+3",
+        "0.5",
         "123456789012345678901234567890",
         '"a\\"\\\\\\n\\u0000\u00e9\U0001f600"',
         "[]",
@@ -61,3 +62,7 @@ def test_giant_numbers_are_a_fault() -> None:
         Number("1e100000").integer()
     with pytest.raises(BuiltinError):
         Number("1e99999999999999999999")
+
+
+def test_a_number_that_begins_with_its_point_is_read() -> None:
+    assert dump(parse(b"[.5, -.5]")) == b"[0.5, -0.5]"

@@ -145,7 +145,7 @@ def test_what_kubernetes_sets_for_a_service_named_pdp_is_passed_over(tmp_path: P
         ),
         (
             GOOD.replace(
-                "bundle: bundle.tar.gz", "bundles: {a: {http: {url: 'http://x.example'}}}"
+                "bundle: /etc/pdp/bundle.tar.gz", "bundles: {a: {http: {url: 'http://x.example'}}}"
             ),
             "policy.bundles.a.http: plain http is allowed only to loopback; use https",
         ),

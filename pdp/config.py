@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from pdp.admission import Priority, ServiceClass
 from pdp.errors import PdpError
 from pdp.identity.subject import TENANT_PATTERN
 from pdp.reason import ReasonCode
@@ -128,6 +129,32 @@ class Listen(_Section):
         return self
 
 
+class TenantLimits(_Section):
+    """What a tenant may use of the sidecar, unless the policy says otherwise for it."""
+
+    priority: Annotated[Priority, Field(strict=False)] = Priority.NORMAL
+    """high, normal or low: while calls wait, four of a high tenant are let in for two of
+    a normal and one of a low one."""
+    max_concurrent_calls: Annotated[int, Field(ge=1, le=100_000)] = 256
+    """Its calls at the same time, those that wait included; one more is refused with
+    rate_limited."""
+    calls_per_second: Annotated[float, Field(ge=0.01, le=100_000)] = 200.0
+    """Its calls on average; faster ones are refused with rate_limited. Calls that finish
+    what was begun (redeem, report, settle, release) count apart, at four times this."""
+    burst: Annotated[int, Field(ge=1, le=100_000)] = 400
+    """Its calls at once, after a pause."""
+
+    @property
+    def service_class(self) -> ServiceClass:
+        """The same, for admission."""
+        return ServiceClass(
+            priority=self.priority,
+            max_concurrent_calls=self.max_concurrent_calls,
+            calls_per_second=self.calls_per_second,
+            burst=self.burst,
+        )
+
+
 class ServerLimits(_Section):
     """Bounds on what clients may use of the server."""
 
@@ -137,8 +164,14 @@ class ServerLimits(_Section):
     """Largest metadata of a call, the token included."""
     max_concurrent_streams: Annotated[int, Field(ge=1, le=10_000)] = 1_024
     """Calls under way per connection; gRPC resets what a client sends beyond."""
-    max_concurrent_calls: Annotated[int, Field(ge=1, le=100_000)] = 1_024
-    """Calls under way in all; more are refused with rate_limited."""
+    max_concurrent_calls: Annotated[int, Field(ge=1, le=100_000)] = 32
+    """Calls that are worked on at the same time, and as many again that finish what was
+    begun (redeem, report, settle, release). More wait, and tenants take turns."""
+    max_waiting_calls: Annotated[int, Field(ge=0, le=100_000)] = 1_024
+    """Calls that wait, of either kind; of those beyond, the tenant that waits with most
+    is refused with rate_limited."""
+    tenants: TenantLimits = TenantLimits()
+    """Bounds on what each tenant may use."""
     call_timeout_seconds: Annotated[float, Field(gt=0, le=60)] = 5.0
     """Longest time for one call; a client's shorter deadline wins."""
     keepalive_seconds: Annotated[int, Field(ge=10, le=7_200)] = 60

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+from pdp.admission import Lane
 from pdp.audit.record import MAX_INPUT_BYTES, AuditReceipt, AuditRecord, Outcome
 from pdp.budget.ledger import (
     Account,
@@ -31,7 +32,15 @@ from pdp.policy.engine import Entrypoint, PolicyEngine, PolicyError
 from pdp.policy.question import authorize_input
 from pdp.policy.verdict import Verdict, parse_verdict
 from pdp.reason import ReasonCode
-from pdp.rooms import Rooms, StepWatch, charges_json, identify, isolate, limits_for
+from pdp.rooms import (
+    Rooms,
+    StepWatch,
+    admitted,
+    charges_json,
+    identify,
+    isolate,
+    limits_for,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +131,8 @@ async def authorize(rooms: Rooms, credentials: Credentials, asked: Asked) -> Rec
     A refusal by the policy, or for want of budget, is an Answer without a permit.
     Raises IdentityError, RequestError (arguments_invalid) and LedgerError
     (idempotency_key_reused, budget_unavailable), each of which is on record too, and
-    AuditError.
+    AuditError; and AdmissionError, on record within its bounds, before anything of the
+    call but its name is read.
     """
     watch = StepWatch()
 
@@ -134,7 +144,20 @@ async def authorize(rooms: Rooms, credentials: Credentials, asked: Asked) -> Rec
         trace_id=asked.trace_id,
     )
     watch.done("identify")
+    async with admitted(
+        rooms,
+        Lane.QUESTIONS,
+        tenant=subject.tenant,
+        actor=subject.actor,
+        action=asked.tool,
+        request_id=asked.request_id,
+        trace_id=asked.trace_id,
+    ):
+        return await _decide(rooms, subject, asked, watch)
 
+
+async def _decide(rooms: Rooms, subject: Subject, asked: Asked, watch: StepWatch) -> Recorded:
+    """The other four steps, of a call that was let in."""
     account = isolate(subject, tool=asked.tool)
     try:
         question = await asked.read()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pdp.admission import Lane
 from pdp.audit.record import AuditReceipt, AuditRecord, Outcome
 from pdp.budget.ledger import Account, Charge, IdempotencyKey, LedgerError, Receipt
 from pdp.canonical import JsonObject, sha256_hex
 from pdp.permit.claims import Permit, PermitError
 from pdp.reason import ReasonCode
-from pdp.rooms import Rooms, charges_json, settlement_detail
+from pdp.rooms import Rooms, admitted, charges_json, settlement_detail
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +56,32 @@ class Reported:
 
 
 async def redeem(rooms: Rooms, redemption: Redemption) -> Redeemed:
-    """Spend the permit's one use. Raises PermitError, on record, and AuditError."""
-    permit: Permit | None = None
-    failure: PermitError | None = None
-    unrecorded = 0
-    replayed = False
+    """Spend the permit's one use. Raises PermitError, on record, AdmissionError, on
+    record within its bounds, and AuditError.
+    """
     try:
         permit = _own_permit(rooms, redemption.permit)
+    except PermitError as error:
+        await rooms.audit.append(
+            _record_of_redemption(redemption, None, error, rooms.strangers.admit())
+        )
+        raise
+    async with admitted(
+        rooms,
+        Lane.ENDINGS,
+        tenant=permit.tenant,
+        actor=permit.actor,
+        action=redemption.tool,
+        request_id=redemption.idempotency_key,
+        trace_id=redemption.trace_id,
+    ):
+        return await _redeem(rooms, permit, redemption)
+
+
+async def _redeem(rooms: Rooms, permit: Permit, redemption: Redemption) -> Redeemed:
+    failure: PermitError | None = None
+    replayed = False
+    try:
         rooms.permit_verifier.check_binding(
             permit,
             tool=redemption.tool,
@@ -72,70 +92,103 @@ async def redeem(rooms: Rooms, redemption: Redemption) -> Redeemed:
         replayed = await rooms.permit_uses.redeem(permit, key=redemption.idempotency_key)
     except PermitError as error:
         failure = error
-        unrecorded = rooms.strangers.admit() if permit is None else 0
     receipt = await rooms.audit.append(
-        _record(
-            permit,
-            type="redemption",
-            action=redemption.tool,
-            outcome=Outcome.REDEEMED,
-            failure=failure,
-            request_id=redemption.idempotency_key,
-            trace_id=redemption.trace_id,
-            detail={"audience": redemption.audience, **_unrecorded(unrecorded)},
-            replayed=replayed,
-        )
+        _record_of_redemption(redemption, permit, failure, replayed=replayed)
     )
     if failure is not None:
         raise failure
-    assert permit is not None  # noqa: S101 - no failure means a permit
     return Redeemed(permit=permit, replayed=replayed, receipt=receipt)
+
+
+def _record_of_redemption(
+    redemption: Redemption,
+    permit: Permit | None,
+    failure: PermitError | None,
+    unrecorded: int = 0,
+    *,
+    replayed: bool = False,
+) -> AuditRecord:
+    return _record(
+        permit,
+        type="redemption",
+        action=redemption.tool,
+        outcome=Outcome.REDEEMED,
+        failure=failure,
+        request_id=redemption.idempotency_key,
+        trace_id=redemption.trace_id,
+        detail={"audience": redemption.audience, **_unrecorded(unrecorded)},
+        replayed=replayed,
+    )
 
 
 async def report(rooms: Rooms, report: Report) -> Reported:
     """Take in what became of a call: close its permit, settle or release its hold.
 
     The permit proves who reports; it may have expired since. Raises PermitError
-    and LedgerError, on record, and AuditError.
+    and LedgerError, on record, AdmissionError, on record within its bounds, and
+    AuditError.
     """
-    permit: Permit | None = None
-    result: Receipt | None = None
-    failure: PermitError | LedgerError | None = None
-    unrecorded = 0
     try:
         permit = _own_permit(rooms, report.permit)
+    except PermitError as error:
+        await rooms.audit.append(_record_of_report(report, None, error, rooms.strangers.admit()))
+        raise
+    async with admitted(
+        rooms,
+        Lane.ENDINGS,
+        tenant=permit.tenant,
+        actor=permit.actor,
+        action=permit.tool,
+        request_id=permit.transaction,
+        trace_id=report.trace_id,
+    ):
+        return await _report(rooms, permit, report)
+
+
+async def _report(rooms: Rooms, permit: Permit, report: Report) -> Reported:
+    result: Receipt | None = None
+    failure: PermitError | LedgerError | None = None
+    try:
         await rooms.permit_uses.close_permit(permit)
         result = await _resolve_hold(rooms, permit, report)
     except (PermitError, LedgerError) as error:
         failure = error
-        unrecorded = rooms.strangers.admit() if permit is None else 0
         if failure.reason_code == ReasonCode.IDEMPOTENCY_KEY_REUSED:
             failure = PermitError(
                 ReasonCode.OUTCOME_ALREADY_REPORTED,
                 "Another outcome was reported for this permit before.",
             )
-    detail = (settlement_detail(result) or {}) | _unrecorded(unrecorded)
-    if report.error_type:
-        detail["error_type"] = report.error_type
-    receipt = await rooms.audit.append(
-        _record(
-            permit,
-            type="outcome",
-            action=permit.tool if permit else "report",
-            outcome=Outcome.EXECUTED if report.executed else Outcome.FAILED,
-            failure=failure,
-            success=ReasonCode.OK if report.executed else ReasonCode.TOOL_FAILED,
-            trace_id=report.trace_id,
-            charges=charges_json(result.charges) if result else (),
-            detail=detail or None,
-            replayed=result.replayed if result else False,
-        )
-    )
+    receipt = await rooms.audit.append(_record_of_report(report, permit, failure, result=result))
     if failure is not None:
         raise failure
     assert result is not None  # noqa: S101 - no failure means a result
     settled = result.charges if _costs(report) else ()
     return Reported(settled=settled, replayed=result.replayed, receipt=receipt)
+
+
+def _record_of_report(
+    report: Report,
+    permit: Permit | None,
+    failure: PermitError | LedgerError | None,
+    unrecorded: int = 0,
+    *,
+    result: Receipt | None = None,
+) -> AuditRecord:
+    detail = (settlement_detail(result) or {}) | _unrecorded(unrecorded)
+    if report.error_type:
+        detail["error_type"] = report.error_type
+    return _record(
+        permit,
+        type="outcome",
+        action=permit.tool if permit else "report",
+        outcome=Outcome.EXECUTED if report.executed else Outcome.FAILED,
+        failure=failure,
+        success=ReasonCode.OK if report.executed else ReasonCode.TOOL_FAILED,
+        trace_id=report.trace_id,
+        charges=charges_json(result.charges) if result else (),
+        detail=detail or None,
+        replayed=result.replayed if result else False,
+    )
 
 
 def _unrecorded(number: int) -> JsonObject:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
+from pdp.admission import Admission, AdmissionError, Lane
 from pdp.audit.record import AuditLog, AuditRecord, Outcome
 from pdp.budget.ledger import Account, Charge, Ledger, Limit, Receipt
 from pdp.canonical import JsonObject
@@ -27,6 +29,7 @@ class Rooms:
     """The rooms of one sidecar, and what they share."""
 
     identity: IdentityResolver
+    admission: Admission
     policy: ActivePolicy
     ledger: Ledger
     permits: PermitIssuer
@@ -99,6 +102,44 @@ async def identify(
             )
         )
         raise
+
+
+@contextlib.asynccontextmanager
+async def admitted(
+    rooms: Rooms,
+    lane: Lane,
+    *,
+    tenant: str,
+    actor: str,
+    action: str,
+    request_id: str | None = None,
+    trace_id: str | None = None,
+) -> AsyncIterator[None]:
+    """Isolate, first half: wait for the tenant's turn, and hold a place while the
+    context lasts. A call that is one too many is put on record as far as such records
+    are bounded, then raised as AdmissionError; where it can not be put on record,
+    AuditError.
+    """
+    async with contextlib.AsyncExitStack() as place:
+        try:
+            await place.enter_async_context(rooms.admission.admitted(tenant, lane))
+        except AdmissionError as error:
+            if error.unrecorded is not None:
+                await rooms.audit.append(
+                    AuditRecord(
+                        type="decision",
+                        tenant_id=tenant,
+                        actor_id=actor,
+                        action=action,
+                        outcome=Outcome.DENIED,
+                        reason_code=error.reason_code,
+                        request_id=request_id,
+                        trace_id=trace_id,
+                        detail={"unrecorded": error.unrecorded} if error.unrecorded else None,
+                    )
+                )
+            raise
+        yield
 
 
 def isolate(subject: Subject, *, tool: str) -> Account:

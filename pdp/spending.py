@@ -6,6 +6,7 @@ import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from pdp.admission import Lane
 from pdp.audit.record import AuditReceipt, AuditRecord, Outcome
 from pdp.budget.ledger import (
     Account,
@@ -24,7 +25,15 @@ from pdp.policy.engine import Entrypoint, PolicyError
 from pdp.policy.question import budget_input
 from pdp.policy.verdict import parse_budget_verdict
 from pdp.reason import ReasonCode
-from pdp.rooms import Rooms, charges_json, identify, isolate, limits_for, settlement_detail
+from pdp.rooms import (
+    Rooms,
+    admitted,
+    charges_json,
+    identify,
+    isolate,
+    limits_for,
+    settlement_detail,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +93,7 @@ class SpendingError(PdpError):
 
 async def charge(rooms: Rooms, credentials: Credentials, spend: Spend) -> Spent:
     """Charge now. Raises SpendingError, IdentityError, PolicyError, LedgerError, all
-    of them on record, and AuditError.
+    of them on record, AdmissionError, on record within its bounds, and AuditError.
     """
 
     async def post(account: Account, key: IdempotencyKey, limits: tuple[Limit, ...]) -> Receipt:
@@ -109,7 +118,9 @@ async def reserve(rooms: Rooms, credentials: Credentials, spend: Spend) -> Spent
 
 
 async def settle(rooms: Rooms, credentials: Credentials, end: HoldEnd) -> Spent:
-    """End a hold with what was spent. Raises IdentityError, LedgerError, AuditError."""
+    """End a hold with what was spent. Raises IdentityError, AdmissionError, LedgerError,
+    AuditError.
+    """
 
     async def post(account: Account, key: IdempotencyKey) -> Receipt:
         return await rooms.ledger.settle(account, key, hold_id=end.hold_id, charges=end.charges)
@@ -130,14 +141,17 @@ async def state(
     rooms: Rooms, credentials: Credentials, *, tool: str
 ) -> tuple[tuple[LimitState, ...], str]:
     """The caller's limits as they stand, and the policy revision that names them.
-    Raises IdentityError, PolicyError, LedgerError.
+    Raises IdentityError, AdmissionError, PolicyError, LedgerError.
     """
     subject = await identify(rooms, credentials, action="budget.get")
-    document = _document(rooms, subject, "get", (), tool, "")
-    with rooms.policy.pin() as policy:
-        limits = await limits_for(policy, document)
-        revision = policy.revision
-    return await rooms.ledger.state(isolate(subject, tool=tool), limits=limits), revision
+    async with admitted(
+        rooms, Lane.QUESTIONS, tenant=subject.tenant, actor=subject.actor, action="budget.get"
+    ):
+        document = _document(rooms, subject, "get", (), tool, "")
+        with rooms.policy.pin() as policy:
+            limits = await limits_for(policy, document)
+            revision = policy.revision
+        return await rooms.ledger.state(isolate(subject, tool=tool), limits=limits), revision
 
 
 async def _spend(
@@ -155,6 +169,26 @@ async def _spend(
         request_id=spend.idempotency_key,
         trace_id=spend.trace_id,
     )
+    async with admitted(
+        rooms,
+        Lane.QUESTIONS,
+        tenant=subject.tenant,
+        actor=subject.actor,
+        action=f"budget.{operation}",
+        request_id=spend.idempotency_key,
+        trace_id=spend.trace_id,
+    ):
+        return await _spend_as(rooms, subject, spend, operation, outcome, post)
+
+
+async def _spend_as(
+    rooms: Rooms,
+    subject: Subject,
+    spend: Spend,
+    operation: str,
+    outcome: Outcome,
+    post: Callable[[Account, IdempotencyKey, tuple[Limit, ...]], Awaitable[Receipt]],
+) -> Spent:
     decision_id, revision = rooms.new_id(), rooms.policy.revision
     result: Receipt | None = None
     failure: PdpError | None = None
@@ -249,6 +283,26 @@ async def _end(
         request_id=end.idempotency_key,
         trace_id=end.trace_id,
     )
+    async with admitted(
+        rooms,
+        Lane.ENDINGS,
+        tenant=subject.tenant,
+        actor=subject.actor,
+        action=f"budget.{operation}",
+        request_id=end.idempotency_key,
+        trace_id=end.trace_id,
+    ):
+        return await _end_as(rooms, subject, end, operation, outcome, post)
+
+
+async def _end_as(
+    rooms: Rooms,
+    subject: Subject,
+    end: HoldEnd,
+    operation: str,
+    outcome: Outcome,
+    post: Callable[[Account, IdempotencyKey], Awaitable[Receipt]],
+) -> Spent:
     result: Receipt | None = None
     failure: LedgerError | None = None
     try:

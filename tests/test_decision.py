@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 
 from pdp import decision
+from pdp.admission import RECORDED_BURST, Admission, AdmissionError, Priority, ServiceClass
 from pdp.audit.record import AuditError, AuditReceipt, AuditRecord, Outcome
 from pdp.budget.ledger import Account, Charge, IdempotencyKey, LedgerError, Limit, Receipt
 from pdp.budget.sqlite import SqliteLedger
 from pdp.canonical import JsonObject, JsonValue, sha256_hex
+from pdp.config import TenantLimits
 from pdp.identity.resolver import Credentials, IdentityError
 from pdp.identity.subject import Subject
 from pdp.permit.claims import Permit
@@ -96,6 +98,7 @@ class Steps:
     )
     documents: list[JsonObject] = field(default_factory=list)
     records_policy_input: bool = False
+    service: ServiceClass = TenantLimits().service_class
 
     def do(self, step: str) -> None:
         self.done.append(step)
@@ -187,6 +190,12 @@ async def ask(
     uses = PermitUses(directory / "permits.db", durability=Durability.PROCESS, clock=lambda: NOW)
     rooms = Rooms(
         identity=Identity(steps),
+        admission=Admission(
+            max_concurrent_calls=1,
+            max_waiting_calls=0,
+            classes=lambda _: steps.service,
+            clock=lambda: NOW,
+        ),
         policy=LivePolicy(Policy(steps)),
         ledger=ledger,
         permits=issuer,
@@ -236,6 +245,39 @@ def test_without_identity_no_later_step_is_taken(tmp_path: Path) -> None:
     assert error.reason_code == "token_expired"
     assert steps.done == ["identify", "record"]
     assert (steps.records[0].tenant_id, steps.records[0].outcome) == (None, Outcome.DENIED)
+
+
+ONE_A_MINUTE = ServiceClass(
+    priority=Priority.NORMAL, max_concurrent_calls=1, calls_per_second=1 / 60, burst=1
+)
+
+
+def test_a_call_too_many_is_on_record_as_its_tenant_s_and_takes_no_later_step(
+    tmp_path: Path,
+) -> None:
+    steps = Steps(service=ONE_A_MINUTE)
+    first, second = asked(tmp_path, steps, QUESTION, replace(QUESTION, request_id="request-2"))
+    assert first.answer.permit is not None
+    assert isinstance(second, AdmissionError)
+    assert second.retry_after_seconds == pytest.approx(60)
+    assert steps.done[-2:] == ["identify", "record"]
+    record = steps.records[1]
+    assert (record.tenant_id, record.actor_id) == ("tenant_acme", "user-7")
+    assert (record.action, record.request_id) == ("orders.update", "request-2")
+    assert (record.outcome, record.reason_code) == (Outcome.DENIED, "rate_limited")
+
+
+def test_a_flood_of_calls_too_many_is_recorded_in_part(tmp_path: Path) -> None:
+    steps = Steps(service=ONE_A_MINUTE)
+    answers = asked(tmp_path, steps, *[QUESTION] * 50)
+    assert [answer.reason_code for answer in answers[1:]] == ["rate_limited"] * 49
+    assert len(steps.records) == 1 + RECORDED_BURST
+
+
+def test_a_place_is_given_back_whatever_fails(tmp_path: Path) -> None:
+    steps = Steps(failing={"hold": RuntimeError("a bug")})
+    answers = asked(tmp_path, steps, QUESTION, QUESTION)
+    assert [type(answer) for answer in answers] == [RuntimeError, RuntimeError]
 
 
 @pytest.mark.parametrize("step", ("pdp/authz/decision", "pdp/budget/limits"))

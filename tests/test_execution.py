@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import pytest
 
 from pdp import execution, spending
+from pdp.admission import Admission
 from pdp.audit.record import AuditError, AuditReceipt, AuditRecord, Outcome
 from pdp.budget.ledger import (
     Account,
@@ -25,6 +26,7 @@ from pdp.budget.ledger import (
 )
 from pdp.budget.sqlite import SqliteLedger
 from pdp.canonical import JsonObject, JsonValue, sha256_hex
+from pdp.config import TenantLimits
 from pdp.identity.resolver import Credentials, SingleTenant
 from pdp.permit.claims import Permit, PermitError
 from pdp.permit.issuer import PermitIssuer
@@ -157,6 +159,11 @@ def play(directory: Path, act: Callable[[Scene], Awaitable[T]]) -> T:
             )
         )
         rooms = Rooms(
+            admission=Admission(
+                max_concurrent_calls=1,
+                max_waiting_calls=0,
+                classes=lambda _: TenantLimits().service_class,
+            ),
             identity=SingleTenant(actor="user-7", roles=(), scopes=()),
             policy=LivePolicy(Policy()),
             ledger=ledger,

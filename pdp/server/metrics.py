@@ -9,6 +9,7 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
+from pdp.admission import Admission
 from pdp.decision import Recorded
 from pdp.policy.live import LivePolicy
 from pdp.reason import ReasonCode
@@ -56,6 +57,18 @@ class Metrics:
             "pdp_budget_refusals",
             "Calls that a limit refused.",
             ("method",),
+            registry=self.registry,
+        )
+        self._admission_refusals = Counter(
+            "pdp_admission_refusals",
+            "Calls refused as one too many, by what they were too many for: rate, concurrency"
+            " (of their tenant), or full (the sidecar).",
+            ("kind",),
+            registry=self.registry,
+        )
+        self._calls_waiting = Gauge(
+            "pdp_calls_waiting",
+            "Calls that wait for their tenant's turn.",
             registry=self.registry,
         )
         self._audit_failures = Counter(
@@ -115,6 +128,14 @@ class Metrics:
         self._policy_activated.set_function(lambda: live.activated_at)
         self._policy_checked.set_function(lambda: live.checked_at)
         self._policy_stale.set_function(lambda: float(live.stale))
+
+    def calls_wait_for(self, admission: Admission) -> None:
+        """From here on the number that waits is read off it."""
+        self._calls_waiting.set_function(lambda: admission.waiting)
+
+    def admission_refused(self, kind: str) -> None:
+        """A call was one too many: for "rate", "concurrency" or "full"."""
+        self._admission_refusals.labels(kind).inc()
 
     def bundle_refused(self, bundle: str) -> None:
         """A source held what may not be used."""

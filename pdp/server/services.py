@@ -12,6 +12,7 @@ from typing import Final, TypeVar
 import grpc
 
 from pdp import decision, execution, spending
+from pdp.admission import Admission, AdmissionError, Refusal
 from pdp.api.v1 import (
     authorization_pb2,
     authorization_pb2_grpc,
@@ -35,17 +36,26 @@ _T = TypeVar("_T")
 _Context = grpc.aio.ServicerContext[object, object]
 
 
+MAX_CALLS_OF_NOBODY: Final = 1_024
+"""Calls at the same time of whom it is not known yet, or never will be."""
+_OVERFULL_SECONDS: Final = 1.0
+"""When to ask again where not even that can be found out."""
+
+
 class CallRunner:
-    """Runs one call within its bounds: how many at a time, for how long.
+    """Runs one call within its bounds: for how long, and how many at a time in all,
+    beyond what is bounded by tenant.
 
     Work that has begun is finished even when its caller has gone, so that what
-    was held or charged is always on record.
+    was held or charged is always on record. A call that waits to be let in has not
+    begun, and leaves with its caller.
     """
 
-    def __init__(self, metrics: Metrics, *, timeout_seconds: float, max_calls: int) -> None:
+    def __init__(self, metrics: Metrics, admission: Admission, *, timeout_seconds: float) -> None:
         self._metrics = metrics
+        self._admission = admission
         self._timeout_seconds = timeout_seconds
-        self._max_calls = max_calls
+        self._max_calls = admission.max_calls + MAX_CALLS_OF_NOBODY
         self._under_way: set[asyncio.Task[object]] = set()
 
     async def run(self, context: _Context, method: str, work: Callable[[], Awaitable[_T]]) -> _T:
@@ -70,6 +80,8 @@ class CallRunner:
                 timer.status = "OK"
                 return result
             timer.status = status_code(failure).name
+            if isinstance(failure, AdmissionError):
+                self._metrics.admission_refused(failure.kind)
             self._metrics.failed(method, failure.reason_code)
         # Counted before it leaves, so that whoever has the answer finds it counted.
         return await abort(context, failure)
@@ -81,14 +93,17 @@ class CallRunner:
 
     async def _bounded(self, context: _Context, work: Callable[[], Awaitable[_T]]) -> _T:
         if len(self._under_way) >= self._max_calls:
-            raise PdpError(ReasonCode.RATE_LIMITED, "Too many calls are under way; try again.")
+            raise AdmissionError(Refusal.FULL, retry_after_seconds=_OVERFULL_SECONDS)
         remaining = context.time_remaining()
         timeout = min(self._timeout_seconds, remaining) if remaining else self._timeout_seconds
         task = asyncio.ensure_future(work())
         self._under_way.add(task)
         task.add_done_callback(self._finished)
-        async with asyncio.timeout(timeout):
-            return await asyncio.shield(task)
+        try:
+            async with asyncio.timeout(timeout):
+                return await asyncio.shield(task)
+        finally:
+            self._admission.abandon(task)
 
     def _finished(self, task: asyncio.Task[object]) -> None:
         self._under_way.discard(task)

@@ -23,6 +23,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from pdp import __version__
+from pdp.admission import Admission
 from pdp.api.v1 import (
     authorization_pb2,
     authorization_pb2_grpc,
@@ -92,8 +93,14 @@ async def open_rooms(config: Config, key: SigningKey, policy: ActivePolicy) -> A
         permit_uses = PermitUses(state / "permits.db", durability=config.budget.durability)
         stack.push_async_callback(permit_uses.close)
         digest_key = _secret(state / "audit-digest.key")
+        of_all = config.limits.tenants.service_class
         yield Rooms(
             identity=identity_from(config),
+            admission=Admission(
+                max_concurrent_calls=config.limits.max_concurrent_calls,
+                max_waiting_calls=config.limits.max_waiting_calls,
+                classes=lambda _tenant: of_all,
+            ),
             policy=policy,
             ledger=ledger,
             permits=PermitIssuer(key, issuer=config.permit.issuer),
@@ -175,10 +182,9 @@ async def serve(config: Config, *, loaded: Future[Loaded], started: Callable[[st
         await records.activated(policy.active.revision)
         if policy.live is not None:
             metrics.policy_times_are(policy.live)
+        metrics.calls_wait_for(rooms.admission)
         runner = CallRunner(
-            metrics,
-            timeout_seconds=config.limits.call_timeout_seconds,
-            max_calls=config.limits.max_concurrent_calls,
+            metrics, rooms.admission, timeout_seconds=config.limits.call_timeout_seconds
         )
         server = grpc.aio.server(options=_options(config.limits))
         authorization_pb2_grpc.add_AuthorizationServiceServicer_to_server(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Final, NoReturn
 
@@ -11,6 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, RetryInfo
 from google.rpc.status_pb2 import Status
 
+from pdp.admission import AdmissionError
 from pdp.channel import DETAILS_KEY, ERROR_DOMAIN
 from pdp.errors import PdpError, RequestError
 from pdp.reason import ReasonCode
@@ -92,6 +94,9 @@ def _details(error: PdpError) -> list[ErrorInfo | BadRequest | QuotaFailure | Re
                 ]
             )
         )
-        if error.retry_after_seconds is not None:
-            details.append(RetryInfo(retry_delay=Duration(seconds=error.retry_after_seconds)))
+    if isinstance(error, SpendingError | AdmissionError) and error.retry_after_seconds is not None:
+        # Never rounded down: whoever waits so long is not told to wait again.
+        millis = math.ceil(error.retry_after_seconds * 1000)
+        delay = Duration(seconds=millis // 1000, nanos=millis % 1000 * 1_000_000)
+        details.append(RetryInfo(retry_delay=delay))
     return details

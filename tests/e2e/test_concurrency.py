@@ -36,7 +36,8 @@ def sidecar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SidecarProcess
         ROOT / "tests/server/policy", directory / "bundle.tar.gz", opa=ROOT / ".tools/opa"
     )
     # Above max_concurrent_streams gRPC resets calls (UNAVAILABLE) before the sidecar sees them.
-    config = {"limits": {"max_concurrent_streams": 1_024}}
+    tenants = {"max_concurrent_calls": 1_000, "burst": 10_000}
+    config = {"limits": {"max_concurrent_streams": 1_024, "tenants": tenants}}
     with SidecarProcess(directory, issuer=ISSUER, bundle=bundle, config=config) as process:
         yield process
 

@@ -7,7 +7,7 @@ import resource
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -167,18 +167,21 @@ def test_a_call_past_the_deadline_of_the_sidecar_is_refused(tmp_path: Path, bund
 def test_more_calls_than_the_sidecar_takes_are_refused_at_once(
     tmp_path: Path, bundle: Path
 ) -> None:
-    narrow = {"limits": {"max_concurrent_calls": 2}}
+    narrow = {"limits": {"max_concurrent_calls": 2, "max_waiting_calls": 2}}
     with (
         SidecarProcess(tmp_path, issuer=ISSUER, bundle=bundle, config=narrow) as sidecar,
         Caller(sidecar.target, token=ISSUER.token("tenant_acme", "user-7")) as caller,
         ThreadPoolExecutor(8) as threads,
     ):
-        calls = [threads.submit(caller.authorize, "tools.runaway") for _ in range(8)]
-        failures = [failure for call in calls if (failure := call.exception())]
-        assert len(failures) >= 4
-        for failure in failures:
-            assert isinstance(failure, grpc.RpcError)
-            assert failure.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        calls = [threads.submit(refusal_of, caller.authorize, "tools.runaway") for _ in range(8)]
+        wait(calls)
+        refusals = [call.result() for call in calls if call.exception() is None]
+        assert len(refusals) >= 2
+        for refusal in refusals:
+            assert refusal.status is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert refusal.reason_code == "rate_limited"
+            assert refusal.retry_after_seconds is not None
+            assert refusal.retry_after_seconds > 0
         assert caller.authorize("orders.read").decision
 
 

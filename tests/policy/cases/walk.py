@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from pdp import decision, spending
+from pdp.admission import Admission
 from pdp.audit.log import ChainedAuditLog
 from pdp.budget.ledger import Charge
 from pdp.budget.sqlite import SqliteLedger
 from pdp.canonical import JsonObject, JsonValue, sha256_hex
+from pdp.config import TenantLimits
 from pdp.errors import PdpError
 from pdp.identity.keys import load_jwks_file
 from pdp.identity.resolver import Credentials, IdentityError
@@ -136,6 +138,11 @@ async def walk(
         clock=lambda: int(now) * 1_000_000_000,
     )
     rooms = Rooms(
+        admission=Admission(
+            max_concurrent_calls=1,
+            max_waiting_calls=0,
+            classes=lambda _: TenantLimits(burst=100_000).service_class,
+        ),
         identity=_identity(issuer, directory, clock),
         policy=overheard,
         ledger=ledger,

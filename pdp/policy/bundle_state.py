@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pdp.canonical import JsonObject
 from pdp.policy.archive import Files
 from pdp.policy.engine import BundleError
-from pdp.policy.last_good import Kept
+from pdp.policy.last_good import MAX_REVISIONS, Kept
+from pdp.policy.part import PATCH
 from pdp.policy.preparation import Prepared, Received
 from pdp.policy.signature import Verifier
 from pdp.policy.sources.source import BundleSource
@@ -37,12 +38,28 @@ class BundleState:
     """What the source held last, be it in force or refused."""
     pending: Files | None = field(default=None, repr=False)
     """What the source holds and was refused: it may fit once another bundle changes."""
+    tried_at: float
+    """When that was tried last: Unix seconds."""
     attempted_at: float
     """When the source was asked last: Unix seconds."""
     activated_at: float
     """When this bundle last changed: Unix seconds."""
-    error: str | None = None
+    refused: str | None = None
     """Why the source's content is not in force; None when it is."""
+    unreachable: str | None = None
+    """Why the source could not be read when it was asked last; None when it could."""
+
+    @property
+    def error(self) -> str | None:
+        """What is not as it should be; None when all is."""
+        return self.unreachable or self.refused
+
+    @property
+    def pending_chain(self) -> tuple[Files, ...]:
+        """What there will be to keep once what is pending is in force."""
+        if self.pending is None:
+            return self.kept.chain
+        return (*self.kept.chain, self.pending) if PATCH in self.pending else (self.pending,)
 
     def as_json(self) -> JsonObject:
         """For `pdp status`."""
@@ -93,7 +110,13 @@ def accept(
             raise _rollback(name, revision, "it was in force before, and was replaced")
     if not revisions or revisions[-1] != revision:
         revisions = (*revisions, revision)
-    return Kept(chain=chain, tag=tag, sequence=sequence, revisions=revisions, checked_at=now)
+    return Kept(
+        chain=chain,
+        tag=tag,
+        sequence=sequence,
+        revisions=revisions[-MAX_REVISIONS:],
+        checked_at=now,
+    )
 
 
 def _rollback(name: str, revision: str, why: str) -> BundleError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -22,10 +22,14 @@ _log: Final = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FirstLoad:
-    """A policy that can be put in force."""
+    """A policy that can be put in force, unless no engine takes it."""
 
     prepared: Prepared
     states: Mapping[str, BundleState]
+    """By the bundle's name, in the order of the configuration."""
+    instead: Callable[[BundleError], Awaitable[FirstLoad]] = field(repr=False)
+    """What was in force last, for when this can not be, which the error says why. Raises
+    the error where there is nothing else."""
 
     @property
     def checked_at(self) -> float:
@@ -49,20 +53,35 @@ async def first_load(
         kept={one.name: await asyncio.to_thread(last_good.read, one.name) for one in wanted}
     )
     await asyncio.gather(*(_fetch(one, found) for one in wanted))
-    try:
-        return await _load(wanted, rules, found, found.held, allow_rollback, clock)
-    except BundleError as error:
+
+    async def load(fresh: Mapping[str, Fetched], instead: _Instead) -> FirstLoad:
+        prepared, states = await _load(wanted, rules, found, fresh, allow_rollback, clock)
+        return FirstLoad(prepared=prepared, states=states, instead=instead)
+
+    async def earlier(error: BundleError) -> FirstLoad:
         without = {name: got for name, got in found.held.items() if found.kept[name] is None}
         if len(without) == len(found.held):
-            raise
+            raise error
         # All of what is new is left: which of several does not fit is not always plain.
         left = found.held.keys() - without.keys()
-        found.errors.update(dict.fromkeys(left, error.message))
+        found.refused.update(dict.fromkeys(left, error.message))
         _log.error("the policy is the one that was in force last: %s", error.message)
         try:
-            return await _load(wanted, rules, found, without, allow_rollback, clock)
+            return await load(without, _nothing)
         except BundleError:
             raise error from None
+
+    try:
+        return await load(found.held, earlier)
+    except BundleError as error:
+        return await earlier(error)
+
+
+_Instead = Callable[[BundleError], Awaitable[FirstLoad]]
+
+
+async def _nothing(error: BundleError) -> FirstLoad:
+    raise error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +90,8 @@ class _Found:
 
     kept: dict[str, Kept | None]
     held: dict[str, Fetched] = field(default_factory=dict)
-    errors: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    unreachable: dict[str, str] = field(default_factory=dict)
 
 
 async def _fetch(one: Wanted, found: _Found) -> None:
@@ -79,7 +99,8 @@ async def _fetch(one: Wanted, found: _Found) -> None:
         fetched = await one.source.fetch(None)
     except (SourceError, BundleError) as error:
         _log.warning("policy bundle %s: %s", one.name, error.message)
-        found.errors[one.name] = error.message
+        wrong = found.refused if isinstance(error, BundleError) else found.unreachable
+        wrong[one.name] = error.message
         return
     if fetched is not None:
         found.held[one.name] = fetched
@@ -92,7 +113,7 @@ async def _load(
     fresh: Mapping[str, Fetched],
     allow_rollback: bool,  # noqa: FBT001 - private
     clock: Callable[[], float],
-) -> FirstLoad:
+) -> tuple[Prepared, dict[str, BundleState]]:
     chains = {one.name: _chain(one.name, found, fresh) for one in wanted}
     received = [received_from(one, chains[one.name]) for one in wanted]
     prepared = await asyncio.to_thread(prepare, received, rules)
@@ -112,11 +133,13 @@ async def _load(
             revision=prepared.revisions[name],
             seen_tag=held.tag if held else None,
             pending=held.files if held and name not in fresh else None,
+            tried_at=now,
             attempted_at=now,
             activated_at=now,
-            error=found.errors.get(name),
+            refused=found.refused.get(name),
+            unreachable=found.unreachable.get(name),
         )
-    return FirstLoad(prepared=prepared, states=states)
+    return prepared, states
 
 
 def _chain(name: str, found: _Found, fresh: Mapping[str, Fetched]) -> tuple[Files, ...]:
@@ -124,8 +147,9 @@ def _chain(name: str, found: _Found, fresh: Mapping[str, Fetched]) -> tuple[File
     if name in fresh:
         return (fresh[name].files,)
     if kept is None:
+        wrong = found.refused | found.unreachable
         raise BundleError(
             ReasonCode.POLICY_UNAVAILABLE,
-            found.errors.get(name, f"The policy bundle {name} can not be used."),
+            wrong.get(name, f"The policy bundle {name} can not be used."),
         )
     return kept.chain

@@ -18,7 +18,9 @@ from pdp.private_files import make_directory
 _log: Final = logging.getLogger(__name__)
 MAX_REVISIONS: Final = 256
 """How many earlier revisions of a bundle are remembered, to know a rollback by."""
+_STATE: Final = "state.json"
 _STATE_BYTES: Final = 256 * 1024
+_DRAFT: Final = ".new"
 _ARCHIVE: Final = re.compile(r"[0-9]{1,3}\.tar\.gz")
 
 
@@ -47,7 +49,7 @@ class LastGood:
     def read(self, name: str) -> Kept | None:
         """What was kept of a bundle; None where nothing was, or nothing that can be read."""
         folder = self._directory / name
-        if not (folder / "state.json").exists():
+        if not (folder / _STATE).exists():
             return None
         try:
             state = self._state(name)
@@ -68,11 +70,12 @@ class LastGood:
 
     def write(self, name: str, kept: Kept) -> None:
         """Keep a bundle in place of the one before; after a crash it is the one or the
-        other. Raises OSError.
+        other. Raises OSError, NotPrivateError, and BundleError when it can not be packed.
         """
         folder = self._directory / name
         make_directory(self._directory)
         make_directory(folder)
+        self._tidy(name)  # what a crash, or a full disk, left of an earlier try
         names = _archive_names(folder, len(kept.chain))
         for file, files in zip(names, kept.chain, strict=True):
             _write(folder / file, pack(files))
@@ -80,25 +83,30 @@ class LastGood:
             "archives": list(names),
             "tag": kept.tag,
             "sequence": kept.sequence,
-            "revisions": list(kept.revisions[-MAX_REVISIONS:]),
+            "revisions": list(kept.revisions),
             "checked_at": repr(kept.checked_at),
         }
-        _write(folder / "state.json", json.dumps(state).encode())
-        for earlier in list(folder.iterdir()):
-            if _ARCHIVE.fullmatch(earlier.name) and earlier.name not in names:
-                earlier.unlink()
+        _write(folder / _STATE, json.dumps(state).encode())
+        self._tidy(name)
 
     def confirm(self, name: str, checked_at: float) -> None:
-        """Note that the source still holds what was kept. Raises OSError."""
-        try:
-            state = self._state(name)
-        except JsonError:
-            return
+        """Note that the source still holds what was kept. Raises OSError, JsonError."""
+        state = self._state(name)
         state["checked_at"] = repr(checked_at)
-        _write(self._directory / name / "state.json", json.dumps(state).encode())
+        _write(self._directory / name / _STATE, json.dumps(state).encode())
+
+    def _tidy(self, name: str) -> None:
+        """Delete what the state does not name."""
+        try:
+            named = set(_texts(self._state(name)["archives"]))
+        except (FileNotFoundError, JsonError, KeyError, TypeError):
+            named = set()
+        for file in list((self._directory / name).iterdir()):
+            if _ARCHIVE.fullmatch(file.name.removesuffix(_DRAFT)) and file.name not in named:
+                file.unlink()
 
     def _state(self, name: str) -> JsonObject:
-        content = (self._directory / name / "state.json").read_bytes()
+        content = (self._directory / name / _STATE).read_bytes()
         return parse_object(content, max_bytes=_STATE_BYTES)
 
 
@@ -111,7 +119,7 @@ def _archive_names(folder: Path, count: int) -> list[str]:
 
 def _write(path: Path, content: bytes) -> None:
     """The whole file or none of it, also after power loss."""
-    draft = path.with_name(path.name + ".new")
+    draft = path.with_name(path.name + _DRAFT)
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+import traceback
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final, Protocol
 
-from pdp.errors import PdpError
+from pdp.canonical import JsonError
 from pdp.policy.archive import Files
 from pdp.policy.bundle_state import BundleState, Wanted, accept, received_from
 from pdp.policy.contract import check_contract
 from pdp.policy.engine import BundleError, PolicyEngine
 from pdp.policy.first_load import FirstLoad
-from pdp.policy.last_good import LastGood
+from pdp.policy.last_good import Kept, LastGood
 from pdp.policy.live import LivePolicy
+from pdp.policy.part import PATCH
 from pdp.policy.preparation import Prepared, Received, Rules, prepare_apart
 from pdp.policy.sources.source import Fetched, SourceError
 from pdp.private_files import NotPrivateError
@@ -25,9 +26,16 @@ from pdp.reason import ReasonCode
 
 MAX_DELTAS: Final = 64
 """Delta bundles upon one whole bundle; after that many the whole is fetched again."""
+MAX_DELTA_BYTES: Final = 16 * 1024 * 1024
+"""What they may hold together before the whole is fetched again."""
 CONFIRM_SECONDS: Final = 60.0
 """How often it is noted on disk that a source was reached."""
-_DELTA: Final = "patch.json"
+RETRY_SECONDS: Final = 60.0
+"""How often what was refused is tried again: the cause may have been this machine, which
+had no memory or no disk for it.
+"""
+AFTER_FAILURE_SECONDS: Final = 1.0
+"""Rest after a failure of the sidecar itself."""
 _log: Final = logging.getLogger(__name__)
 
 BuildEngine = Callable[[Prepared], Awaitable[PolicyEngine]]
@@ -43,7 +51,7 @@ class Events(Protocol):
         """A revision is in force now."""
         ...
 
-    async def refused(self, bundle: str, error: PdpError) -> None:
+    async def refused(self, bundle: str, error: BundleError) -> None:
         """A source held what may not be used, which is not asked for again."""
         ...
 
@@ -74,7 +82,7 @@ class PolicyUpdates:
     ) -> None:
         self._prepare = prepare
         self._wanted = {one.name: one for one in wanted}
-        self._states = dict(first.states)
+        self._states = first.states
         self._policy = policy
         self._rules = rules
         self._last_good = last_good
@@ -83,19 +91,19 @@ class PolicyUpdates:
         self._allow_rollback = allow_rollback
         self._clock = clock
         self._one_at_a_time = asyncio.Lock()
-
-    @property
-    def states(self) -> Sequence[BundleState]:
-        """What is known of each bundle, in the order of the configuration."""
-        return [self._states[name] for name in self._wanted]
+        self._on_disk: dict[str, tuple[Files, ...]] = {}
+        """By the bundle's name, what was written; nothing where that failed."""
+        self._noted_at: dict[str, float] = {}
+        """By the bundle's name, when it was written last, or when that was tried."""
 
     async def begin(self) -> None:
         """Keep on disk what was loaded first, and tell what of it was refused."""
-        await asyncio.to_thread(self._keep, self.states)
-        for state in self.states:
-            if state.pending is not None and state.error is not None:
+        states = self._states.values()
+        await asyncio.to_thread(self._keep, {state.name: state.kept for state in states})
+        for state in states:
+            if state.refused is not None:
                 await self._events.refused(
-                    state.name, BundleError(ReasonCode.POLICY_UNAVAILABLE, state.error)
+                    state.name, BundleError(ReasonCode.POLICY_UNAVAILABLE, state.refused)
                 )
 
     async def run(self) -> None:
@@ -111,132 +119,158 @@ class PolicyUpdates:
 
     async def _follow(self, one: Wanted) -> None:
         while True:
-            await one.source.wait()
             try:
+                await one.source.wait()
                 await self._look(one)
             except Exception as error:  # noqa: BLE001 - the next look may go well
-                _log.exception("policy bundle %s: %s", one.name, type(error).__name__)
-                state = self._states[one.name]
-                state.error = "The sidecar failed to take it up; its log says where."
-                state.seen_tag = None  # so that it is fetched, and tried, again
+                # The error's own text may quote what a bundle holds.
+                places = "".join(traceback.format_tb(error.__traceback__))
+                _log.error("policy bundle %s: %s\n%s", one.name, type(error).__name__, places)
+                self._states[
+                    one.name
+                ].refused = "The sidecar failed to take it up; its log says where."
+                await asyncio.sleep(AFTER_FAILURE_SECONDS)
 
     async def _look(self, one: Wanted) -> None:
         """Ask the source once, and take up what it holds if that is new."""
         state = self._states[one.name]
-        # Upon a chain that is long no further delta is taken.
-        tag = state.seen_tag if len(state.kept.chain) <= MAX_DELTAS else None
+        tag = state.seen_tag if _may_grow(state.kept.chain) else None
         state.attempted_at = self._clock()
         try:
             fetched = await one.source.fetch(tag)
         except SourceError as error:
-            state.error = error.message
+            state.unreachable = error.message
             self._events.unreachable(one.name)
             _log.warning("policy bundle %s: %s", one.name, error.message)
             return
         except BundleError as error:
-            await self._refuse(one.name, error)
+            async with self._one_at_a_time:
+                state.unreachable = None
+                # What it held before may not be put in force any more, with whatever else.
+                state.seen_tag, state.pending = state.kept.tag, None
+                await self._refuse(state, error)
             return
         async with self._one_at_a_time:
-            await self._compare(self._states[one.name], fetched)
+            state.unreachable = None
+            await self._compare(state, tag, fetched)
 
-    async def _compare(self, state: BundleState, fetched: Fetched | None) -> None:
+    async def _compare(
+        self, state: BundleState, asked_with: str | None, fetched: Fetched | None
+    ) -> None:
         if fetched is None:
-            self._unchanged(state)
-        elif _DELTA in fetched.files:
-            if state.kept.tag == state.seen_tag:
-                state.seen_tag, state.pending = fetched.tag, fetched.files
-                await self._take_up(state.name)
-            else:
-                state.seen_tag = None  # upon what was refused: the whole is asked for next
-        elif fetched.tag == state.kept.tag and len(state.kept.chain) == 1:
+            if state.pending is None:
+                await self._unchanged(state)
+            elif abs(self._clock() - state.tried_at) >= RETRY_SECONDS:
+                await self._take_up(state)
+        elif PATCH in fetched.files and asked_with is None:
+            await self._refuse(state, _not_asked_for(state))
+        elif PATCH in fetched.files and asked_with != state.kept.tag:
+            state.seen_tag = None  # upon what was refused: the whole is asked for next
+        elif state.kept.chain == (fetched.files,):
             state.seen_tag, state.pending = fetched.tag, None
-            self._unchanged(state)
+            state.kept = replace(state.kept, tag=fetched.tag)
+            await self._unchanged(state)
         else:
             state.seen_tag, state.pending = fetched.tag, fetched.files
-            await self._take_up(state.name)
+            await self._take_up(state)
 
-    def _unchanged(self, state: BundleState) -> None:
-        """The source still holds what it held."""
-        if state.pending is not None:
-            return
-        state.error = None
-        confirmed, now = state.kept.checked_at, self._clock()
+    async def _unchanged(self, state: BundleState) -> None:
+        """The source holds what is in force."""
+        now = self._clock()
+        state.refused = None
         state.kept = replace(state.kept, checked_at=now)
-        if now - confirmed >= CONFIRM_SECONDS:
-            with contextlib.suppress(OSError):
-                self._last_good.confirm(state.name, now)
         self._policy.checked_at = self._checked_at()
+        if abs(now - self._noted_at[state.name]) >= CONFIRM_SECONDS:
+            await asyncio.to_thread(self._keep, {state.name: state.kept})
 
     def _checked_at(self) -> float:
         return min(state.kept.checked_at for state in self._states.values())
 
-    async def _take_up(self, newest: str) -> None:
-        """Put in force what is pending: all of it or, if that can not be, one of it."""
-        pending = [name for name, state in self._states.items() if state.pending is not None]
+    async def _take_up(self, newest: BundleState) -> None:
+        """Put in force what is pending: all of it or, if that can not be, one by one."""
+        pending = [state for state in self._states.values() if state.pending is not None]
         attempts = [pending]
         if len(pending) > 1:
-            attempts += [[newest], *([name] for name in pending if name != newest)]
-        for names in attempts:
+            attempts += [[newest], *([state] for state in pending if state is not newest)]
+        for states in attempts:
             try:
-                await self._activate(names)
+                await self._activate(states)
             except BundleError as error:
-                if names == [newest]:
+                if states == [newest]:
                     await self._refuse(newest, error)
             else:
-                return
+                if states is pending:
+                    return
+            finally:
+                for state in states:
+                    state.tried_at = self._clock()
 
-    async def _activate(self, names: Sequence[str]) -> None:
+    async def _activate(self, states: Sequence[BundleState]) -> None:
         """Put these bundles' pending content in force. Raises BundleError."""
-        chains = {name: self._chain(state, name in names) for name, state in self._states.items()}
+        chains = {state.name: state.kept.chain for state in self._states.values()}
+        chains |= {state.name: state.pending_chain for state in states}
         prepared = await self._prepare(
             [received_from(one, chains[name]) for name, one in self._wanted.items()], self._rules
         )
         now = self._clock()
-        accepted = {}
-        for name in names:
-            state = self._states[name]
-            kept = accept(
-                self._wanted[name], prepared, chains[name], state.seen_tag or "", state.kept, now,
-                allow_rollback=self._allow_rollback,
-            )  # fmt: skip
-            accepted[name] = replace(
-                state, kept=kept, pending=None, error=None, activated_at=now,
-                revision=prepared.revisions[name],
-            )  # fmt: skip
+        accepted = {
+            state.name: accept(
+                self._wanted[state.name], prepared, chains[state.name], state.seen_tag or "",
+                state.kept, now, allow_rollback=self._allow_rollback,
+            )
+            for state in states
+        }  # fmt: skip
         engine = await self._build_engine(prepared)
         try:
             await check_contract(engine)
-            await asyncio.to_thread(self._keep, list(accepted.values()))
+            await asyncio.to_thread(self._keep, accepted)
         except BaseException:
             await engine.close()
             raise
-        self._states |= accepted
+        for state in states:
+            state.kept = accepted[state.name]
+            state.revision = prepared.revisions[state.name]
+            state.activated_at = now
+            state.pending = state.refused = None
         self._policy.activate(engine)
         self._policy.checked_at = self._checked_at()
         _log.info("policy %s is in force", engine.revision)
         await self._events.activated(engine.revision)
 
-    def _chain(self, state: BundleState, take_pending: bool) -> tuple[Files, ...]:  # noqa: FBT001 - private
-        if not take_pending or state.pending is None:
-            return state.kept.chain
-        if _DELTA in state.pending:
-            return (*state.kept.chain, state.pending)
-        return (state.pending,)
-
-    def _keep(self, states: Sequence[BundleState]) -> None:
+    def _keep(self, kept: Mapping[str, Kept]) -> None:
         """Write to disk what is to be in force. A disk that is full does not keep a policy
         from being taken up; a restart then begins with an older one.
         """
-        for state in states:
+        for name, one in kept.items():
+            self._noted_at[name] = one.checked_at
             try:
-                self._last_good.write(state.name, state.kept)
-            except (OSError, NotPrivateError) as error:
-                _log.error("policy bundle %s can not be kept on disk: %s", state.name, error)
+                if self._on_disk.pop(name, None) is one.chain:
+                    self._last_good.confirm(name, one.checked_at)
+                else:
+                    self._last_good.write(name, one)
+            except (OSError, NotPrivateError, JsonError, BundleError) as error:
+                _log.error("policy bundle %s can not be kept on disk: %s", name, error)
+            else:
+                self._on_disk[name] = one.chain
 
-    async def _refuse(self, name: str, error: PdpError) -> None:
-        state = self._states[name]
-        if state.error == error.message:
+    async def _refuse(self, state: BundleState, error: BundleError) -> None:
+        if state.refused == error.message:
             return  # said before
-        state.error = error.message
-        _log.error("policy bundle %s refused: %s", name, error.message)
-        await self._events.refused(name, error)
+        state.refused = error.message
+        _log.error("policy bundle %s refused: %s", state.name, error.message)
+        await self._events.refused(state.name, error)
+
+
+def _may_grow(chain: tuple[Files, ...]) -> bool:
+    """Whether another delta bundle may be laid upon these."""
+    deltas = chain[1:]
+    held = sum(len(content) for files in deltas for content in files.values())
+    return len(deltas) < MAX_DELTAS and held < MAX_DELTA_BYTES
+
+
+def _not_asked_for(state: BundleState) -> BundleError:
+    return BundleError(
+        ReasonCode.POLICY_UNAVAILABLE,
+        f"The policy bundle {state.place} is a delta bundle where the whole was asked for"
+        " (Prefer: modes=snapshot).",
+    )

@@ -138,6 +138,16 @@ def _build_engine(policy: Policy) -> Callable[[Prepared], Awaitable[PolicyEngine
     return embedded if policy.engine == "embedded" else managed
 
 
+async def _checked_engine(policy: Policy, prepared: Prepared) -> PolicyEngine:
+    engine = await _build_engine(policy)(prepared)
+    try:
+        await check_contract(engine)
+    except BaseException:
+        await engine.close()
+        raise
+    return engine
+
+
 class FollowedPolicy:
     """A policy whose bundles the sidecar looks after itself."""
 
@@ -155,22 +165,22 @@ class FollowedPolicy:
             deny_when_stale=policy.when_stale == "deny",
             checked_at=first.checked_at,
         )
-        self._updates: PolicyUpdates | None = None
 
     @classmethod
     async def open(cls, policy: Policy, named: Policy | Shadow, first: FirstLoad) -> FollowedPolicy:
-        """Put in force what was loaded first. Raises BundleError."""
-        engine = await _build_engine(policy)(first.prepared)
+        """Put in force what was loaded first or, where no engine takes it, what was in
+        force last. Raises BundleError.
+        """
         try:
-            await check_contract(engine)
-        except BaseException:
-            await engine.close()
-            raise
+            engine = await _checked_engine(policy, first.prepared)
+        except BundleError as error:
+            first = await first.instead(error)
+            engine = await _checked_engine(policy, first.prepared)
         return cls(policy, named, first, engine)
 
     async def begin(self, directory: Path, events: Events) -> PolicyUpdates:
         """Keep what was loaded first, and open the sources."""
-        self._updates = PolicyUpdates(
+        updates = PolicyUpdates(
             self._first,
             _wanted(self._named),
             self.live,
@@ -180,18 +190,21 @@ class FollowedPolicy:
             events=events,
             allow_rollback=self._policy.allow_rollback,
         )
-        await self._updates.begin()
-        return self._updates
+        try:
+            await updates.begin()
+        except BaseException:
+            await updates.close()
+            raise
+        return updates
 
     def status(self) -> JsonObject:
         """What is in force, and how each source does."""
-        states = self._updates.states if self._updates else list(self._first.states.values())
         return {
             "revision": self.live.revision,
             "activated_at": self.live.activated_at,
             "checked_at": self.live.checked_at,
             "stale": self.live.stale,
-            "bundles": [state.as_json() for state in states],
+            "bundles": [state.as_json() for state in self._first.states.values()],
         }
 
 
@@ -235,22 +248,21 @@ class PolicyRoom:
     ) -> AsyncIterator[None]:
         """Follow the sources, and compare with the candidate, until the context ends."""
         async with contextlib.AsyncExitStack() as stack:
-            tasks: list[asyncio.Task[None]] = []
             followed = [(self._followed, POLICY_DIRECTORY, events)]
             followed += [(self._shadow, SHADOW_DIRECTORY, shadow_events)]
             for policy, directory, told in followed:
                 if policy is not None:
                     updates = await policy.begin(state_dir / directory, told)
                     stack.push_async_callback(updates.close)
-                    tasks.append(asyncio.create_task(updates.run()))
+                    stack.push_async_callback(_end, asyncio.create_task(updates.run()))
             if isinstance(self.active, ShadowedPolicy):
-                tasks.append(asyncio.create_task(self.active.compare()))
-            try:
-                yield
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+                stack.push_async_callback(_end, asyncio.create_task(self.active.compare()))
+            yield
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait({task})
 
 
 @contextlib.asynccontextmanager

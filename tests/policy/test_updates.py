@@ -17,7 +17,7 @@ from pdp.policy.last_good import LastGood
 from pdp.policy.live import LivePolicy
 from pdp.policy.preparation import Prepared, Received, Rules, prepare, prepare_apart
 from pdp.policy.sources.source import Fetched, SourceError
-from pdp.policy.updates import PolicyUpdates
+from pdp.policy.updates import CONFIRM_SECONDS, RETRY_SECONDS, PolicyUpdates
 from pdp.policy.wasm import WasmEngine
 from pdp.reason import ReasonCode
 
@@ -65,6 +65,8 @@ class Shelf:
         self.files = files
         self.tag = tag
         self.error: PdpError | None = None
+        self.failure: Exception | None = None
+        """Raised once, where it is waited for the next look."""
         self.asked_with: list[str | None] = []
         self._look = asyncio.Event()
 
@@ -84,6 +86,9 @@ class Shelf:
         return None if tag == self.tag else Fetched(files=self.files, tag=self.tag)
 
     async def wait(self) -> None:
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
         await self._look.wait()
         self._look.clear()
 
@@ -127,6 +132,7 @@ class Scene:
         self.last_good = LastGood(directory)
         self.now = 1_000.0
         self.allow_rollback = False
+        self.first: FirstLoad
         self.policy: LivePolicy
         self.updates: PolicyUpdates
 
@@ -156,7 +162,7 @@ class Scene:
         async def in_thread(received: Sequence[Received], rules: Rules) -> Prepared:
             return await asyncio.to_thread(prepare, received, rules)
 
-        first = await self.load()
+        self.first = first = await self.load()
         self.policy = LivePolicy(
             await build_engine(first.prepared),
             checked_at=first.checked_at,
@@ -184,14 +190,23 @@ class Scene:
             await asyncio.gather(task, return_exceptions=True)
             await self.policy.close()
 
+    async def asked(self, name: str = "main") -> None:
+        """Have a source asked, of which nothing is to be told."""
+        shelf = self.shelves[name]
+        before = len(shelf.asked_with)
+        shelf.look()
+        await until(lambda: len(shelf.asked_with) > before)
+        # What follows from it is done once the source is asked again.
+        shelf.look()
+        await until(lambda: len(shelf.asked_with) > before + 1)
+
     async def looked(self, name: str = "main") -> tuple[str, str]:
         """Have a source asked; what came of it."""
         self.shelves[name].look()
         return await self.events.next()
 
     def state(self, name: str = "main") -> BundleState:
-        (found,) = [state for state in self.updates.states if state.name == name]
-        return found
+        return self.first.states[name]
 
     async def allows(self, role: str) -> bool:
         """Whether acme's actor with this role may read an order."""
@@ -463,6 +478,7 @@ def test_a_failure_of_the_sidecar_itself_is_tried_again(tmp_path: Path) -> None:
         scene.shelves["main"].look()
         await until(lambda: scene.state().error is not None)
         assert scene.policy.revision == "r1"
+        scene.now += RETRY_SECONDS
         assert await scene.looked() == ("activated", "r2")
 
     asyncio.run(scene.run(play, prepared=prepared))
@@ -516,5 +532,215 @@ def test_a_delta_upon_what_was_refused_is_left_and_the_whole_is_fetched(tmp_path
         shelf.put(bundle("r4"), "4")
         assert await scene.looked() == ("activated", "r4")
         assert shelf.asked_with[-1] is None
+
+    asyncio.run(scene.run(play))
+
+
+def test_a_source_that_fails_where_it_waits_is_followed_on(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, main=Shelf(bundle("r1")))
+
+    async def play() -> None:
+        shelf = scene.shelves["main"]
+        shelf.failure = ValueError("of its own")
+        await scene.asked()
+        shelf.put(bundle("r2"), "2")
+        assert await scene.looked() == ("activated", "r2")
+
+    asyncio.run(scene.run(play))
+
+
+def test_it_is_noted_on_disk_that_a_source_was_reached_however_often_it_is_asked(
+    tmp_path: Path,
+) -> None:
+    scene = Scene(tmp_path, main=Shelf(bundle("r1")))
+
+    async def play() -> None:
+        for _ in range(10):
+            scene.now += CONFIRM_SECONDS / 4
+            await scene.asked()
+        kept = scene.last_good.read("main")
+        assert kept is not None
+        assert scene.now - kept.checked_at <= CONFIRM_SECONDS
+        # Nor does a clock that was set back end that.
+        scene.now -= 10_000
+        await scene.asked()
+        kept = scene.last_good.read("main")
+        assert kept is not None
+        assert kept.checked_at == scene.now
+
+    asyncio.run(scene.run(play))
+
+
+def test_a_delta_that_was_not_asked_for_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a server could have them pile up without end."""
+    monkeypatch.setattr("pdp.policy.updates.MAX_DELTAS", 1)
+    scene = Scene(tmp_path, main=Shelf(bundle("r1")))
+
+    async def play() -> None:
+        shelf = scene.shelves["main"]
+        shelf.put(delta("r2", role="editor"), "2")
+        assert await scene.looked() == ("activated", "r2")
+        shelf.put(delta("r3", role="auditor"), "3")
+        kind, message = await scene.looked()
+        assert shelf.asked_with[-1] is None
+        assert kind == "refused"
+        assert "is a delta bundle where the whole was asked for" in message
+        shelf.put(bundle("r4"), "4")
+        assert await scene.looked() == ("activated", "r4")
+
+    asyncio.run(scene.run(play))
+
+
+def test_deltas_that_hold_much_are_followed_by_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pdp.policy.updates.MAX_DELTA_BYTES", 10)
+    scene = Scene(tmp_path, main=Shelf(bundle("r1")))
+
+    async def play() -> None:
+        scene.shelves["main"].put(delta("r2", role="editor"), "2")
+        assert await scene.looked() == ("activated", "r2")
+        scene.shelves["main"].put(bundle("r3"), "3")
+        assert await scene.looked() == ("activated", "r3")
+        assert scene.shelves["main"].asked_with == [None, "1", None]
+
+    asyncio.run(scene.run(play))
+
+
+def test_what_was_refused_is_tried_again_after_a_while(tmp_path: Path) -> None:
+    """The machine may have had no memory for it."""
+    scene = Scene(tmp_path, main=Shelf(bundle("r1")))
+    tries: list[float] = []
+
+    async def prepared(received: Sequence[Received], rules: Rules) -> Prepared:
+        tries.append(scene.now)
+        if len(tries) < 3:
+            raise BundleError(ReasonCode.POLICY_UNAVAILABLE, "The process ended with -9.")
+        return await asyncio.to_thread(prepare, received, rules)
+
+    async def play() -> None:
+        scene.shelves["main"].put(bundle("r2"), "2")
+        assert (await scene.looked())[0] == "refused"
+        await scene.asked()
+        assert len(tries) == 1
+        scene.now += RETRY_SECONDS
+        await scene.asked()
+        assert len(tries) == 2
+        scene.now += RETRY_SECONDS
+        assert await scene.looked() == ("activated", "r2")  # and not "refused" once more
+        assert scene.state().error is None
+
+    asyncio.run(scene.run(play, prepared=prepared))
+
+
+def test_why_a_bundle_was_refused_is_still_said_when_its_source_is_back(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, main=Shelf(bundle("r1")))
+
+    async def play() -> None:
+        shelf = scene.shelves["main"]
+        shelf.put({**bundle("r2"), "data.json": b"{"}, "2")
+        assert (await scene.looked())[0] == "refused"
+        why = scene.state().error
+        shelf.error = SourceError(ReasonCode.POLICY_UNAVAILABLE, "No way there.")
+        assert (await scene.looked())[0] == "unreachable"
+        assert scene.state().error == "No way there."
+        shelf.error = None
+        await scene.asked()
+        assert scene.state().error == why
+        assert scene.events.told == []
+
+    asyncio.run(scene.run(play))
+
+
+def test_a_bundle_that_its_source_holds_no_more_is_not_put_in_force(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, platform=Shelf(PLATFORM), tenants=Shelf(of_tenants("t1")))
+
+    async def play() -> None:
+        tenants = scene.shelves["tenants"]
+        tenants.put(of_tenants("t2", tools=True), "2")
+        assert (await scene.looked("tenants"))[0] == "refused"
+        tenants.error = BundleError(ReasonCode.POLICY_UNAVAILABLE, "It is no .tar.gz.")
+        assert await scene.looked("tenants") == ("refused", "tenants: It is no .tar.gz.")
+        scene.shelves["platform"].put(bundle("p2", roots=("pdp",), data={}), "2")
+        assert await scene.looked("platform") == ("activated", "platform=p2,tenants=t1")
+        tenants.error = None
+        assert await scene.looked("tenants") == ("activated", "platform=p2,tenants=t2")
+
+    asyncio.run(scene.run(play))
+
+
+def test_what_fits_once_another_is_in_force_follows_it_at_once(tmp_path: Path) -> None:
+    """A third bundle that fits nowhere does not hold the two up."""
+    third = bundle("x1", roots=("other",), data={}, rules=False)
+    scene = Scene(
+        tmp_path, platform=Shelf(PLATFORM), tenants=Shelf(of_tenants("t1")), third=Shelf(third)
+    )
+
+    async def play() -> None:
+        scene.shelves["third"].put({**third, "data.json": b"["}, "2")
+        assert (await scene.looked("third"))[0] == "refused"
+        scene.shelves["tenants"].put(of_tenants("t2", tools=True), "2")
+        assert (await scene.looked("tenants"))[0] == "refused"
+        scene.shelves["platform"].put(bundle("p2", roots=("pdp",), data={}), "2")
+        assert await scene.looked("platform") == ("activated", "platform=p2,tenants=t1,third=x1")
+        assert await scene.events.next() == ("activated", "platform=p2,tenants=t2,third=x1")
+
+    asyncio.run(scene.run(play))
+
+
+def test_the_same_content_under_another_tag_is_not_taken_up_again(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, main=Shelf(bundle("r1")))
+
+    async def play() -> None:
+        activated_at = scene.policy.activated_at
+        scene.now += 5
+        scene.shelves["main"].put(bundle("r1"), "2")
+        await scene.asked()
+        assert scene.shelves["main"].asked_with[-2:] == ["1", "2"]
+        assert (scene.policy.activated_at, scene.policy.checked_at) == (activated_at, scene.now)
+        scene.shelves["main"].put(delta("r2", role="editor"), "3")
+        assert await scene.looked() == ("activated", "r2")
+
+    asyncio.run(scene.run(play))
+
+
+def test_other_content_under_the_tag_in_force_is_seen(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, main=Shelf(bundle("r1")))
+
+    async def play() -> None:
+        shelf = scene.shelves["main"]
+        shelf.put({**bundle("r2"), "data.json": b"{"}, "2")
+        assert (await scene.looked())[0] == "refused"
+        shelf.put(bundle("r3"), "1")
+        assert await scene.looked() == ("activated", "r3")
+
+    asyncio.run(scene.run(play))
+
+
+def test_a_disk_that_takes_nothing_keeps_no_policy_from_being_taken_up(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, main=Shelf(bundle("r1")))
+    in_the_way = tmp_path / "main/state.json.new"
+
+    async def play() -> None:
+        in_the_way.mkdir()
+        for number in range(2, 6):
+            scene.shelves["main"].put(bundle(f"r{number}"), str(number))
+            assert await scene.looked() == ("activated", f"r{number}")
+        # Nothing piles up, and what was kept is there still.
+        assert len(list((tmp_path / "main").glob("*.tar.gz"))) == 2
+        kept = scene.last_good.read("main")
+        assert kept is not None
+        assert kept.revisions == ("r1",)
+        # That the source holds what is in force does not confirm the older one on disk.
+        in_the_way.rmdir()
+        scene.now += CONFIRM_SECONDS
+        await scene.asked()
+        kept = scene.last_good.read("main")
+        assert kept is not None
+        assert kept.revisions[-1] == "r5"
+        assert kept.checked_at == scene.now
+        assert len(list((tmp_path / "main").iterdir())) == 2
 
     asyncio.run(scene.run(play))

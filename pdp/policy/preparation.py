@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -136,21 +140,26 @@ class _Apart:
     def prepare(self, received: Sequence[Received], rules: Rules) -> Prepared:
         """Have it done. Raises BundleError."""
         request = _request(received, rules)
-        with self._lock:
-            if self._ended:
-                raise _failed("is not prepared: the sidecar stops")
-            self._process = process = subprocess.Popen(
-                [sys.executable, "-I", "-m", "pdp.policy.preparation"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env={name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
-            )
-        with process:
-            try:
-                output, _ = process.communicate(request, timeout=TIMEOUT_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise _failed(f"was not prepared within {TIMEOUT_SECONDS} seconds") from None
+        # What it leaves when it is killed must not stay: it may be tenants' data.
+        with tempfile.TemporaryDirectory(
+            prefix="pdp-prepare-", ignore_cleanup_errors=True
+        ) as scratch:
+            with self._lock:
+                if self._ended:
+                    raise _failed("is not prepared: the sidecar stops")
+                self._process = process = subprocess.Popen(
+                    [sys.executable, "-I", "-m", "pdp.policy.preparation"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    env=_environment() | {"TMPDIR": scratch},
+                    start_new_session=True,  # which what it starts is killed with
+                )
+            with process:
+                try:
+                    output, _ = process.communicate(request, timeout=TIMEOUT_SECONDS)
+                except subprocess.TimeoutExpired:
+                    _kill(process)
+                    raise _failed(f"was not prepared within {TIMEOUT_SECONDS} seconds") from None
         if process.returncode != 0:
             raise _failed(f"could not be prepared: the process ended with {process.returncode}")
         return _answer(output)
@@ -159,8 +168,20 @@ class _Apart:
         """Nobody waits any longer."""
         with self._lock:
             self._ended = True
-            if self._process is not None and self._process.poll() is None:
-                self._process.kill()
+            if self._process is not None:
+                _kill(self._process)
+
+
+def _environment() -> dict[str, str]:
+    kept = ("PATH", "HOME", "LD_LIBRARY_PATH")
+    return {name: os.environ[name] for name in kept if name in os.environ}
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill it, and the opa that it may be waiting for."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _failed(what: str) -> BundleError:
@@ -168,7 +189,9 @@ def _failed(what: str) -> BundleError:
 
 
 # Between the processes: one line of JSON, and then the bytes that it gives lengths of.
-# No pickle: the process that read a hostile bundle is not trusted with more than an answer.
+# No pickle, which could do anything to who reads it. Yet the process is trusted: the
+# machine code that it hands over is run as it is. What keeps a bundle from having a say in
+# that code is wasmtime's compiler, there as here.
 
 
 def _framed(header: Mapping[str, Any], blobs: Sequence[bytes]) -> bytes:
@@ -276,4 +299,7 @@ def _answer(output: bytes) -> Prepared:
 
 if __name__ == "__main__":
     os.nice(_NICENESS)
+    # Who would end it, and what it starts, may have been killed.
+    longest = TIMEOUT_SECONDS * (os.cpu_count() or 1)
+    resource.setrlimit(resource.RLIMIT_CPU, (longest, longest))
     sys.stdout.buffer.write(_reply(sys.stdin.buffer.read()))

@@ -48,7 +48,8 @@ class LivePolicy:
     @property
     def stale(self) -> bool:
         """Whether the sources could not be reached for longer than is allowed."""
-        age = self._clock() - self.checked_at
+        # A time that is yet to come was noted while the clock was wrong.
+        age = abs(self._clock() - self.checked_at)
         return self._max_age_seconds is not None and age > self._max_age_seconds
 
     @property
@@ -74,8 +75,10 @@ class LivePolicy:
 
     async def healthy(self) -> bool:
         """Whether calls get this policy's answer, and its engine can give one."""
-        engine = self._current.engine
-        return self.answers and (not isinstance(engine, Supervised) or await engine.healthy())
+        if not self.answers:
+            return False
+        with self.pin() as engine:  # or it could be closed meanwhile
+            return not isinstance(engine, Supervised) or await engine.healthy()
 
     def activate(self, engine: PolicyEngine) -> None:
         """From here on every call gets this engine."""

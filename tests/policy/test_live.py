@@ -122,3 +122,33 @@ def test_who_waits_for_another_revision_gets_it() -> None:
         assert await policy.changed_from("1") == "2"
 
     asyncio.run(run())
+
+
+def test_a_time_of_a_clock_that_ran_ahead_does_not_keep_a_policy_young() -> None:
+    now = 1_000_000.0
+    policy = LivePolicy(Engine("1"), max_age_seconds=60, checked_at=now + 30, clock=lambda: now)
+    assert not policy.stale
+    policy.checked_at = now + 61
+    assert policy.stale
+
+
+def test_an_engine_is_not_closed_while_it_is_asked_for_its_health() -> None:
+    class SlowlyHealthy(Engine):
+        async def healthy(self) -> bool:
+            await self.let.wait()
+            return not self.is_closed()
+
+    async def run() -> None:
+        first = SlowlyHealthy("1")
+        policy = LivePolicy(first)
+        first.let.clear()
+        asked = asyncio.create_task(policy.healthy())
+        await asyncio.sleep(0)
+        policy.activate(Engine("2"))
+        await asyncio.sleep(0)
+        first.let.set()
+        assert await asked
+        await policy.close()
+        assert first.is_closed()
+
+    asyncio.run(run())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from grpc_health.v1 import health, health_pb2
 
 CHECK_SECONDS: Final = 1.0
+_log: Final = logging.getLogger(__name__)
 
 
 class Readiness:
@@ -36,7 +38,11 @@ class Readiness:
 
     async def look(self) -> None:
         """See how things stand, and tell."""
-        self.policy_answers = await self._ask_policy()
+        try:
+            self.policy_answers = await self._ask_policy()
+        except Exception as error:  # noqa: BLE001 - who can not tell is not ready
+            _log.error("whether the policy answers is not known: %s", type(error).__name__)
+            self.policy_answers = False
         status = (
             health_pb2.HealthCheckResponse.SERVING
             if self.ready

@@ -14,8 +14,10 @@ from pdp.policy.contract import check_answer
 from pdp.policy.engine import ActivePolicy, Entrypoint, PolicyEngine, PolicyError
 from pdp.reason import ReasonCode
 
-MAX_WAITING: Final = 1_024
-"""Answers that wait to be compared; further ones are counted as missed."""
+MAX_WAITING: Final = 128
+"""Answers that wait to be compared; further ones are counted as missed. Each holds the
+question, whose arguments alone may be a MiB of text.
+"""
 _log: Final = logging.getLogger(__name__)
 
 
@@ -103,19 +105,27 @@ class ShadowedPolicy:
     async def compare(self) -> None:
         """Compare until cancelled."""
         while True:
-            entrypoint, document, active = await self._waiting.get()
-            candidate = await self._ask_candidate(entrypoint, document)
-            if (active.value, active.reason_code) == (candidate.value, candidate.reason_code):
-                self._counted("same")
-                continue
-            self._counted("differs")
-            difference = Difference(
-                entrypoint=entrypoint, document=document, active=active, candidate=candidate
-            )
+            question = await self._waiting.get()
             try:
-                await self._differs(difference)
-            except Exception as error:  # noqa: BLE001 - the next may go on record again
-                _log.error("a difference is not on record: %s", type(error).__name__)
+                await self._compare(*question)
+            except Exception as error:  # noqa: BLE001 - the next may go well
+                _log.error("a candidate's answer is not on record: %s", type(error).__name__)
+
+    async def _compare(
+        self, entrypoint: Entrypoint, document: JsonObject, active: Answered
+    ) -> None:
+        try:
+            candidate = await self._ask_candidate(entrypoint, document)
+        except Exception:
+            self._counted("missed")
+            raise
+        if (active.value, active.reason_code) == (candidate.value, candidate.reason_code):
+            self._counted("same")
+            return
+        self._counted("differs")
+        await self._differs(
+            Difference(entrypoint=entrypoint, document=document, active=active, candidate=candidate)
+        )
 
     async def _ask_candidate(self, entrypoint: Entrypoint, document: JsonObject) -> Answered:
         revision = self._candidate.revision

@@ -1,4 +1,6 @@
-"""What docs/policy-authors.md shows and tells is so."""
+"""What docs/policy-authors.md shows and tells is so: the page is walked from its first
+block to its last, as a new author would.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,17 @@ import asyncio
 import json
 import os
 import re
-import shutil
 import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pdp.identity.subject import Subject
 from pdp.policy.bundle import load_bundle
@@ -21,17 +27,19 @@ from pdp.policy.question import authorize_input
 from pdp.policy.verdict import parse_limits, parse_verdict
 from pdp.policy.wasm import WasmEngine
 from pdp.reason import ReasonCode
+from pdp.testing import Caller, SidecarProcess, TokenIssuer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE = (ROOT / "docs" / "policy-authors.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)(?: (\S+))?\n(.*?)```", PAGE, flags=re.DOTALL)
-FILES = [(name, text) for _, name, text in BLOCKS if name]
 INPUT, DECISION, LIMITS = (
     json.loads(text) for language, name, text in BLOCKS if language == "json" and not name
 )
 CLERK = Subject(
     tenant="tenant_acme", actor="bo", roles=("refund_clerk",), scopes=("refunds:write",)
 )
+ISSUER = TokenIssuer()
+REFUND = {"order_id": "918", "cents": 500}
 
 
 def merged(there: Any, more: Any) -> Any:
@@ -47,21 +55,92 @@ def merged(there: Any, more: Any) -> Any:
     return there + more
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the policies, changed as the page says."""
-    folder = tmp_path_factory.mktemp("authors")
-    shutil.copytree(ROOT / "policies", folder / "policies")
-    for name, text in FILES:
-        file = folder / name
+@dataclass
+class Walk:
+    """The page, done: its folder, what the commands said, and what a clerk was answered
+    by the running sidecar after each release.
+    """
+
+    folder: Path
+    said: dict[str, str] = field(default_factory=dict)
+    answers: dict[str, str] = field(default_factory=dict)
+    sidecar: SidecarProcess | None = None
+
+    def write(self, name: str, text: str) -> None:
+        file = self.folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".json"):
-            changed = merged(json.loads(file.read_text()), json.loads(text))
-            file.write_text(json.dumps(changed, indent=2))
-        else:
-            file.write_text(text)
-    (folder / "input.json").write_text(json.dumps(INPUT))
-    return folder
+            text = json.dumps(merged(json.loads(file.read_text()), json.loads(text)), indent=2)
+        elif name.endswith(".yaml"):
+            there = merged(yaml.safe_load(file.read_text()), yaml.safe_load(text))
+            text = yaml.safe_dump(there, sort_keys=False)
+        file.write_text(text)
+
+    def run(self, commands: str) -> None:
+        opa = ROOT / ".tools"
+        done = subprocess.run(
+            ["/bin/sh", "-euc", commands],
+            cwd=self.folder,
+            env={
+                **os.environ,
+                "PATH": f"{Path(sys.executable).parent}:{opa}:{os.environ['PATH']}",
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, commands + done.stdout + done.stderr
+        self.said[commands] = done.stdout
+
+    def start_sidecar(self, section: str) -> None:
+        self.sidecar = SidecarProcess(
+            self.folder,
+            issuer=ISSUER,
+            bundle=self.folder / "live.tar.gz",
+            config=yaml.safe_load(section),
+        ).start()
+
+    def ask_when_released(self, revision: str) -> None:
+        """What a clerk is answered as soon as the sidecar has taken a release up."""
+        assert self.sidecar is not None
+        token = ISSUER.token(
+            CLERK.tenant, CLERK.actor, roles=list(CLERK.roles), scopes=list(CLERK.scopes)
+        )
+        deadline = time.monotonic() + 30
+        with Caller(self.sidecar.target, token=token) as caller:
+            while True:
+                answer = caller.authorize("refunds.create", REFUND)
+                if answer.policy_revision == revision:
+                    break
+                assert time.monotonic() < deadline, self.sidecar.log.read_text()
+                time.sleep(0.05)
+        self.answers[revision] = answer.reason_code
+
+
+@pytest.fixture(scope="module")
+def walk(tmp_path_factory: pytest.TempPathFactory, opa: Path) -> Iterator[Walk]:
+    walk = Walk(tmp_path_factory.mktemp("authors"))
+    try:
+        for language, name, text in BLOCKS:
+            if name == "sidecar":
+                walk.start_sidecar(text)
+            elif name:
+                walk.write(name, text)
+            elif language == "sh":
+                walk.run(text)
+            if (walk.sidecar is not None and "releases/" in text) or name == "sidecar":
+                for revision in re.findall(r"--revision (\S+)", text) or ["orders-1"]:
+                    walk.ask_when_released(revision)
+        (walk.folder / "input.json").write_text(json.dumps(INPUT))
+        yield walk
+    finally:
+        if walk.sidecar is not None:
+            walk.sidecar.close()
+
+
+@pytest.fixture(scope="module")
+def folder(walk: Walk) -> Path:
+    return walk.folder
 
 
 def decide(bundle: Path, subject: Subject, tool: str, arguments: dict[str, Any], opa: Path) -> Any:
@@ -140,22 +219,36 @@ def test_every_code_of_a_bad_answer_is_told() -> None:
     }
 
 
-@pytest.mark.parametrize("commands", [text for language, _, text in BLOCKS if language == "sh"])
-def test_the_commands_work(folder: Path, opa: Path, commands: str) -> None:
-    done = subprocess.run(
-        ["/bin/sh", "-euc", commands],
-        cwd=folder,
-        env={**os.environ, "PATH": f"{opa.parent}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_every_command_works(walk: Walk) -> None:
+    assert list(walk.said) == [text for language, _, text in BLOCKS if language == "sh"]
+
+
+def test_each_release_is_taken_up_and_decides(walk: Walk) -> None:
+    assert walk.answers == {
+        "orders-1": "tool_not_allowed",
+        "orders-2": "ok",
+        "orders-3": "tool_not_allowed",
+    }
+
+
+def said(walk: Walk, command: str) -> str:
+    (output,) = (output for commands, output in walk.said.items() if command in commands)
+    return output
+
+
+def test_the_limit_of_the_new_tool_shows_before_it_is_released(walk: Walk) -> None:
+    output = said(walk, "pdp policy matrix")
+    small, large = re.findall(r"^│ refunds.create \((?:small|large)\).*", output, re.MULTILINE)[:2]
+
+    assert "allow: refunds 1 calls" in small
+    assert "argument_not_allowed" in large
+    assert "refund_clerk, refunds.create: tool_not_allowed -> allow: refunds 1 calls" in output
+    assert "where bound = 10000, value = 20000" in output
 
 
 def test_a_tool_that_is_added_as_told_is_allowed_and_limited(folder: Path, opa: Path) -> None:
     arguments = {"order_id": "918", "cents": 10_000, "note": "Arrived broken."}
-    decision, limits = decide(folder / "policies", CLERK, "refunds.create", arguments, opa)
+    decision, limits = decide(folder / "policy", CLERK, "refunds.create", arguments, opa)
     verdict = parse_verdict(decision)
     assert verdict.allow
     assert verdict.permit_ttl_seconds == 30
@@ -171,7 +264,7 @@ def test_a_tenant_that_is_added_as_told_is_allowed_and_limited(folder: Path, opa
         scopes=("orders:read", "orders:write"),
     )
     arguments = {"order_id": "918", "status": "shipped"}
-    decision, limits = decide(folder / "policies", subject, "orders.update", arguments, opa)
+    decision, limits = decide(folder / "policy", subject, "orders.update", arguments, opa)
     assert parse_verdict(decision).allow
     assert [limit.limit for limit in parse_limits(limits)] == [200]
 

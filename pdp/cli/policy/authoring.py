@@ -40,7 +40,6 @@ class Output(StrEnum):
 
 
 OutputOption = Annotated[Output, typer.Option("--output", help="For people, or as JSON.")]
-Sources = Annotated[Path, typer.Argument(help="The directory with the Rego and the data.")]
 BundlePath = Annotated[Path, typer.Argument(help="A directory of sources, or a .tar.gz.")]
 BundleFile = Annotated[Path, typer.Argument(help="A bundle that is built: a .tar.gz.")]
 OpaOption = Annotated[Path | None, typer.Option("--opa", help="The opa command. Default: on PATH.")]
@@ -77,7 +76,7 @@ def init(
 
 @app.command()
 def build(
-    directory: Sources,
+    path: BundlePath,
     *,
     file: Annotated[Path, typer.Option("-o", "--out", help="The .tar.gz to write.")],
     revision: Annotated[
@@ -96,13 +95,14 @@ def build(
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Build what a sidecar loads: Rego, its tests, data and Wasm, signed where a key is given.
+    An earlier release can be built again, with a later sequence: so it is gone back to.
 
     The same sources, revision, sequence and key (EdDSA, RS...) give the same bytes.
 
     Exit codes: 0 built, 2 it does not compile, or something can not be used.
     """
-    from pdp.policy.archive import read_directory, refused  # noqa: PLC0415
     from pdp.policy.authoring import release  # noqa: PLC0415
+    from pdp.policy.authoring.sources import read_files  # noqa: PLC0415
 
     with _refusals():
         signer = None
@@ -110,10 +110,8 @@ def build(
             signer = _signer(signing_key, key_id, algorithm, scope)
         elif key_id is not None or scope is not None:
             raise typer.BadParameter("needs --signing-key too.", param_hint="--key-id, --scope")
-        if not directory.is_dir():
-            raise refused(str(directory), "can not be built: it is not a directory")
         archive, part = release.build(
-            read_directory(directory),
+            read_files(path),
             opa=opa,
             revision=revision,
             sequence=int(time.time()) if sequence is None else sequence,

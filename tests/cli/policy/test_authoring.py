@@ -220,7 +220,7 @@ def test_signing_writes_in_place_or_elsewhere(built: Path, keys: Path, tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     (
-        (["build", "missing", "-o", "x"], "missing can not be built: it is not a directory"),
+        (["build", "missing", "-o", "x"], "missing can not be read: No such file"),
         (["build", "{policy}", "-o", "missing/x"], "missing/x can not be written: No such file"),
         (["build", "{policy}", "-o", "x", "--revision", "a b"], "has a revision in .manifest"),
         (["build", "{policy}", "-o", "x", "--key-id", "k"], "needs --signing-key too"),

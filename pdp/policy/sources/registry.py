@@ -99,7 +99,6 @@ class Registry:
         """
         reply = await self._ask(url, accept, await self._known(), max_bytes, method)
         if reply.status == _UNAUTHORIZED:
-            self._token, self._wants_password = None, False
             header = await self._wanted(reply.headers.getall("WWW-Authenticate", ()))
             if header is not None:
                 reply = await self._ask(url, accept, header, max_bytes, method)
@@ -138,11 +137,12 @@ class Registry:
         for challenge in challenges:
             scheme, _, rest = challenge.strip().partition(" ")
             by_scheme.setdefault(scheme.lower(), rest)
+        self._token, self._wants_password = None, False
         if "bearer" in by_scheme:
             self._token = await self._new_token(dict(_PARAMETER.findall(by_scheme["bearer"])))
-            return self._token.header
+            return self._token.header  # once even if it has ended already
         self._wants_password = "basic" in by_scheme
-        return await self._password() if self._wants_password else None
+        return await self._known()
 
     async def _password(self) -> str | None:
         user_file, password_file = self._settings.username_file, self._settings.password_file

@@ -2,6 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,11 +102,39 @@ def test_certificates_that_are_replaced_are_read_anew(tmp_path: Path) -> None:
         assert asyncio.run(run(first, second)) == ["ok", "ok"]
 
 
-def test_a_key_with_a_password_is_an_error_and_asks_nobody(tmp_path: Path) -> None:
-    certificate = Authority(tmp_path / "ca", "ca").issue("sidecar", password=b"secret")
-    connection = Connection("x", ca_file=None, client_certificate=certificate)
-    with pytest.raises(SourceError, match="a certificate or key can not be used"):
-        asked("127.0.0.1:1", connection)
+ON_A_TERMINAL = """
+import asyncio, fcntl, pathlib, sys, termios
+from pdp.policy.sources.connection import Connection
+
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # OpenSSL asks whoever is at the terminal
+certificate = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+connection = Connection("x", ca_file=None, client_certificate=certificate)
+try:
+    asyncio.run(
+        connection.request("https://127.0.0.1:1/", headers={}, max_bytes=1, timeout_seconds=3)
+    )
+except Exception as error:
+    print(error)
+"""
+
+
+def test_a_key_with_a_password_is_an_error_and_nobody_is_asked_for_it(tmp_path: Path) -> None:
+    certificate, key = Authority(tmp_path / "ca", "ca").issue("sidecar", password=b"secret")
+    ours, theirs = pty.openpty()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", ON_A_TERMINAL, certificate, key],
+            stdin=theirs,
+            capture_output=True,
+            text=True,
+            start_new_session=True,
+            check=True,
+            timeout=20,
+        )
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert done.stdout.endswith("can not be asked for: a certificate or key can not be used.\n")
 
 
 def test_a_certificate_that_is_not_there_is_an_error(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pdp.policy.sources.oci import Image, OciBundleSource
 from pdp.policy.sources.source import SourceError
 from tests.policy.sources.servers import (
     LAYER,
+    Authority,
     FakeRegistry,
     answering,
     archive,
@@ -222,6 +223,16 @@ def test_a_token_that_can_not_be_read_is_an_error(
     assert "whose token can not be read" in refusal(address)
 
 
+@pytest.mark.parametrize("seconds", (-5, "NaN", None, 0))
+def test_a_token_that_has_ended_already_is_used_once(
+    registry: FakeRegistry, address: str, seconds: Any
+) -> None:
+    registry.auth, registry.tokens_given = "token", 1
+    registry.token_answer = {"access_token": "token-1", "expires_in": seconds}
+    registry.push("1.2", archive(1))
+    assert fetched(source(address), None) != [None]
+
+
 def test_a_token_is_chosen_where_a_password_would_do_too(
     registry: FakeRegistry, address: str, credentials: dict[str, Any]
 ) -> None:
@@ -296,6 +307,39 @@ def test_credentials_go_to_no_address_in_plain_text(
     registry.realm = realm or "nowhere"
     registry.push("1.2", archive(1))
     assert "at an address that is not https" in refusal(address, **credentials)
+
+
+def test_a_registry_of_https_names_no_plain_address_of_this_machine(
+    registry: FakeRegistry, tmp_path: Path
+) -> None:
+    """Whoever else listens here may not be given a token, or a say in what the blob is."""
+    authority = Authority(tmp_path / "ca", "ca")
+    registry.push("1.2", archive(1))
+    with (
+        web_server(registry.handle) as here,
+        web_server(registry.handle, tls=authority.server_context()) as address,
+    ):
+        settings = OciSource(image=f"{address}/policies/acme:1.2", ca_file=authority.file)
+        (found,) = fetched(OciBundleSource(settings), None)
+        assert found is not None
+        registry.redirect_to = f"http://{here}/"
+        with pytest.raises(SourceError, match="redirected to an address that is not https"):
+            fetched(OciBundleSource(settings), None)
+        registry.auth, registry.realm = "token", f"http://{here}/token"
+        with pytest.raises(SourceError, match="a token at an address that is not https"):
+            fetched(OciBundleSource(settings), None)
+
+
+def test_a_registry_may_come_to_want_other_credentials(
+    registry: FakeRegistry, address: str, credentials: dict[str, Any]
+) -> None:
+    digest = registry.push("1.2", archive(1))
+    watched = source(address, **credentials)
+    for registry.auth in ("basic", "token", "basic", "none"):
+        assert fetched(watched, digest) == [None]
+        registry.asked.clear()
+        assert fetched(watched, digest) == [None]
+        assert len(registry.asked) == 1
 
 
 def test_a_blob_elsewhere_is_fetched_without_credentials(

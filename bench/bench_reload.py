@@ -70,7 +70,10 @@ def main(reloads: int, *, same_rules: bool) -> None:
         # Made beforehand: the calls are made by this process too.
         releases = [packed(versions[number % 2], number) for number in range(reloads + 1)]
         release(path, releases[0])
-        config = {"policy": {"bundles": {"main": {"path": str(path), "poll_seconds": 0.1}}}}
+        config = {
+            "policy": {"bundles": {"main": {"path": str(path), "poll_seconds": 0.1}}},
+            "limits": {"tenants": {"calls_per_second": 100_000, "burst": 100_000}},
+        }
         sidecar = stack.enter_context(
             SidecarProcess(directory, issuer=issuer, bundle=path, config=config)
         )

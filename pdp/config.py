@@ -11,6 +11,7 @@ import difflib
 import ipaddress
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 from urllib.parse import urlsplit
@@ -473,12 +474,97 @@ class Permits(_Section):
     """The audience of a permit when the question names none."""
 
 
+class SharedDurability(StrEnum):
+    """What an acknowledged write to a shared store survives."""
+
+    PRIMARY = "primary"
+    """What the primary survives: with appendonly, its restart."""
+    STRICT = "strict"
+    """The loss of the primary too, as far as Redis can promise it."""
+
+
+class Sentinel(_Section):
+    """The sentinels that name the primary."""
+
+    service: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
+    """Name under which they watch it (master name)."""
+    username_file: FilePath | None = None
+    """File with the user name for the sentinels themselves."""
+    password_file: FilePath | None = None
+    """File with the password for the sentinels themselves."""
+
+
+class RedisSettings(_Section):
+    """Redis or Valkey, 7.0 or later, which any number of sidecars share."""
+
+    addresses: Annotated[list[Address], Field(max_length=32)] = []
+    """HOST:PORT of the server; of the sentinels, with sentinel; of some nodes of the
+    cluster, with cluster."""
+    unix: FilePath | None = None
+    """Path of the server's Unix socket, in place of addresses."""
+    tls: bool = True
+    """Whether connections to addresses are encrypted, and the certificate checked.
+    Without, whoever is on the way can read and change budgets."""
+    ca_file: FilePath | None = None
+    """PEM file with the authorities of the server's certificate. Null: the system's."""
+    client_certificate_file: FilePath | None = None
+    """PEM file with the certificate that the sidecar shows."""
+    client_key_file: FilePath | None = None
+    """PEM file with its private key."""
+    username_file: FilePath | None = None
+    """File with the name of the ACL user. Null: the default user."""
+    password_file: FilePath | None = None
+    """File with the user's password."""
+    sentinel: Sentinel | None = None
+    """Set where sentinels say which server is the primary."""
+    cluster: bool = False
+    """Whether the addresses are nodes of a cluster. A tenant lies on one node."""
+    durability: Annotated[SharedDurability, Field(strict=False)] = SharedDurability.PRIMARY
+    """primary: an answer leaves when the primary has it, and a failover can lose the
+    last moments. strict: it leaves when as many replicas as replicas says have it
+    too."""
+    replicas: Annotated[int, Field(ge=1, le=8)] = 1
+    """How many replicas strict durability waits for."""
+    timeout_ms: Annotated[int, Field(ge=50, le=30_000)] = 1_000
+    """How long an operation may take, waiting for a connection included; past it the
+    call ends with budget_unavailable, and its outcome is unknown."""
+    connections: Annotated[int, Field(ge=1, le=256)] = 16
+    """Connections that the sidecar opens at most, and so operations under way at once."""
+    allow_volatile: bool = False
+    """Whether a server that forgets is taken all the same: appendonly off, or an
+    eviction policy. Budgets start again whenever it does."""
+    unchecked: bool = False
+    """Whether it is taken unseen that the server keeps what it is given, because its
+    user may not run CONFIG GET."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.unix is None) == (not self.addresses):
+            raise ValueError("set addresses or unix, and not both")
+        if self.unix is not None and (self.cluster or self.sentinel is not None):
+            raise ValueError("cluster and sentinel need addresses")
+        if self.cluster and self.sentinel is not None:
+            raise ValueError("set cluster or sentinel, not both")
+        if len(self.addresses) > 1 and not (self.cluster or self.sentinel is not None):
+            raise ValueError("several addresses need cluster or sentinel")
+        if (self.client_certificate_file is None) != (self.client_key_file is None):
+            raise ValueError("client_certificate_file and client_key_file go together")
+        if self.username_file is not None and self.password_file is None:
+            raise ValueError("username_file needs password_file")
+        return self
+
+
 class Budget(_Section):
     """The ledger."""
 
+    store: Literal["sqlite"] | RedisSettings = "sqlite"
+    """Where budgets, and which permits are used, are counted. sqlite: in the state
+    directory, for this sidecar alone. Or a Redis or Valkey, for all sidecars that
+    share it."""
     durability: Annotated[Durability, Field(strict=False)] = Durability.PROCESS
-    """process: what was answered survives the sidecar's death at any moment.
-    power: it survives power loss too, at the cost of a disk sync per commit."""
+    """Of the store sqlite. process: what was answered survives the sidecar's death at
+    any moment. power: it survives power loss too, at the cost of a disk sync per
+    commit."""
     hold_ttl_seconds: Annotated[int, Field(ge=1, le=3_600)] = 120
     """How long a hold lasts unless it is settled or released. At least as long as
     permit.ttl_seconds."""
@@ -561,12 +647,12 @@ def load_config(
         config = Config.model_validate(document)
     except ValidationError as error:
         found = error.errors()
-        deeper = {fault["loc"][:-1] for fault in found if "OpaEngine" in fault["loc"]}
+        named: set[str | int | None] = {part for fault in found for part in fault["loc"]}
         faults = [
             _explain(fault, path, lines, variables)
             for fault in found
-            # Of a section that is not "embedded" either, only what is wrong within it.
-            if not (fault["loc"][-1:] == ("literal['embedded']",) and deeper)
+            # Of a section in place of a word, only what is wrong within the section.
+            if _WORDS_OR_SECTIONS.get(fault["loc"][-1] if fault["loc"] else "") not in named
         ]
         raise ConfigError("\n".join(dict.fromkeys(faults))) from None
     resolved = _resolve_paths(config, path.resolve().parent)
@@ -768,7 +854,13 @@ def _place(
     return f"{path}:1"
 
 
-_UNION_TAGS: Final = frozenset({"jwt", "single_tenant", "literal['embedded']", "OpaEngine"})
+_WORDS_OR_SECTIONS: Final[dict[str | int, str]] = {
+    "literal['embedded']": "OpaEngine",
+    "literal['sqlite']": "function-after[_one_place(), RedisSettings]",
+}
+_UNION_TAGS: Final = frozenset(
+    {"jwt", "single_tenant", *_WORDS_OR_SECTIONS, *_WORDS_OR_SECTIONS.values()}
+)
 """What pydantic adds to a location to say which member of a union it tried."""
 
 

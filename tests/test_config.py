@@ -150,6 +150,18 @@ def test_what_kubernetes_sets_for_a_service_named_pdp_is_passed_over(tmp_path: P
             "policy.bundles.a.http: plain http is allowed only to loopback; use https",
         ),
         (
+            GOOD + "budget: {store: {addreses: ['redis:6379']}}\n",
+            "budget.store.addreses: unknown key; did you mean addresses?",
+        ),
+        (
+            GOOD + "budget: {store: {unix: /run/redis.sock, timeout_ms: 1}}\n",
+            "budget.store.timeout_ms: input should be greater than or equal to 50",
+        ),
+        (
+            GOOD + "budget: {store: {addresses: ['a:1', 'b:2']}}\n",
+            "budget.store: several addresses need cluster or sentinel",
+        ),
+        (
             GOOD.replace("bundle: /etc/pdp/bundle.tar.gz", "engine: {opa: {managd: true}}"),
             "policy.engine.opa.managd: unknown key; did you mean managed?",
         ),

@@ -1,12 +1,9 @@
-"""What the port promises, held against the ledger in SQLite."""
+"""What the port promises, held against every store."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from pathlib import Path
-from typing import TypeVar
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -15,7 +12,6 @@ from pdp.budget.ledger import (
     MAX_AMOUNT,
     Account,
     Charge,
-    IdempotencyKey,
     LedgerError,
     Limit,
     LimitState,
@@ -23,135 +19,26 @@ from pdp.budget.ledger import (
     Scope,
     Window,
 )
-from pdp.budget.sqlite import PRUNE_BATCH, SqliteLedger
-from pdp.storage import Durability, StorageError
-
-T = TypeVar("T")
-
-NOON = 1_795_521_600
-"""2026-11-24T12:00:00Z."""
-DAY = 86_400
-
-ALICE = Account(tenant="acme", actor="alice", tool="orders.update")
-BOB = Account(tenant="acme", actor="bob", tool="orders.update")
-MALLORY = Account(tenant="globex", actor="alice", tool="orders.update")
-SAME = "a" * 64
-OTHER = "b" * 64
-
-
-def calls(amount: int) -> Charge:
-    return Charge("tools", "calls", amount)
-
-
-def money(amount: int) -> Charge:
-    return Charge("tools", "usd_micros", amount)
-
-
-def limit(
-    most: int,
-    *,
-    name: str = "calls-a-day",
-    unit: str = "calls",
-    window: Window = Window.DAY,
-    scope: Scope = Scope.TENANT,
-) -> Limit:
-    return Limit(id=name, budget="tools", unit=unit, window=window, limit=most, scope=scope)
-
-
-TEN = limit(10)
-
-
-class Teller:
-    """A ledger with the hands of its clock, asked in turn."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.now: float = NOON
-        self._runner = asyncio.Runner()
-        self._keys = itertools.count()
-        self.open()
-
-    def open(self) -> None:
-        self.ledger = SqliteLedger(self.path, durability=Durability.PROCESS, clock=lambda: self.now)
-
-    def close(self) -> None:
-        self.do(self.ledger.close())
-        self._runner.close()
-
-    def reopen(self) -> None:
-        self.do(self.ledger.close())
-        self.open()
-
-    def do(self, answer: Awaitable[T]) -> T:
-        async def wait() -> T:
-            return await answer
-
-        return self._runner.run(wait())
-
-    def key(
-        self, operation: str, name: str | None = None, content: str = SAME, note: str = ""
-    ) -> IdempotencyKey:
-        name = name or f"key-{next(self._keys)}"
-        return IdempotencyKey(operation=operation, key=name, content_sha256=content, note=note)
-
-    def reserve(
-        self,
-        *charges: Charge,
-        limits: Sequence[Limit] = (TEN,),
-        account: Account = ALICE,
-        key: IdempotencyKey | None = None,
-        ttl_seconds: int = 60,
-    ) -> Receipt:
-        return self.do(
-            self.ledger.reserve(
-                account,
-                key or self.key("reserve"),
-                charges=charges,
-                limits=limits,
-                ttl_seconds=ttl_seconds,
-            )
-        )
-
-    def charge(
-        self,
-        *charges: Charge,
-        limits: Sequence[Limit] = (TEN,),
-        account: Account = ALICE,
-        key: IdempotencyKey | None = None,
-    ) -> Receipt:
-        return self.do(
-            self.ledger.charge(account, key or self.key("charge"), charges=charges, limits=limits)
-        )
-
-    def settle(
-        self,
-        hold_id: str,
-        *charges: Charge,
-        account: Account = ALICE,
-        key: IdempotencyKey | None = None,
-    ) -> Receipt:
-        return self.do(
-            self.ledger.settle(
-                account, key or self.key("settle"), hold_id=hold_id, charges=charges or None
-            )
-        )
-
-    def release(
-        self, hold_id: str, *, account: Account = ALICE, key: IdempotencyKey | None = None
-    ) -> Receipt:
-        return self.do(self.ledger.release(account, key or self.key("release"), hold_id=hold_id))
-
-    def state(self, *limits: Limit, account: Account = ALICE) -> tuple[LimitState, ...]:
-        return self.do(self.ledger.state(account, limits=limits or (TEN,)))
-
-    def counts(self, *limits: Limit, account: Account = ALICE) -> list[tuple[int, int]]:
-        """(spent, held) of each limit."""
-        return [(each.spent, each.held) for each in self.state(*limits, account=account)]
+from tests.budget.stores import Store
+from tests.budget.teller import (
+    ALICE,
+    BOB,
+    DAY,
+    MALLORY,
+    NOON,
+    OTHER,
+    SAME,
+    TEN,
+    Teller,
+    calls,
+    limit,
+    money,
+)
 
 
 @pytest.fixture
-def teller(tmp_path: Path) -> Iterator[Teller]:
-    teller = Teller(tmp_path / "ledger.sqlite")
+def teller(store: Store) -> Iterator[Teller]:
+    teller = Teller(store)
     yield teller
     teller.close()
 
@@ -641,45 +528,6 @@ def test_a_first_answer_is_kept_for_a_day_and_then_cleared_away(teller: Teller) 
     refused("hold_not_found", lambda: teller.release(hold.id))
 
 
-def test_clearing_away_takes_a_few_rows_at_a_time_and_leaves_nothing(teller: Teller) -> None:
-    minute = limit(1000, window=Window.MINUTE)
-    ever = limit(1000, name="ever", window=Window.LIFETIME)
-    many = PRUNE_BATCH * 3
-    for number in range(many):
-        teller.now = NOON + 60 * number
-        teller.reserve(calls(1), limits=[minute, ever])
-    rows = row_counts(teller)
-    teller.now += DAY + MAX_HOLD_SECONDS + 60
-    teller.charge(calls(1), limits=[minute, ever])
-    assert row_counts(teller)["answer"] == rows["answer"] + 1 - PRUNE_BATCH
-    for _ in range(many):
-        teller.charge(calls(1), limits=[minute, ever])
-    rows = row_counts(teller)
-    assert rows == {"account": 2, "hold": 0, "live_part": 0, "answer": many + 1}
-    assert teller.counts(ever) == [(many + 1, 0)]
-
-
-def test_a_hold_outlives_its_window_until_it_is_cleared_away(teller: Teller) -> None:
-    minute = limit(1000, window=Window.MINUTE)
-    for _ in range(PRUNE_BATCH * 2):
-        last = teller.reserve(calls(1), limits=[minute])
-    teller.now = NOON + DAY + MAX_HOLD_SECONDS + 60
-    teller.charge(calls(1))
-    assert teller.settle(last.id).late
-
-
-def row_counts(teller: Teller) -> dict[str, int]:
-    tables = ("account", "hold", "live_part", "answer")
-    return teller.do(
-        teller.ledger._writer.run(
-            lambda db: {
-                table: int(db.execute(f"SELECT count(*) FROM {table}").get)  # noqa: S608
-                for table in tables
-            }
-        )
-    )
-
-
 # Amounts
 
 
@@ -798,9 +646,9 @@ def test_a_cancelled_call_completes_and_its_retry_gets_the_answer(teller: Teller
 # The store
 
 
-def test_a_closed_ledger_refuses(tmp_path: Path) -> None:
+def test_a_closed_ledger_refuses(store: Store) -> None:
     async def scenario() -> None:
-        ledger = SqliteLedger(tmp_path / "ledger.sqlite", durability=Durability.PROCESS)
+        ledger = await store.open(lambda: NOON)
         await ledger.close()
         await ledger.close()
         with pytest.raises(LedgerError) as caught:
@@ -808,11 +656,6 @@ def test_a_closed_ledger_refuses(tmp_path: Path) -> None:
         assert caught.value.reason_code == "budget_unavailable"
 
     asyncio.run(scenario())
-
-
-def test_a_second_ledger_on_the_same_file_is_refused(teller: Teller) -> None:
-    with pytest.raises(StorageError, match="is in use"):
-        SqliteLedger(teller.path, durability=Durability.PROCESS)
 
 
 def test_errors_show_no_names(teller: Teller) -> None:

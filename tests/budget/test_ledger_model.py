@@ -1,218 +1,52 @@
-"""The ledger against a plain model of it, in step: whatever is asked, the same
-answers and the same sums."""
+"""Every store against a plain model, in step: whatever is asked, the same answers and
+the same sums."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import math
 import tempfile
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from pdp.budget.ledger import (
     Account,
     Charge,
     IdempotencyKey,
+    Ledger,
     LedgerError,
     Limit,
-    LimitState,
     Receipt,
     Scope,
     Window,
 )
 from pdp.budget.sqlite import SqliteLedger
-from pdp.budget.windows import window_bounds
-from pdp.storage import Durability
+from tests.budget.memory import Hold, MemoryLedger
+from tests.budget.redis_server import RedisServer
+from tests.budget.stores import RedisStoreOfTests, SqliteStore, Store
 
 T = TypeVar("T")
-Place = tuple[str, str, str, str, Scope, str, Window, int]
 Answer = Receipt | str
 """A receipt, or the reason code of an error."""
+Call = Callable[[Ledger], Awaitable[Receipt]]
 
 START = 1_795_564_790
 """Ten seconds before the end of a day."""
-
-
-@dataclass
-class Hold:
-    tenant: str
-    actor: str
-    expires_at: int
-    parts: list[tuple[Charge, list[Place]]]
-    state: str = "open"
-
-
-class Model:
-    """What the port says, in the fewest words: sums are taken anew each time."""
-
-    def __init__(self) -> None:
-        self.now: float = 0
-        self.spent: dict[Place, int] = {}
-        self.holds: dict[str, Hold] = {}
-        self.answers: dict[tuple[str, str, str, str], tuple[str, Receipt]] = {}
-        self._ids = itertools.count()
-
-    def tick(self, now: float) -> None:
-        self.now = max(now, math.floor(self.now))
-
-    def live(self, place: Place) -> list[tuple[int, int]]:
-        """(expires_at, amount) of what is held there."""
-        return [
-            (hold.expires_at, charge.amount)
-            for hold in self.holds.values()
-            if hold.state == "open" and hold.expires_at > self.now
-            for charge, places in hold.parts
-            if place in places
-        ]
-
-    def place(self, account: Account, limit: Limit) -> Place:
-        value = {Scope.TENANT: "", Scope.ACTOR: account.actor, Scope.TOOL: account.tool}
-        starts_at = window_bounds(limit.window, self.now).starts_at
-        return (
-            account.tenant,
-            limit.id,
-            limit.budget,
-            limit.unit,
-            limit.scope,
-            value[limit.scope],
-            limit.window,
-            starts_at,
-        )
-
-    def state(self, account: Account, limits: Sequence[Limit]) -> tuple[LimitState, ...]:
-        return tuple(
-            LimitState(
-                limit=limit,
-                spent=self.spent.get(self.place(account, limit), 0),
-                held=sum(amount for _, amount in self.live(self.place(account, limit))),
-                resets_at=window_bounds(limit.window, self.now).ends_at,
-            )
-            for limit in limits
-            if limit.scope is not Scope.TOOL or account.tool
-        )
-
-    def once(self, account: Account, key: IdempotencyKey, answer: Callable[[], Answer]) -> Answer:
-        name = (account.tenant, account.actor, key.operation, key.key)
-        if name in self.answers:
-            content, first = self.answers[name]
-            if content != key.content_sha256:
-                return "idempotency_key_reused"
-            return replace(first, replayed=True, limits=())
-        given = answer()
-        if isinstance(given, Receipt):
-            self.answers[name] = (key.content_sha256, given)
-        return given
-
-    def take(
-        self,
-        account: Account,
-        note: str,
-        charges: Sequence[Charge],
-        limits: Sequence[Limit],
-        ttl_seconds: int | None,
-    ) -> Answer:
-        amounts = {(charge.budget, charge.unit): charge.amount for charge in charges}
-        applied = [
-            state
-            for state in self.state(account, limits)
-            if (state.limit.budget, state.limit.unit) in amounts
-        ]
-        if amounts.keys() - {(state.limit.budget, state.limit.unit) for state in applied}:
-            return "budget_unlimited"
-        if not charges:
-            return Receipt(replayed=False, note=note)
-        for state in applied:
-            amount = amounts[state.limit.budget, state.limit.unit]
-            if amount > state.remaining:
-                waits = []
-                if state.resets_at is not None and amount <= state.limit.limit:
-                    waits.append(state.resets_at)
-                live = self.live(self.place(account, state.limit))
-                if live and state.spent + amount <= state.limit.limit:
-                    waits.append(min(live)[0])
-                return Receipt(
-                    replayed=False,
-                    note=note,
-                    limits=tuple(applied),
-                    refused_by=state,
-                    retry_after_seconds=math.ceil(min(waits) - self.now) if waits else None,
-                )
-        parts = [
-            (
-                charge,
-                [
-                    self.place(account, state.limit)
-                    for state in applied
-                    if (state.limit.budget, state.limit.unit) == (charge.budget, charge.unit)
-                ],
-            )
-            for charge in charges
-        ]
-        name, expires_at = f"id-{next(self._ids)}", 0
-        if ttl_seconds is None:
-            self.post(parts)
-        else:
-            expires_at = math.ceil(self.now + ttl_seconds)
-            self.holds[name] = Hold(account.tenant, account.actor, expires_at, parts)
-        return Receipt(
-            replayed=False,
-            note=note,
-            id=name,
-            expires_at=expires_at,
-            charges=tuple(charges),
-            limits=self.state(account, [state.limit for state in applied]),
-        )
-
-    def post(self, parts: Sequence[tuple[Charge, list[Place]]]) -> None:
-        for charge, places in parts:
-            for place in places:
-                self.spent[place] = self.spent.get(place, 0) + charge.amount
-
-    def end(
-        self, account: Account, note: str, hold_id: str, charges: Sequence[Charge] | None
-    ) -> Answer:
-        """Settle a hold."""
-        hold = self.own(account, hold_id)
-        if isinstance(hold, str):
-            return hold
-        places = {(charge.budget, charge.unit): places for charge, places in hold.parts}
-        held = {(charge.budget, charge.unit): charge.amount for charge, _ in hold.parts}
-        spent = [charge for charge, _ in hold.parts] if charges is None else charges
-        if {(charge.budget, charge.unit) for charge in spent} - held.keys():
-            return "charge_not_held"
-        self.post([(charge, places[charge.budget, charge.unit]) for charge in spent])
-        hold.state = "settled"
-        return Receipt(
-            replayed=False,
-            note=note,
-            id=hold_id,
-            charges=tuple(spent),
-            over_hold=any(each.amount > held[each.budget, each.unit] for each in spent),
-            late=hold.expires_at <= self.now,
-        )
-
-    def release(self, account: Account, note: str, hold_id: str) -> Answer:
-        hold = self.own(account, hold_id)
-        if isinstance(hold, str):
-            return hold
-        if hold.expires_at <= self.now:
-            return "hold_expired"
-        hold.state = "released"
-        held = tuple(charge for charge, _ in hold.parts)
-        return Receipt(replayed=False, note=note, id=hold_id, charges=held)
-
-    def own(self, account: Account, hold_id: str) -> Hold | str:
-        hold = self.holds.get(hold_id)
-        if hold is None or (hold.tenant, hold.actor) != (account.tenant, account.actor):
-            return "hold_not_found"
-        return hold if hold.state == "open" else f"hold_already_{hold.state}"
+LONG = 10**9
+"""Retention, in seconds: nothing is cleared away."""
 
 
 ACCOUNTS = st.builds(
@@ -254,29 +88,42 @@ CONTENTS = st.sampled_from(("a" * 64, "b" * 64))
 
 
 class LedgerAndModel(RuleBasedStateMachine):
+    """What is asked of the store is asked of the model next; what differs, fails."""
+
+    def open_store(self, folder: Path) -> Store:
+        raise NotImplementedError
+
     @initialize()
     def open(self) -> None:
         self.directory = tempfile.TemporaryDirectory()
         self.runner = asyncio.Runner()
         self.clock: float = START
-        self.model = Model()
+        self.store = self.open_store(Path(self.directory.name))
+        self.given_id = ""
+        self.model = MemoryLedger(
+            clock=lambda: self.clock,
+            new_id=lambda: self.given_id,
+            retention_seconds=LONG,
+            clock_per_tenant=self.store.clock_per_tenant,
+        )
         self.ids = itertools.count()
         self.keys = itertools.count()
         self.calls: list[Callable[[], None]] = []
         self.open_ledger()
 
     def open_ledger(self) -> None:
-        self.ledger = SqliteLedger(
-            Path(self.directory.name) / "ledger.sqlite",
-            durability=Durability.PROCESS,
-            clock=lambda: self.clock,
-            new_id=lambda: f"id-{next(self.ids)}",
-            retention_seconds=10**9,
+        self.ledger = self.ask(
+            self.store.open(
+                lambda: self.clock,
+                new_id=lambda: f"id-{next(self.ids)}",
+                retention_seconds=LONG,
+            )
         )
 
     def teardown(self) -> None:
-        if hasattr(self, "runner"):
+        if hasattr(self, "ledger"):
             self.ask(self.ledger.close())
+        if hasattr(self, "runner"):
             self.runner.close()
             self.directory.cleanup()
 
@@ -286,43 +133,31 @@ class LedgerAndModel(RuleBasedStateMachine):
 
         return self.runner.run(wait())
 
-    def both(
-        self,
-        account: Account,
-        key: IdempotencyKey,
-        ask: Callable[[], Awaitable[Receipt]],
-        expect: Callable[[], Answer],
-    ) -> None:
+    def answer(self, ledger: Ledger, call: Call) -> Answer:
+        try:
+            return self.ask(call(ledger))
+        except LedgerError as error:
+            return error.reason_code
+
+    def both(self, call: Call) -> None:
         """Ask both, now and whenever the call is tried again."""
 
-        def call() -> None:
-            given: Answer
-            try:
-                given = self.ask(ask())
-            except LedgerError as error:
-                given = error.reason_code
-            before = self.model.now
-            if self.is_new(account, key):
-                self.model.tick(self.clock)
-            expected = self.model.once(account, key, expect)
-            if isinstance(expected, str):
-                self.model.now = before  # an error leaves no trace, of the time neither
-            assert given == expected
+        def ask_both() -> None:
+            given = self.answer(self.ledger, call)
+            self.expect(given, call)
 
-        self.calls.append(call)
-        call()
+        self.calls.append(ask_both)
+        ask_both()
 
-    def is_new(self, account: Account, key: IdempotencyKey) -> bool:
-        return (account.tenant, account.actor, key.operation, key.key) not in self.model.answers
+    def expect(self, given: Answer, call: Call) -> None:
+        """The model gives its holds and charges the ids that the store gave them."""
+        if isinstance(given, Receipt) and given.id and not given.replayed:
+            self.given_id = given.id
+        assert given == self.answer(self.model, call)
 
     def new_key(self, operation: str, content: str) -> IdempotencyKey:
         name = f"key-{next(self.keys)}"
         return IdempotencyKey(operation=operation, key=name, content_sha256=content, note=name)
-
-    def old_key(self, operation: str, content: str, number: int) -> IdempotencyKey:
-        return IdempotencyKey(
-            operation=operation, key=f"key-{number}", content_sha256=content, note="again"
-        )
 
     @rule(
         account=ACCOUNTS,
@@ -330,6 +165,7 @@ class LedgerAndModel(RuleBasedStateMachine):
         limits=LIMITS,
         ttl_seconds=st.sampled_from((1, 30, 60, 3600)),
         content=CONTENTS,
+        operation=st.sampled_from(("reserve", "reserve", "authorize")),
     )
     def reserve(
         self,
@@ -338,15 +174,13 @@ class LedgerAndModel(RuleBasedStateMachine):
         limits: list[Limit],
         ttl_seconds: int,
         content: str,
+        operation: str,
     ) -> None:
-        key = self.new_key("reserve", content)
+        key = self.new_key(operation, content)
         self.both(
-            account,
-            key,
-            lambda: self.ledger.reserve(
+            lambda ledger: ledger.reserve(
                 account, key, charges=charges, limits=limits, ttl_seconds=ttl_seconds
-            ),
-            lambda: self.model.take(account, key.note, charges, limits, ttl_seconds),
+            )
         )
 
     @rule(account=ACCOUNTS, charges=charges_of(1), limits=LIMITS, content=CONTENTS)
@@ -354,41 +188,38 @@ class LedgerAndModel(RuleBasedStateMachine):
         self, account: Account, charges: list[Charge], limits: list[Limit], content: str
     ) -> None:
         key = self.new_key("charge", content)
-        self.both(
-            account,
-            key,
-            lambda: self.ledger.charge(account, key, charges=charges, limits=limits),
-            lambda: self.model.take(account, key.note, charges, limits, None),
-        )
+        self.both(lambda ledger: ledger.charge(account, key, charges=charges, limits=limits))
 
-    @rule(data=st.data(), content=CONTENTS, account=ACCOUNTS, own=st.integers(0, 9))
-    def settle(self, data: st.DataObject, content: str, account: Account, own: int) -> None:
+    @rule(
+        data=st.data(),
+        content=CONTENTS,
+        account=ACCOUNTS,
+        own=st.integers(0, 9),
+        operation=st.sampled_from(("settle", "outcome")),
+    )
+    def settle(
+        self, data: st.DataObject, content: str, account: Account, own: int, operation: str
+    ) -> None:
         hold_id, hold = self.some_hold(data)
         if hold is not None and own:
             account = Account(tenant=hold.tenant, actor=hold.actor)
-        charges = data.draw(st.one_of(st.none(), charges_of(0)))
-        if charges is not None and hold is not None and own > 3:
+            operation = "outcome" if hold.backs_permit is (own > 1) else "settle"
+        drawn = data.draw(st.one_of(st.none(), charges_of(0)))
+        charges = drawn
+        if drawn is not None and hold is not None and own > 3:
             charges = [replace(charge, amount=own % 7) for charge, _ in hold.parts]
-        key = self.new_key("settle", content)
-        self.both(
-            account,
-            key,
-            lambda: self.ledger.settle(account, key, hold_id=hold_id, charges=charges),
-            lambda: self.model.end(account, key.note, hold_id, charges),
-        )
+        key = self.new_key(operation, content)
+        self.both(lambda ledger: ledger.settle(account, key, hold_id=hold_id, charges=charges))
 
     @rule(data=st.data(), content=CONTENTS, account=ACCOUNTS, own=st.booleans())
     def release(self, data: st.DataObject, content: str, account: Account, *, own: bool) -> None:
         hold_id, hold = self.some_hold(data)
+        operation = "release"
         if hold is not None and own:
             account = Account(tenant=hold.tenant, actor=hold.actor)
-        key = self.new_key("release", content)
-        self.both(
-            account,
-            key,
-            lambda: self.ledger.release(account, key, hold_id=hold_id),
-            lambda: self.model.release(account, key.note, hold_id),
-        )
+            operation = "outcome" if hold.backs_permit else "release"
+        key = self.new_key(operation, content)
+        self.both(lambda ledger: ledger.release(account, key, hold_id=hold_id))
 
     def some_hold(self, data: st.DataObject) -> tuple[str, Hold | None]:
         hold_id = data.draw(st.sampled_from([*self.model.holds, "id-none"]))
@@ -401,62 +232,41 @@ class LedgerAndModel(RuleBasedStateMachine):
 
     @rule(account=ACCOUNTS, content=CONTENTS, number=st.integers(0, 20))
     def use_an_old_key(self, account: Account, content: str, number: int) -> None:
-        key = self.old_key("charge", content, number)
-        charges = [Charge("tools", "calls", 1)]
-        limits = [
-            Limit(
-                id="one",
-                budget="tools",
-                unit="calls",
-                window=Window.DAY,
-                limit=5,
-                scope=Scope.TENANT,
-            )
-        ]
+        key = IdempotencyKey(
+            operation="charge", key=f"key-{number}", content_sha256=content, note="again"
+        )
+        limit = Limit(
+            id="one", budget="tools", unit="calls", window=Window.DAY, limit=5, scope=Scope.TENANT
+        )
         self.both(
-            account,
-            key,
-            lambda: self.ledger.charge(account, key, charges=charges, limits=limits),
-            lambda: self.model.take(account, key.note, charges, limits, None),
+            lambda ledger: ledger.charge(
+                account, key, charges=[Charge("tools", "calls", 1)], limits=[limit]
+            )
         )
 
     @rule(account=ACCOUNTS, limits=LIMITS)
     def look(self, account: Account, limits: list[Limit]) -> None:
-        self.model.tick(self.clock)
-        assert self.ask(self.ledger.state(account, limits=limits)) == self.model.state(
-            account, limits
-        )
+        given = self.ask(self.ledger.state(account, limits=limits))
+        assert given == self.ask(self.model.state(account, limits=limits))
 
     @rule(account=ACCOUNTS, limits=LIMITS, amounts=st.lists(st.integers(1, 5), max_size=6))
     def charge_at_once(self, account: Account, limits: list[Limit], amounts: list[int]) -> None:
-        """Many calls in one transaction of the store, in the order in which they came."""
-        keys = [self.new_key("charge", "a" * 64) for _ in amounts]
+        """Many calls at the same time, in the order in which they came."""
+
+        def call(key: IdempotencyKey, amount: int) -> Call:
+            charges = [Charge("tools", "calls", amount)]
+            return lambda ledger: ledger.charge(account, key, charges=charges, limits=limits)
+
+        calls = [call(self.new_key("charge", "a" * 64), amount) for amount in amounts]
 
         async def burst() -> list[Receipt | BaseException]:
             return await asyncio.gather(
-                *(
-                    self.ledger.charge(
-                        account, key, charges=[Charge("tools", "calls", amount)], limits=limits
-                    )
-                    for key, amount in zip(keys, amounts, strict=True)
-                ),
-                return_exceptions=True,
+                *(call(self.ledger) for call in calls), return_exceptions=True
             )
 
-        given = self.ask(burst())
-        before = self.model.now
-        self.model.tick(self.clock)
-        for key, amount, answer in zip(keys, amounts, given, strict=True):
-            expected = self.model.once(
-                account,
-                key,
-                lambda key=key, amount=amount: self.model.take(  # type: ignore[misc]
-                    account, key.note, [Charge("tools", "calls", amount)], limits, None
-                ),
-            )
-            assert expected == (answer.reason_code if isinstance(answer, LedgerError) else answer)
-        if not any(isinstance(answer, Receipt) for answer in given):
-            self.model.now = before
+        for each, given in zip(calls, self.ask(burst()), strict=True):
+            assert isinstance(given, (Receipt, LedgerError))
+            self.expect(given.reason_code if isinstance(given, LedgerError) else given, each)
 
     @rule(seconds=st.sampled_from((0.5, 1, 29.5, 60, 3600, 86_400, 40 * 86_400, -1, -90, -9e5)))
     def move_the_clock(self, seconds: float) -> None:
@@ -467,8 +277,19 @@ class LedgerAndModel(RuleBasedStateMachine):
         self.ask(self.ledger.close())
         self.open_ledger()
 
-    @invariant()
-    def what_is_held_is_the_sum_of_its_parts(self) -> None:
+
+class SqliteAndModel(LedgerAndModel):
+    def open_store(self, folder: Path) -> Store:
+        return SqliteStore(folder)
+
+    def teardown(self) -> None:
+        if hasattr(self, "ledger"):
+            self.check_sums()
+        super().teardown()
+
+    def check_sums(self) -> None:
+        """What is held is the sum of its parts."""
+        assert isinstance(self.ledger, SqliteLedger)
         wrong = self.ask(
             self.ledger._writer.run(
                 lambda db: (
@@ -482,10 +303,34 @@ class LedgerAndModel(RuleBasedStateMachine):
         assert wrong == 0
 
 
-LedgerAndModel.TestCase.settings = settings(
+SETTINGS = settings(
     max_examples=60,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
-test_the_ledger_and_its_model_agree = LedgerAndModel.TestCase
+
+
+def test_sqlite_and_the_model_agree() -> None:
+    run_state_machine_as_test(SqliteAndModel, settings=SETTINGS)
+
+
+def test_redis_and_the_model_agree(redis_server: RedisServer) -> None:
+    run_state_machine_as_test(_on(redis_server), settings=SETTINGS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_redis_and_the_model_agree_for_longer(redis_server: RedisServer) -> None:
+    longer = settings(SETTINGS, max_examples=600)
+    run_state_machine_as_test(_on(redis_server), settings=longer)
+
+
+def _on(server: RedisServer) -> type[LedgerAndModel]:
+    class RedisAndModel(LedgerAndModel):
+        def open_store(self, folder: Path) -> Store:
+            server.command("FLUSHALL")
+            # One connection: calls are done in the order in which they came.
+            return RedisStoreOfTests(server, connections=1)
+
+    return RedisAndModel

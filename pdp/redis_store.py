@@ -1,0 +1,452 @@
+"""Redis or Valkey as a store that several sidecars share: connections, deadlines, scripts.
+
+A reply belongs to the call that asked for it: calls run in tasks of their own, which
+a caller that goes away does not interrupt; a connection whose call was interrupted
+is dropped; and every script repeats in its reply whose it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, Protocol, TypeVar
+from urllib.parse import quote
+
+from redis.asyncio import Connection, ConnectionPool, RedisCluster, SSLConnection
+from redis.asyncio.connection import UnixDomainSocketConnection
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AskError,
+    BusyLoadingError,
+    ClusterDownError,
+    MasterDownError,
+    MovedError,
+    NoPermissionError,
+    NoScriptError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TryAgainError,
+)
+from redis.exceptions import (
+    ConnectionError as RedisConnectionError,
+)
+
+from pdp.config import RedisSettings, SharedDurability
+from pdp.storage import StorageError
+
+T = TypeVar("T")
+
+OLDEST_VERSION: Final = (7, 0)
+MAX_WAITING: Final = 4096
+"""Operations under way and waiting at most; one more is refused at once."""
+TRIES: Final = 3
+"""How often an operation is sent where the store does not take it, or the connection
+breaks. Every script can be sent twice: it knows its own first answer."""
+_PAUSES: Final = (0.02, 0.1)
+_MOMENTARY: Final = (
+    RedisConnectionError,
+    OSError,
+    ReadOnlyError,
+    BusyLoadingError,
+    ClusterDownError,
+    MasterDownError,
+    TryAgainError,
+    MovedError,
+    AskError,
+)
+"""What may be over in a moment: a restart, a failover, slots on the move."""
+_KEY_PREFIX: Final = "pdp:"
+_IDENTITY: Final = _KEY_PREFIX + "ledger"
+
+_log: Final = logging.getLogger(__name__)
+
+
+class Script:
+    """A Lua script, which the server knows by its digest once it has seen it."""
+
+    def __init__(self, *files: Path) -> None:
+        self.text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+        self.sha1 = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+
+
+def tenant_key(tenant: str, kind: str, *names: str) -> str:
+    """A key of a tenant. All of a tenant's lie in one slot; no name can end the hash
+    tag, or pass for several.
+    """
+    key = f"{_KEY_PREFIX}{{t:{quote(tenant, safe='')}}}:{kind}"
+    return f"{key}:{key_names(*names)}" if names else key
+
+
+def key_names(*names: str) -> str:
+    """Names as they stand in keys."""
+    return ":".join(quote(name, safe="") for name in names)
+
+
+class _Sender(Protocol):
+    """One way to reach the server that has a key."""
+
+    async def send(self, key: str, *command: str | int, replicas: int, wait_ms: int) -> Any:  # noqa: ANN401 - replies are what they are
+        """Send one command, and, with ``replicas``, wait for them on the same
+        connection. Raises RedisError, OSError, and _TooFewReplicas.
+        """
+        ...
+
+    async def close(self) -> None: ...
+
+
+class _TooFewReplicas(Exception):  # noqa: N818 - never leaves this module
+    """The command is done, and is not on as many replicas as was asked for."""
+
+
+class RedisStore:
+    """Runs scripts on Redis or Valkey. Made by :func:`open_redis`."""
+
+    def __init__(self, settings: RedisSettings, sender: _Sender) -> None:
+        self._sender = sender
+        self._timeout_seconds = settings.timeout_ms / 1000
+        self._replicas = settings.replicas if settings.durability is SharedDurability.STRICT else 0
+        self._turns = asyncio.Semaphore(settings.connections)
+        self._operations: set[asyncio.Task[Any]] = set()
+        self._closed = False
+        self._failing = False
+        self.id = ""
+        """Names what is stored: random, made once, the same for all who share it."""
+
+    @property
+    def strict(self) -> bool:
+        """Whether what is answered is on replicas too."""
+        return self._replicas > 0
+
+    async def complete(self, operation: Callable[[], Awaitable[T]]) -> T:
+        """Run what calls :meth:`run`, within the deadline; cancelling the awaiting task
+        does not stop it. Raises StorageError: the store did not answer, or refused;
+        whether anything was done is unknown, and the same operation can be tried again.
+        """
+        if self._closed:
+            raise StorageError("The store is closed; nothing was done.")
+        if len(self._operations) >= MAX_WAITING:
+            raise StorageError(
+                "Too many operations wait for the store; nothing was done. Try again later."
+            )
+        task = asyncio.create_task(self._in_time(operation))
+        self._operations.add(task)
+        task.add_done_callback(self._forget)
+        return await asyncio.shield(task)
+
+    async def run(self, script: Script, keys: Sequence[str], arguments: Sequence[str]) -> list[str]:
+        """What the script replies, without its first part, which repeats the first
+        argument. Only within :meth:`complete`.
+        """
+        reply = await self._evaluate(script, keys, arguments)
+        if not isinstance(reply, list) or reply[0].decode() != arguments[0]:
+            raise _NotItsReplyError
+        return [part.decode() for part in reply[1:]]
+
+    async def close(self) -> None:
+        """Finish what has begun, and let go of the connections."""
+        self._closed = True
+        if self._operations:
+            await asyncio.wait(self._operations)
+        await self._sender.close()
+
+    async def command(self, key: str, *command: str | int) -> Any:  # noqa: ANN401
+        """Send one command to the server that has the key, and wait for no replica.
+        Only within complete.
+        """
+        return await self._try(lambda: self._sender.send(key, *command, replicas=0, wait_ms=1))
+
+    async def _in_time(self, operation: Callable[[], Awaitable[T]]) -> T:
+        try:
+            async with asyncio.timeout(self._timeout_seconds), self._turns:
+                result = await operation()
+        except TimeoutError:
+            raise self._failed("no answer in time") from None
+        except _TooFewReplicas:
+            raise self._failed("too few replicas have what was written") from None
+        except _NotItsReplyError:
+            raise self._failed("a reply was another call's") from None
+        except (RedisError, OSError) as error:
+            # Its text may quote keys, addresses and names of users.
+            raise self._failed(type(error).__name__) from None
+        self._works()
+        return result
+
+    def _failed(self, what: str) -> StorageError:
+        if not self._failing:
+            _log.error("the shared store fails: %s", what)
+        self._failing = True
+        return StorageError(
+            "The store did not take the operation in time; try again with the same key."
+        )
+
+    def _works(self) -> None:
+        """Log the first failure and the recovery, not each failure of an outage."""
+        if self._failing:
+            _log.warning("the shared store works again")
+        self._failing = False
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._operations.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever asked may have gone
+
+    async def _evaluate(self, script: Script, keys: Sequence[str], arguments: Sequence[str]) -> Any:  # noqa: ANN401
+        rest: tuple[str | int, ...] = (len(keys), *keys, *arguments)
+
+        async def evaluate() -> Any:  # noqa: ANN401
+            try:
+                return await self._send(keys[0], "EVALSHA", script.sha1, *rest)
+            except NoScriptError:
+                return await self._send(keys[0], "EVAL", script.text, *rest)
+
+        return await self._try(evaluate)
+
+    async def _try(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        for pause in _PAUSES:
+            try:
+                return await attempt()
+            except _MOMENTARY:
+                await asyncio.sleep(pause)
+        return await attempt()
+
+    async def _send(self, key: str, *command: str | int) -> Any:  # noqa: ANN401
+        return await self._sender.send(
+            key,
+            *command,
+            replicas=self._replicas,
+            wait_ms=max(1, int(self._timeout_seconds * 500)),
+        )
+
+
+class _NotItsReplyError(Exception):
+    """A reply that does not repeat whose it is."""
+
+
+class _PoolSender:
+    """One server, or the primary that sentinels name."""
+
+    def __init__(self, pool: ConnectionPool) -> None:
+        self._pool = pool
+
+    async def send(self, key: str, *command: str | int, replicas: int, wait_ms: int) -> Any:  # noqa: ANN401, ARG002
+        """See _Sender.send."""
+        connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]
+        try:
+            return await _converse(connection, command, replicas, wait_ms)
+        finally:
+            await self._pool.release(connection)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._pool.disconnect()
+
+
+async def _converse(
+    connection: Any,  # noqa: ANN401 - redis-py's connections share no typed base
+    command: Sequence[str | int],
+    replicas: int,
+    wait_ms: int,
+) -> Any:  # noqa: ANN401
+    """Send a command and read its reply. Unless both are whole, the connection goes."""
+    commands = [command, ("WAIT", replicas, wait_ms)] if replicas else [command]
+    replies = []
+    try:
+        await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+        for _ in commands:
+            try:
+                replies.append(await connection.read_response())
+            except (RedisConnectionError, ReadOnlyError):
+                raise  # this server is not, or not any more, the one to ask
+            except ResponseError as error:
+                replies.append(error)
+    except BaseException:
+        await connection.disconnect(nowait=True)
+        raise
+    if isinstance(replies[0], ResponseError):
+        raise replies[0]
+    if replicas and (isinstance(replies[1], ResponseError) or replies[1] < replicas):
+        raise _TooFewReplicas
+    return replies[0]
+
+
+class _ClusterSender:
+    """A cluster: whichever node has the key's slot."""
+
+    def __init__(self, cluster: RedisCluster) -> None:
+        self._cluster = cluster
+
+    async def send(self, key: str, *command: str | int, replicas: int, wait_ms: int) -> Any:  # noqa: ANN401
+        """See _Sender.send. Raises MovedError after the new place has been learnt."""
+        await self._cluster.initialize()
+        node = self._cluster.get_node_from_key(key)
+        if node is None:
+            raise ClusterDownError("no node has the slot")
+        connection = node.acquire_connection()
+        try:
+            await connection.connect()  # type: ignore[no-untyped-call]
+            return await _converse(connection, command, replicas, wait_ms)
+        except (MovedError, RedisConnectionError, OSError, ReadOnlyError):
+            await self._cluster.aclose()  # what it knows of the nodes is old
+            raise
+        finally:
+            with contextlib.suppress(Exception):
+                node.release(connection)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._cluster.aclose()
+
+
+async def open_redis(settings: RedisSettings) -> RedisStore:
+    """Connect, and see that the server keeps what it is given. Raises StorageError,
+    whose message is for operators and says what to do.
+    """
+    store = RedisStore(settings, _sender(settings))
+    try:
+        store.id = await store.complete(lambda: _look(store, settings))
+    except _UnfitError as error:
+        await store.close()
+        raise StorageError(str(error)) from None
+    except StorageError:
+        await store.close()
+        raise StorageError(
+            "The shared store does not answer (budget.store): see that it runs, that address,"
+            " user, password and certificates are right, and that the user may run HELLO,"
+            " GET, SET and EVAL on pdp:*."
+        ) from None
+    return store
+
+
+class _UnfitError(Exception):
+    """The server can not be trusted with budgets; the text says why and what to do."""
+
+
+async def _look(store: RedisStore, settings: RedisSettings) -> str:
+    """Refuse a server that forgets; the identity of what is stored."""
+    hello = await store.command(_IDENTITY, "HELLO")
+    version = dict(zip(hello[::2], hello[1::2], strict=True))[b"version"].decode()
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_VERSION:
+        raise _UnfitError(f"The shared store is version {version}: 7.0 or later is needed.")
+    if not settings.unchecked:
+        appendonly = await _configured(store, "appendonly")
+        policy = await _configured(store, "maxmemory-policy")
+        faults = []
+        if appendonly != "yes":
+            faults.append("it would lose what is spent when it restarts (set appendonly yes)")
+        if policy != "noeviction":
+            faults.append("it may evict what is spent (set maxmemory-policy noeviction)")
+        if faults and not settings.allow_volatile:
+            raise _UnfitError(
+                f"The shared store can not be trusted with budgets: {'; '.join(faults)}. Or set"
+                " budget.store.allow_volatile: true, and lose budgets."
+            )
+        for fault in faults:
+            _log.warning("the shared store is not to be trusted with budgets: %s", fault)
+    made = uuid.uuid4().hex
+    await store.command(_IDENTITY, "SET", _IDENTITY, made, "NX")
+    identity = await store.command(_IDENTITY, "GET", _IDENTITY)
+    return str(identity.decode())
+
+
+async def _configured(store: RedisStore, name: str) -> str:
+    try:
+        answer = await store.command(_IDENTITY, "CONFIG", "GET", name)
+    except NoPermissionError:
+        raise _UnfitError(
+            "Whether the shared store keeps what it is given can not be seen: its user may not"
+            " run CONFIG GET. Allow it (ACL rule +config|get), or see to appendonly yes and"
+            " maxmemory-policy noeviction yourself and set budget.store.unchecked: true."
+        ) from None
+    if len(answer) < 2:  # noqa: PLR2004 - name and value
+        raise _UnfitError(
+            f"The shared store does not know its own setting {name}; if that is as it should"
+            " be, set budget.store.unchecked: true."
+        )
+    return str(answer[1].decode())
+
+
+def _sender(settings: RedisSettings) -> _Sender:
+    options: dict[str, Any] = {
+        "username": _secret(settings.username_file),
+        "password": _secret(settings.password_file),
+        "protocol": 2,
+        "socket_timeout": None,  # the deadline is the operation's, not each packet's
+        "socket_connect_timeout": settings.timeout_ms / 1000,
+        "retry": Retry(NoBackoff(), 0),
+        "client_name": "pdp",
+    }
+    tls: dict[str, Any] = {}
+    if settings.tls:
+        tls = {
+            "ssl_ca_certs": str(settings.ca_file) if settings.ca_file else None,
+            "ssl_certfile": _path(settings.client_certificate_file),
+            "ssl_keyfile": _path(settings.client_key_file),
+            "ssl_cert_reqs": "required",
+            "ssl_check_hostname": True,
+        }
+    most = settings.connections
+    if settings.unix is not None:
+        return _PoolSender(
+            ConnectionPool(
+                UnixDomainSocketConnection, max_connections=most, path=str(settings.unix), **options
+            )
+        )
+    hosts = [_host_and_port(address) for address in settings.addresses]
+    if settings.sentinel is not None:
+        ssl = {"ssl": True, **tls} if settings.tls else {}
+        guard = {
+            "username": _secret(settings.sentinel.username_file),
+            "password": _secret(settings.sentinel.password_file),
+            "socket_timeout": settings.timeout_ms / 1000,
+            **ssl,
+        }
+        sentinel = Sentinel(  # type: ignore[no-untyped-call]
+            hosts, sentinel_kwargs=guard, **ssl, **options
+        )
+        primary = sentinel.master_for(settings.sentinel.service)
+        return _PoolSender(primary.connection_pool)
+    if settings.cluster:
+        from redis.asyncio.cluster import ClusterNode  # noqa: PLC0415 - for clusters only
+
+        return _ClusterSender(
+            RedisCluster(
+                startup_nodes=[ClusterNode(host, port) for host, port in hosts],
+                max_connections=most,
+                **({"ssl": True, **tls} if settings.tls else {}),
+                **options,
+            )
+        )
+    (host, port), *_ = hosts
+    kind = SSLConnection if settings.tls else Connection
+    return _PoolSender(
+        ConnectionPool(kind, max_connections=most, host=host, port=port, **tls, **options)
+    )
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _path(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _secret(path: Path | None) -> str | None:
+    """What a file holds, without the line's end."""
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise StorageError(f"{path} can not be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise StorageError(f"{path} does not hold text.") from None

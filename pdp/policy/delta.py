@@ -2,7 +2,9 @@
 v1/bundle/store.go, applyPatches).
 
 OPA takes no signature on them. Here one is asked for like on any other bundle, and
-:func:`pdp.policy.signature.sign` makes it.
+:func:`pdp.policy.signature.sign` makes it. A signed one names the revision that it is for
+(metadata.pdp.base): else whoever hands it out could leave out the one before, with what it
+took away, or lay it upon any other.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ def apply_delta(
         if path not in {PATCH, MANIFEST, SIGNATURES}:
             raise refused(place, f"is a delta bundle that holds {path} beside its {PATCH}")
     manifest = _manifest(base, files, place)
+    _check_base(base, manifest, place, signed=verifier is not None)
     data = parse_object(canonical_bytes(base.data), max_bytes=MAX_CONTENT_BYTES)
     for number, operation in enumerate(_operations(files, place), start=1):
         if not contains(base.manifest.roots, operation.path):
@@ -79,6 +82,24 @@ def _manifest(base: Part, files: Files, place: str) -> JsonObject:
         raise refused(place, f"is a delta bundle with other roots in {MANIFEST} than its base")
     kept = {key: whole[key] for key in whole.keys() - {"revision", "metadata"}}
     return kept | {key: own[key] for key in own.keys() & {"revision", "metadata"}}
+
+
+def _check_base(base: Part, manifest: JsonObject, place: str, *, signed: bool) -> None:
+    metadata = manifest.get("metadata")
+    own = metadata.get("pdp") if isinstance(metadata, dict) else None
+    named = own.get("base") if isinstance(own, dict) else None
+    if named is None and signed:
+        raise refused(
+            place,
+            "is a signed delta bundle that does not say which revision it is for"
+            f" (metadata.pdp.base in {MANIFEST})",
+        )
+    if named not in (None, base.manifest.revision):
+        raise refused(
+            place,
+            f"is a delta bundle for another revision (metadata.pdp.base in {MANIFEST}) than"
+            f" {base.manifest.revision}",
+        )
 
 
 def _operations(files: Files, place: str) -> list[_Operation]:

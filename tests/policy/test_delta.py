@@ -262,6 +262,15 @@ def test_a_delta_that_nests_too_deep_is_refused() -> None:
     )
 
 
+@pytest.mark.parametrize("base", ("r-0", 1, ["r-1"]))
+def test_a_delta_for_another_revision_is_refused(base: JsonValue) -> None:
+    files = delta(operation("remove", "/tenants/acme"), metadata={"pdp": {"base": base}})
+
+    assert refusal_of(files) == (
+        "is a delta bundle for another revision (metadata.pdp.base in .manifest) than r-1."
+    )
+
+
 def test_a_delta_must_be_signed_like_any_bundle() -> None:
     key = Ed25519PrivateKey.generate()
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
@@ -269,9 +278,17 @@ def test_a_delta_must_be_signed_like_any_bundle() -> None:
     verifier = Verifier(
         keys={"release": VerificationKey(pem=public, algorithm="EdDSA")}, scope="prod"
     )
-    plain = delta(operation("upsert", "/tenants/x", 1))
-    text = sign(plain, private_key_pem=private, key_id="release", algorithm="EdDSA", scope="prod")
-    signed = {**plain, SIGNATURES: text}
+
+    def signed_one(*, base: str | None) -> Files:
+        plain = delta(
+            operation("upsert", "/tenants/x", 1), metadata={"pdp": {"sequence": 2, "base": base}}
+        )
+        text = sign(
+            plain, private_key_pem=private, key_id="release", algorithm="EdDSA", scope="prod"
+        )
+        return {**plain, SIGNATURES: text}
+
+    signed = signed_one(base="r-1")
 
     def taken(files: Files) -> Part:
         return apply_delta(BASE, files, name="acme", place=PLACE, verifier=verifier)
@@ -279,7 +296,12 @@ def test_a_delta_must_be_signed_like_any_bundle() -> None:
     assert taken(signed).data == {"tenants": {**DATA, "x": 1}}
     assert SIGNATURES not in taken(signed).files
     with pytest.raises(BundleError, match="is not signed"):
-        taken(plain)
+        taken({name: signed[name] for name in signed if name != SIGNATURES})
+    # Who hands it out may not leave out the one before, nor lay it upon any other.
+    with pytest.raises(BundleError, match=r"for another revision \(metadata\.pdp\.base"):
+        taken(signed_one(base="r-0"))
+    with pytest.raises(BundleError, match="does not say which revision it is for"):
+        taken(signed_one(base=None))
     other = delta(operation("upsert", "/tenants/x", 2))
     with pytest.raises(BundleError, match=r"holds another patch\.json than was signed"):
         taken({**signed, "patch.json": other["patch.json"]})

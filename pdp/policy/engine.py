@@ -28,8 +28,17 @@ class PolicyError(PdpError):
 
 class BundleError(PdpError):
     """A bundle can not be loaded: reason code policy_unavailable. The message
-    names the file, what is wrong and what to do; it is for operators.
+    names the file, what is wrong and what to do; it is for operators, whose terminals
+    nothing that it quotes of a bundle can steer.
     """
+
+    def __init__(self, reason_code: str, message: str) -> None:
+        super().__init__(reason_code, "".join(map(_shown, message)))
+
+
+def _shown(character: str) -> str:
+    fits = character.isprintable() or character in "\n\t"
+    return character if fits else "\N{REPLACEMENT CHARACTER}"
 
 
 class PolicyEngine(Protocol):

@@ -42,6 +42,13 @@ def test_the_same_rego_compiles_to_the_same_wasm(opa: Path) -> None:
     assert one.startswith(b"\x00asm")
 
 
+def test_what_opa_quotes_of_the_rego_steers_no_terminal(opa: Path) -> None:
+    message = refusal_of({"x.rego": "package x\n\nbad \x1b[2J\x9b \u202e rule {"}, opa)
+
+    assert "rego_parse_error" in message
+    assert all(character.isprintable() or character in "\n\t" for character in message)
+
+
 def test_tests_are_not_compiled(opa: Path) -> None:
     with_tests = {**RULES, "pdp/authz/authz_test.rego": "package pdp.authz_test\n\nnot rego"}
 

@@ -25,10 +25,28 @@ MAX_TRIES: Final = 5
 next look.
 """
 SETTLE_SECONDS: Final = 0.1
-"""How long after the look a directory is read: what changes from then on shows in the times
-of its files, which go in steps of milliseconds.
+"""How long after the look a directory is read, and how old a change must be before looks
+that are alike are trusted: times of files go in steps of milliseconds, and two changes
+within one step look like one.
 """
-_Glance = tuple[tuple[str | int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """One file or folder, without reading it."""
+
+    path: Path
+    target: str = ""
+    """Where a link leads; what follows is of what is there."""
+    device: int = 0
+    inode: int = 0
+    size: int = 0
+    modified_ns: int = 0
+    changed_ns: int = 0
+    """Unlike the former this can not be set: it is when content, mode or name changed."""
+
+
+_Glance = tuple[_Look, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +63,17 @@ class PathSource:
     """A .tar.gz or a directory."""
 
     def __init__(
-        self, path: Path, *, poll_seconds: float, sleep: Callable[[float], None] = time.sleep
+        self,
+        path: Path,
+        *,
+        poll_seconds: float,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._path = path
         self._poll_seconds = poll_seconds
         self._sleep = sleep
+        self._clock = clock
         self._seen: _Seen | None = None
 
     @property
@@ -87,11 +111,16 @@ class PathSource:
         except OSError as error:
             raise self._error(f"can not be read: {error.strerror}") from None
         if isinstance(found, BundleError):
-            self._seen = _Seen(glance, None, found.message)
+            self._remember(glance, None, found.message)
             raise found
         digest = _digest(found)
-        self._seen = _Seen(glance, digest, None)
+        self._remember(glance, digest, None)
         return None if digest == tag else Fetched(files=found, tag=digest)
+
+    def _remember(self, glance: _Glance, tag: str | None, fault: str | None) -> None:
+        changed_at = max(look.changed_ns for look in glance) / 1e9
+        is_old = self._clock() - changed_at > SETTLE_SECONDS
+        self._seen = _Seen(glance, tag, fault) if is_old else None
 
     def _read(self) -> Files | BundleError:
         """What lies there, or why it is no bundle; another look tells whether it changed
@@ -122,7 +151,7 @@ class PathSource:
 
 def _glance(path: Path) -> _Glance:
     """Differs when anything that is read there does, and costs no reading. Raises OSError."""
-    found = [_looks(path)]
+    found = [_look(path)]
     folders, known = [path], set()
     while folders and len(found) <= 2 * MAX_ENTRIES:  # past that it is refused anyway
         folder = folders.pop()
@@ -135,24 +164,23 @@ def _glance(path: Path) -> _Glance:
         except (FileNotFoundError, NotADirectoryError):
             continue  # a file, or gone, which is in what was found
         for entry in entries:
-            found.append(_looks(entry))
+            found.append(_look(entry))
             # Hidden folders are not read, but the link "..data" of a ConfigMap is looked at.
             if entry.is_dir() and not entry.name.startswith("."):
                 folders.append(entry)
     return tuple(found)
 
 
-def _looks(path: Path) -> tuple[str | int, ...]:
-    """Where a link leads, and of what is there identity, size, and when content, mode or
-    owner changed.
-    """
+def _look(path: Path) -> _Look:
+    """Raises OSError, but for what is not there."""
     try:
         target = str(path.readlink()) if path.is_symlink() else ""
         stat = path.stat()
     except FileNotFoundError:
-        return (str(path),)
-    times = stat.st_mtime_ns, stat.st_ctime_ns
-    return (str(path), target, stat.st_dev, stat.st_ino, stat.st_size, *times)
+        return _Look(path)
+    return _Look(
+        path, target, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    )
 
 
 def _digest(files: Files) -> str:

@@ -3,13 +3,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pdp.config import BundleSettings
-from pdp.policy.archive import read_directory
+from pdp.policy.archive import read_archive, read_directory
 from pdp.policy.engine import BundleError
 from pdp.policy.sources import open_source
 from pdp.policy.sources.path import MAX_TRIES, PathSource
@@ -17,13 +18,20 @@ from pdp.policy.sources.source import SourceError
 from tests.policy.sources.servers import archive, fetched
 
 
-def source(path: Path, meanwhile: Callable[[], object] = lambda: None) -> PathSource:
+def later() -> float:
+    """When whatever is there has been there for a while."""
+    return time.time() + 60
+
+
+def source(
+    path: Path, meanwhile: Callable[[], object] = lambda: None, clock: Callable[[], float] = later
+) -> PathSource:
     """``meanwhile`` happens while the source waits for a directory to settle."""
 
     def sleep(_seconds: float) -> None:
         meanwhile()
 
-    return PathSource(path, poll_seconds=0.1, sleep=sleep)
+    return PathSource(path, poll_seconds=0.1, sleep=sleep, clock=clock)
 
 
 def test_a_file_is_fetched_once_for_each_content(tmp_path: Path) -> None:
@@ -34,10 +42,10 @@ def test_a_file_is_fetched_once_for_each_content(tmp_path: Path) -> None:
     assert first.files == {"data.json": b'{"number": 1}'}
     same = source(path)
     assert fetched(same, first.tag, first.tag) == [None, None]
-    path.write_bytes(archive(2))
+    path.write_bytes(archive(200))
     (second,) = fetched(same, first.tag)
     assert second is not None
-    assert second.files == {"data.json": b'{"number": 2}'}
+    assert second.files == {"data.json": b'{"number": 200}'}
     assert second.tag != first.tag
 
 
@@ -67,12 +75,36 @@ def test_a_change_is_seen_that_keeps_size_time_and_inode(tmp_path: Path) -> None
     watched = source(tmp_path)
     (first,) = fetched(watched, None)
     assert first is not None
-    with path.open("r+") as file:
-        file.write('{"a": 2}')
-    os.utime(path, ns=(1, 1))
+    before = path.stat().st_ctime_ns
+    while path.stat().st_ctime_ns == before:  # times go in steps
+        with path.open("r+") as file:
+            file.write('{"a": 2}')
+        os.utime(path, ns=(1, 1))
     (second,) = fetched(watched, first.tag)
     assert second is not None
     assert second.files == {"data.json": b'{"a": 2}'}
+
+
+def test_what_changed_just_now_is_not_trusted_to_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two changes within one step of a file's time, and of one size, look like one."""
+    path = tmp_path / "bundle.tar.gz"
+    path.write_bytes(archive(1))
+    reads = []
+
+    def read(content: bytes, *, place: str) -> dict[str, bytes]:
+        reads.append(1)
+        return read_archive(content, place=place)
+
+    monkeypatch.setattr("pdp.policy.sources.path.read_archive", read)
+    seconds = [0.0]
+    watched = source(path, clock=lambda: path.stat().st_ctime + seconds[0])
+    (first,) = fetched(watched, None)
+    assert first is not None
+    for seconds[0] in (0.05, 0.15, 0.25):
+        assert fetched(watched, first.tag) == [None]
+    assert len(reads) == 3
 
 
 def test_a_directory_is_read_anew_when_any_of_its_files_changes(tmp_path: Path) -> None:
@@ -82,10 +114,10 @@ def test_a_directory_is_read_anew_when_any_of_its_files_changes(tmp_path: Path) 
     (first,) = fetched(watched, None)
     assert first is not None
     assert fetched(watched, first.tag) == [None]
-    (tmp_path / "tenants/data.json").write_text('{"a": 2}')
+    (tmp_path / "tenants/data.json").write_text('{"a": 200}')
     (second,) = fetched(watched, first.tag)
     assert second is not None
-    assert second.files["tenants/data.json"] == b'{"a": 2}'
+    assert second.files["tenants/data.json"] == b'{"a": 200}'
     (tmp_path / "tenants/data.json").unlink()
     (third,) = fetched(watched, second.tag)
     assert third is not None
@@ -131,7 +163,7 @@ def test_a_change_is_seen_in_a_folder_that_a_link_leads_to(tmp_path: Path) -> No
     watched = source(tmp_path, lambda: reads.append(1))
     (first,) = fetched(watched, None)
     assert first is not None
-    (tmp_path / "..old/tenants/data.json").write_text("2")
+    (tmp_path / "..old/tenants/data.json").write_text("200")
     fetched(watched, first.tag)
     assert len(reads) == 2
 

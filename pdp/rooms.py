@@ -17,7 +17,7 @@ from pdp.canonical import JsonObject
 from pdp.identity.resolver import Credentials, IdentityError, IdentityResolver
 from pdp.identity.subject import Subject
 from pdp.permit.issuer import PermitIssuer
-from pdp.permit.uses import PermitUses
+from pdp.permit.uses import UsedPermits
 from pdp.permit.verifier import PermitVerifier
 from pdp.policy.engine import ActivePolicy, Entrypoint, PolicyEngine
 from pdp.policy.verdict import parse_limits
@@ -35,10 +35,11 @@ class Rooms:
     permits: PermitIssuer
     permit_verifier: PermitVerifier
     """Of this sidecar's own permits."""
-    permit_uses: PermitUses
+    permit_uses: UsedPermits
     audit: AuditLog
     ledger_id: str
-    """Names ledger and permit uses of this sidecar in its permits."""
+    """Names, in permits, the store of ledger and permit uses; sidecars that share one
+    redeem and settle each other's permits."""
     strangers: Strangers
     digest_key: bytes = field(repr=False)
     """Keys the argument digests in audit records."""

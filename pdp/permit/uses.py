@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import apsw
 
@@ -24,14 +24,30 @@ CREATE TABLE permit_use (
 ) WITHOUT ROWID;
 CREATE INDEX permit_use_by_age ON permit_use (forget_at);
 """
-_KEEP_SECONDS: Final = 86_400
+KEEP_SECONDS: Final = 86_400
 """How long a use is remembered past the permit's end, for clocks that are wrong."""
 _FORGET_AT_ONCE: Final = 8
 """Old rows that one redemption clears away: more than it adds, so the table stays bounded."""
 
 
-class PermitUses:
+class UsedPermits(Protocol):
     """Lets every permit be redeemed once, also across restarts."""
+
+    async def redeem(self, permit: Permit, *, key: str) -> bool:
+        """Spend the permit's one use. True when this very redemption was made
+        before, so that a lost reply can be asked for again.
+
+        Raises PermitError: permit_used, permit_unavailable.
+        """
+        ...
+
+    async def close_permit(self, permit: Permit) -> None:
+        """Let the permit be redeemed no more. Raises PermitError (permit_unavailable)."""
+        ...
+
+
+class PermitUses:
+    """UsedPermits in one SQLite file, for one sidecar."""
 
     def __init__(
         self, path: Path, *, durability: Durability, clock: Callable[[], float] = time.time
@@ -40,11 +56,7 @@ class PermitUses:
         self._clock = clock
 
     async def redeem(self, permit: Permit, *, key: str) -> bool:
-        """Spend the permit's one use. True when this very redemption was made
-        before, so that a lost reply can be asked for again.
-
-        Raises PermitError: permit_used, permit_unavailable.
-        """
+        """See UsedPermits.redeem."""
 
         def operation(connection: apsw.Connection) -> bool:
             row = connection.execute(
@@ -60,7 +72,7 @@ class PermitUses:
         return await self._run(operation)
 
     async def close_permit(self, permit: Permit) -> None:
-        """Let the permit be redeemed no more. Raises PermitError (permit_unavailable)."""
+        """See UsedPermits.close_permit."""
 
         def operation(connection: apsw.Connection) -> None:
             self._write(connection, permit, key=None, closed=True)
@@ -77,7 +89,7 @@ class PermitUses:
         connection.execute(
             "INSERT INTO permit_use VALUES (?, ?, ?, ?)"
             " ON CONFLICT (permit_id) DO UPDATE SET closed = excluded.closed",
-            (permit.id, key, int(closed), permit.expires_at + _KEEP_SECONDS),
+            (permit.id, key, int(closed), permit.expires_at + KEEP_SECONDS),
         )
         connection.execute(
             "DELETE FROM permit_use WHERE permit_id IN"

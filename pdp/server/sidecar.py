@@ -33,6 +33,7 @@ from pdp.api.v1 import (
     execution_pb2_grpc,
 )
 from pdp.audit.log import ChainedAuditLog
+from pdp.budget.ledger import Ledger
 from pdp.budget.sqlite import SqliteLedger
 from pdp.canonical import JsonObject
 from pdp.config import Config, ServerLimits, SingleTenantIdentity, Tls
@@ -41,7 +42,7 @@ from pdp.identity.resolver import IdentityResolver, SingleTenant
 from pdp.identity.tokens import Issuer, TenantRule, TokenIdentity
 from pdp.permit.issuer import PermitIssuer
 from pdp.permit.signing import SigningKey
-from pdp.permit.uses import PermitUses
+from pdp.permit.uses import PermitUses, UsedPermits
 from pdp.permit.verifier import PermitVerifier
 from pdp.policy.engine import ActivePolicy
 from pdp.private_files import NotPrivateError, make_directory, write_once
@@ -88,11 +89,8 @@ async def open_rooms(config: Config, key: SigningKey, policy: ActivePolicy) -> A
             segment_max_bytes=config.audit.segment_max_bytes,
         )
         stack.push_async_callback(audit.close)
-        ledger = SqliteLedger(state / "ledger.db", durability=config.budget.durability)
-        stack.push_async_callback(ledger.close)
-        permit_uses = PermitUses(state / "permits.db", durability=config.budget.durability)
-        stack.push_async_callback(permit_uses.close)
         digest_key = _secret(state / "audit-digest.key")
+        ledger, permit_uses, budget_id = await _open_budget(config, digest_key, stack)
         of_all = config.limits.tenants.service_class
         yield Rooms(
             identity=identity_from(config),
@@ -112,13 +110,34 @@ async def open_rooms(config: Config, key: SigningKey, policy: ActivePolicy) -> A
             ),
             permit_uses=permit_uses,
             audit=audit,
-            ledger_id=ledger_id(digest_key),
+            ledger_id=budget_id,
             strangers=Strangers(),
             digest_key=digest_key,
             permit_ttl_seconds=config.permit.ttl_seconds,
             hold_ttl_seconds=config.budget.hold_ttl_seconds,
             records_policy_input=config.audit.record_policy_input,
         )
+
+
+async def _open_budget(
+    config: Config, digest_key: bytes, stack: contextlib.AsyncExitStack
+) -> tuple[Ledger, UsedPermits, str]:
+    """Ledger, permit uses, and what names them in permits. Raises StorageError."""
+    settings, state = config.budget, config.state_dir
+    if settings.store == "sqlite":
+        ledger = SqliteLedger(state / "ledger.db", durability=settings.durability)
+        stack.push_async_callback(ledger.close)
+        permit_uses = PermitUses(state / "permits.db", durability=settings.durability)
+        stack.push_async_callback(permit_uses.close)
+        return ledger, permit_uses, ledger_id(digest_key)
+    # Only here: what needs no shared store needs no client of one either.
+    from pdp.budget.redis_ledger import RedisLedger  # noqa: PLC0415
+    from pdp.permit.redis_uses import RedisPermitUses  # noqa: PLC0415
+    from pdp.redis_store import open_redis  # noqa: PLC0415
+
+    store = await open_redis(settings.store)
+    stack.push_async_callback(store.close)
+    return RedisLedger(store), RedisPermitUses(store), store.id
 
 
 def identity_from(config: Config) -> IdentityResolver:

@@ -4,9 +4,10 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PIP := .venv/bin/pip --disable-pip-version-check --quiet
 OPA := .tools/opa
+REDIS := .tools/redis-server
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check fmt proto policies docs lock bench clean
+.PHONY: help demo test test-slow check fmt proto policies docs lock bench bench-budget clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -14,10 +15,10 @@ help: ## List the commands
 demo: .venv/demo ## Watch the main job and the attacks on it (no Go, no service needed)
 	@.venv/bin/pdp demo
 
-test: .venv/dev $(OPA) ## Set up what the tests need and run them
+test: .venv/dev $(OPA) $(REDIS) ## Set up what the tests need and run them
 	@.venv/bin/pytest -m "not slow" --cov --cov-report=term
 
-test-slow: .venv/dev $(OPA) ## The suites that take longer: kill loops, long property tests
+test-slow: .venv/dev $(OPA) $(REDIS) ## The suites that take longer: kill loops, long property tests
 	@.venv/bin/pytest -m slow
 
 check: .venv/dev $(OPA) .tools/regal ## Lint, types, and that everything generated is current
@@ -59,6 +60,9 @@ bench: .venv/dev $(OPA) ## Measure the stub, the policy, reloads, the ledger and
 	$(PY) bench/bench_reload.py
 	$(PY) bench/bench_matrix.py
 
+bench-budget: .venv/dev $(REDIS) ## Measure every store of budgets, and what check-then-record lets through
+	$(PY) bench/bench_budget.py
+
 clean: ## Remove what was built; keep .venv and .tools
 	rm -rf dist htmlcov .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
@@ -78,6 +82,11 @@ clean: ## Remove what was built; keep .venv and .tools
 	$(PIP) install --require-hashes -r requirements/dev.txt
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@ .venv/demo
+
+# For tests and benchmarks of shared budgets.
+$(REDIS): scripts/install_redis.py | .venv/bin/python
+	$(PY) scripts/install_redis.py
+	@touch -h $@
 
 # OPA and Regal are built from their Go modules once (minutes), unless opa is on PATH.
 .tools/%: scripts/install_opa.py | .venv/bin/python

@@ -29,6 +29,8 @@ from pdp.policy.wasm import WasmEngine
 from pdp.reason import ReasonCode
 from pdp.testing import Caller, SidecarProcess, TokenIssuer
 
+pytestmark = pytest.mark.timeout(300)  # the walk is some twenty commands
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE = (ROOT / "docs" / "policy-authors.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)(?: (\S+))?\n(.*?)```", PAGE, flags=re.DOTALL)

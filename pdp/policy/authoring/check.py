@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from pdp.budget.ledger import Charge
-from pdp.canonical import JsonError, JsonObject, parse_object
+from pdp.canonical import JsonObject
 from pdp.identity.subject import Subject
 from pdp.policy.analysis.cases import Cases
 from pdp.policy.analysis.questions import Estate, Only, Questionnaire
-from pdp.policy.archive import MAX_CONTENT_BYTES, Files
+from pdp.policy.archive import Files
 from pdp.policy.authoring import schemas
-from pdp.policy.authoring.command import run
+from pdp.policy.authoring.command import Done, run
 from pdp.policy.authoring.findings import Finding, Severity
 from pdp.policy.authoring.names import check_names
 from pdp.policy.authoring.sources import folder_of, opa_sources
@@ -132,7 +132,7 @@ def _opa_check(opa: Path, folder: Path, schema: Path) -> Iterator[Finding]:
     done = run(opa, ["check", "--bundle", ".", *options], folder=folder)
     if done.code == 0:
         return
-    for error in _listed(done.output + done.errors, "errors"):
+    for error in _listed(done, "errors"):
         message = error["message"]
         details = error.get("details")
         if isinstance(details, dict) and isinstance(details.get("oneOf"), list):
@@ -146,15 +146,10 @@ def _opa_check(opa: Path, folder: Path, schema: Path) -> Iterator[Finding]:
         )
 
 
-def _listed(text: str, key: str) -> list[Any]:
+def _listed(done: Done, key: str) -> list[Any]:
     """A list in what a command wrote as JSON. Raises BundleError when it wrote other things."""
-    try:
-        document: Any = parse_object(text.encode(), max_bytes=MAX_CONTENT_BYTES)
-    except JsonError:
-        raise BundleError(
-            ReasonCode.POLICY_UNAVAILABLE, f"The policy can not be checked:\n{text.strip()}"
-        ) from None
-    listed = document.get(key)
+    document = done.json()
+    listed = document.get(key) if isinstance(document, dict) else None
     return listed if isinstance(listed, list) else []
 
 
@@ -176,7 +171,7 @@ def _linted(files: Files, regal: Path) -> Iterator[Finding]:
             # It would ask the network whether it is the newest.
             environment={"REGAL_DISABLE_VERSION_CHECK": "1", "HOME": str(folder)},
         )
-    for violation in _listed(done.output or done.errors, "violations"):
+    for violation in _listed(done, "violations"):
         location = violation["location"]
         yield Finding(
             severity=Severity.WARNING,

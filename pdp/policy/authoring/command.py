@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from pdp.canonical import JsonValue
 from pdp.policy.engine import BundleError
 from pdp.reason import ReasonCode
 
 TIMEOUT_SECONDS: Final = 120.0
+MAX_SAID: Final = 16 * 1024
+"""Characters that are shown of what a command said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +25,18 @@ class Done:
     code: int
     output: str
     errors: str
+
+    def json(self) -> JsonValue:
+        """The JSON that it wrote. Raises BundleError when it wrote other things."""
+        try:
+            value: JsonValue = json.loads(self.output or self.errors)  # opa check uses stderr
+        except ValueError:
+            said = (self.errors or self.output).strip()[:MAX_SAID]
+            raise BundleError(
+                ReasonCode.POLICY_UNAVAILABLE,
+                f"A command did not do what it is there for; it said: {said or 'nothing'}",
+            ) from None
+        return value
 
 
 def run(

@@ -60,6 +60,7 @@ class _Names:
             yield path, f"tool {tool} is no object: it counts as unknown"
             return
         yield from self._unread_keys(path, f"tool {tool}", definition)
+        yield from self._slips_of_rules((*path, "arguments"), f"tool {tool}", definition)
         tenants = list(map(_object, self._tenants.values()))
         if not any(tool in _texts(tenant.get("allowlist")) for tenant in tenants):
             yield path, f"tool {tool} is on no tenant's allowlist"
@@ -93,13 +94,21 @@ class _Names:
                 continue
             if tool not in allowlist:
                 yield own, f"{name} has rules for {tool}, which is not on its allowlist"
+            rules = _object(narrowed)
             known = _object(_object(self._tools[tool]).get("arguments"))
-            for argument in _object(_object(narrowed).get("arguments")):
+            for argument in _object(rules.get("arguments")):
                 if argument not in known:
                     yield (
                         (*own, "arguments", argument),
                         f"{name} has a rule for the argument {argument}, which {tool} does not take",
                     )
+            yield from self._slips_of_rules((*own, "arguments"), f"{tool} of {name}", rules)
+
+    def _slips_of_rules(self, path: DataPath, name: str, definition: JsonObject) -> Iterator[_Slip]:
+        for argument, rule in _object(definition.get("arguments")).items():
+            yield from self._unread_keys(
+                (*path, argument), f"the argument {argument} of {name}", _object(rule)
+            )
 
     def _slips_of_allowlist(self, path: DataPath, name: str, told: JsonObject) -> Iterator[_Slip]:
         roles = list(map(_object, _object(told.get("roles")).values()))

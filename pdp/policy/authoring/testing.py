@@ -203,7 +203,7 @@ def _in_opa(bundle: Bundle, opa: Path) -> list[_Test]:
             ReasonCode.POLICY_UNAVAILABLE,
             f"The tests of the policy bundle can not be run:\n{done.errors.strip()}",
         )
-    listed: list[dict[str, Any]] = json.loads(done.output) or []
+    listed: Any = done.json() or []
     return sorted(map(_test, listed), key=lambda test: (test.file, test.row, test.name))
 
 
@@ -233,7 +233,7 @@ def _without_network(opa: Path) -> bytes:
     runs it may reach more than its author.
     """
     with folder_of({}) as folder:
-        capabilities = json.loads(run(opa, ["capabilities", "--current"], folder=folder).output)
+        capabilities: Any = run(opa, ["capabilities", "--current"], folder=folder).json()
     return json.dumps({**capabilities, "allow_net": []}).encode()
 
 
@@ -272,7 +272,7 @@ def _failed_cases(cases: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _coverage(bundle: Bundle, opa: Path) -> Coverage:
-    report = json.loads(_opa_test(bundle, opa, "--coverage").output)
+    report: Any = _opa_test(bundle, opa, "--coverage").json()
     covered, missed = 0, {}
     for file, lines in sorted(report["files"].items()):
         if is_test(file):

@@ -242,6 +242,9 @@ def test_signing_writes_in_place_or_elsewhere(built: Path, keys: Path, tmp_path:
         (["check", "missing"], "missing can not be read: No such file"),
         (["test", "missing"], "missing can not be read: No such file"),
         (["test", "{policy}", "--opa", "missing"], "can not be run: No such file"),
+        (["test", "{policy}", "--opa", "/bin/true"], "it said: nothing"),
+        (["test", "{policy}", "--opa", "/bin/ls"], "A command did not do what it is there for"),
+        (["check", "{policy}", "--opa", "/bin/false"], "A command did not do what it is there"),
         (["check", "{policy}", "--opa", "missing"], "can not be run: No such file"),
     ),
 )

@@ -284,6 +284,16 @@ SLIPS: list[tuple[str, dict[str, Any], str]] = [
         "tool orders.drop needs the scope orders:drop, which no tenant has",
     ),
     (TOOLS, {"orders.drop": {"scopes": []}}, "tool orders.drop is on no tenant's allowlist"),
+    (
+        TOOLS,
+        {"mail.send/arguments/body": {"type": "string", "max_lenght": 9}},
+        "the argument body of tool mail.send has max_lenght, which no rule reads",
+    ),
+    (
+        TENANTS,
+        {f"{ACME}/tools/mail.send/arguments/to/domain": []},
+        f"the argument to of mail.send of tenant {ACME} has domain, which no rule reads",
+    ),
     (TOOLS, {"orders.read/scope": []}, "tool orders.read has scope, which no rule reads"),
 ]
 

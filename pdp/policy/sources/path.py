@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ within one step look like one.
 class _Look:
     """One file or folder, without reading it."""
 
-    path: Path
+    path: str
     target: str = ""
     """Where a link leads; what follows is of what is there."""
     device: int = 0
@@ -151,35 +152,41 @@ class PathSource:
 
 def _glance(path: Path) -> _Glance:
     """Differs when anything that is read there does, and costs no reading. Raises OSError."""
-    found = [_look(path)]
-    folders, known = [path], set()
+    found = [_look(path, path.is_symlink())]
+    folders, known = [str(path)], {(found[0].device, found[0].inode)}
     while folders and len(found) <= 2 * MAX_ENTRIES:  # past that it is refused anyway
-        folder = folders.pop()
         try:
-            here = folder.stat()
-            if (here.st_dev, here.st_ino) in known:
-                continue  # a link led back
-            known.add((here.st_dev, here.st_ino))
-            entries = sorted(folder.iterdir())
+            with os.scandir(folders.pop()) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
         except (FileNotFoundError, NotADirectoryError):
             continue  # a file, or gone, which is in what was found
         for entry in entries:
-            found.append(_look(entry))
+            look = _look(entry, entry.is_symlink())
+            found.append(look)
             # Hidden folders are not read, but the link "..data" of a ConfigMap is looked at.
             if entry.is_dir() and not entry.name.startswith("."):
-                folders.append(entry)
+                identity = look.device, look.inode
+                if identity not in known:  # else a link led back
+                    folders.append(entry.path)
+                    known.add(identity)
     return tuple(found)
 
 
-def _look(path: Path) -> _Look:
+def _look(at: Path | os.DirEntry[str], is_link: bool) -> _Look:  # noqa: FBT001 - private
     """Raises OSError, but for what is not there."""
     try:
-        target = str(path.readlink()) if path.is_symlink() else ""
-        stat = path.stat()
+        target = str(Path(at).readlink()) if is_link else ""
+        stat = at.stat()
     except FileNotFoundError:
-        return _Look(path)
+        return _Look(os.fspath(at))
     return _Look(
-        path, target, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+        os.fspath(at),
+        target,
+        stat.st_dev,
+        stat.st_ino,
+        stat.st_size,
+        stat.st_mtime_ns,
+        stat.st_ctime_ns,
     )
 
 

@@ -87,8 +87,12 @@ class ManagedOpa:
                 _log.error("OPA has ended; it is started again in %.1f s", delay)
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, MAX_DELAY_SECONDS)
-                with contextlib.suppress(BundleError):
+                try:
                     self._server = await self._start()
+                except BundleError as error:
+                    _log.error("%s", error.message)
+                except Exception as error:  # noqa: BLE001 - the next try may go well
+                    _log.error("OPA could not be started: %s", type(error).__name__)
 
 
 class _Server:
@@ -102,7 +106,7 @@ class _Server:
     @classmethod
     async def start(cls, bundle: Bundle, *, opa: Path, deadline_ms: int, workers: int) -> _Server:
         """One that has answered every entrypoint. Raises BundleError."""
-        folder = await asyncio.to_thread(OpaFolder, bundle)
+        folder = await _folder(bundle)
         try:
             process = await OpaProcess.start(opa, folder, workers=workers)
         except BaseException:
@@ -153,6 +157,17 @@ class _Server:
                 await self.client.evaluate(entrypoint, {}, deadline_seconds=START_TIMEOUT_SECONDS)
         except PolicyError as error:
             raise _refused(f"can not be evaluated ({error.reason_code})") from None
+
+
+async def _folder(bundle: Bundle) -> OpaFolder:
+    """A folder for OPA, which is removed where nobody waits for it any longer."""
+    making = asyncio.ensure_future(asyncio.to_thread(OpaFolder, bundle))
+    try:
+        return await asyncio.shield(making)
+    except asyncio.CancelledError:
+        with contextlib.suppress(BundleError):
+            (await making).remove()
+        raise
 
 
 def _refused(what: str) -> BundleError:

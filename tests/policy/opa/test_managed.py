@@ -320,6 +320,27 @@ def test_an_opa_that_will_not_stay_is_started_less_and_less_often(
     assert waits[:5] == [0.011, 0.022, 0.044, 0.044, 0.044]
 
 
+def test_a_failure_of_the_sidecar_itself_does_not_end_the_supervision(opa: Path) -> None:
+    async def run() -> None:
+        async with started(opa) as engine:
+            start, failures = engine._start, [RuntimeError("no thread to be had")]
+
+            async def failing_once() -> Any:
+                if failures:
+                    raise failures.pop()
+                return await start()
+
+            engine._start = failing_once
+            os.kill(pid_of(engine), signal.SIGKILL)
+
+            async def started_again() -> bool:
+                return not failures and await engine.healthy()
+
+            await until(started_again)
+
+    asyncio.run(run())
+
+
 def test_after_close_nothing_is_left_and_nothing_is_answered(opa: Path) -> None:
     async def run() -> None:
         async with started(opa) as engine:
@@ -332,12 +353,13 @@ def test_after_close_nothing_is_left_and_nothing_is_answered(opa: Path) -> None:
     asyncio.run(run())
 
 
-def test_a_start_that_is_given_up_leaves_nothing(opa: Path) -> None:
+@pytest.mark.parametrize("after_seconds", (0, 0.03))
+def test_a_start_that_is_given_up_leaves_nothing(opa: Path, after_seconds: float) -> None:
     async def run() -> None:
         starting = asyncio.create_task(
             ManagedOpa.start(bundle(), opa=opa, deadline_ms=1_000, workers=1)
         )
-        await asyncio.sleep(0.03)
+        await asyncio.sleep(after_seconds)
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
 

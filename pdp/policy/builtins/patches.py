@@ -62,7 +62,10 @@ class _Patched:
                 self._remove(source)
                 self._insert(path, moved)
             case "copy":
-                self._insert(path, self._at(_path(_of(operation, "from"))))
+                copy = self._at(_path(_of(operation, "from")))
+                # Copies of copies would double with every operation.
+                self._count(_members(copy))
+                self._insert(path, copy)
             case "test":
                 if self._at(path) != _of(operation, "value"):
                     raise UndefinedError
@@ -95,10 +98,13 @@ class _Patched:
         self.document()
         self._is_removed = True
 
-    def _changed(self, value: Value, path: _Path, change: _Change) -> Value:
-        self._copied += len(value) if isinstance(value, tuple | frozenset | Object) else 0
+    def _count(self, members: int) -> None:
+        self._copied += members
         if self._copied > MAX_COPIED:
             raise too_large("a patch")
+
+    def _changed(self, value: Value, path: _Path, change: _Change) -> Value:
+        self._count(len(value) if isinstance(value, tuple | frozenset | Object) else 0)
         key, *rest = path
         if not rest:
             changed = change(value, key)
@@ -130,6 +136,16 @@ def _path(path: Value) -> _Path:
         parts = path.lstrip("/").split("/")
         return tuple(part.replace("~1", "/").replace("~0", "~") for part in parts)
     return array(path)
+
+
+def _members(value: Value) -> int:
+    """How many values it is made of, itself included."""
+    match value:
+        case Object():
+            return 1 + sum(_members(key) + _members(item) for key, item in value.items())
+        case tuple() | frozenset():
+            return 1 + sum(map(_members, value))
+    return 1
 
 
 def _member(value: Value, key: Value) -> Value:

@@ -17,6 +17,7 @@ _MAX_PARSED: Final = 1_000_000
 """Go reads no more digits of a width or a precision when it is larger."""
 _MAX_SIGNIFICANT_DIGITS: Final = 800
 """A double has no more than 767."""
+MAX_ARGUMENTS: Final = 10_000
 _MAX_VERBS: Final = 10_000
 """Some 30 ms."""
 _SMALL_EXPONENTS: Final = (-4, 6)
@@ -37,7 +38,10 @@ _BASES: Final[Mapping[str, str]] = {
 
 def sprintf(layout: Value, values: Value) -> Value:
     """The built-in of that name."""
-    return _Printer(string(layout), [_argument(value) for value in array(values)]).text()
+    given = array(values)
+    if len(given) > MAX_ARGUMENTS:
+        raise too_large("the number of values")
+    return _Printer(string(layout), [_argument(value) for value in given]).text()
 
 
 _Argument = str | int | float | Decimal

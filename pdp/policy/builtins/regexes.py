@@ -14,7 +14,9 @@ from pdp.policy.builtins.operands import int64, string
 from pdp.policy.builtins.values import MAX_RESULT_BYTES, Value
 
 MAX_PATTERN_BYTES: Final = 4_096
-MAX_STEPS: Final = 100_000_000
+MAX_REFERENCES: Final = 200
+"""In what takes the place of a match."""
+MAX_STEPS: Final = 50_000_000
 """Of all searches of a call: bytes that each may look at, times the size of the compiled
 pattern. RE2 is never slower than that, and mostly much faster."""
 _MAX_COMPILED_BYTES: Final = 1024 * 1024
@@ -154,6 +156,8 @@ def _template(text: str) -> list[tuple[bytes, bool]]:
         parts.append((name.encode(), True) if name else (b"$", False))
         end = found.end()
     parts.append((text[end:].encode(), False))
+    if len(parts) > 2 * MAX_REFERENCES + 1:
+        raise too_large("a replacement")
     return parts
 
 

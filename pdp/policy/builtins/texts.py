@@ -13,6 +13,8 @@ from pdp.policy.builtins.values import Value, number
 
 MAX_COMPARED_CHARACTERS: Final = 20_000_000
 """Of all occurrences of what is searched for; about 20 ms."""
+MAX_FOUND: Final = 20_000
+"""Places of a string in another."""
 _GLOB_SPECIAL: Final = re.compile(r"[\\*?\[\]{}]")
 
 
@@ -28,7 +30,7 @@ def indexof_n(text: Value, search: Value) -> Value:
     while at >= 0:
         found.append(number(at))
         compared += len(wanted)
-        if compared > MAX_COMPARED_CHARACTERS:
+        if compared > MAX_COMPARED_CHARACTERS or len(found) > MAX_FOUND:
             raise too_large("a search")
         at = whole.find(wanted, at + 1)
     return tuple(found)

@@ -16,6 +16,8 @@ from pdp.policy.builtins.faults import BuiltinError, too_large
 
 MAX_DIGITS: Final = 4_000
 """Of a number that is counted with, written out in full. Python's own limit is 4,300."""
+_MAX_BITS: Final = 13_000
+"""Of an int that is given back; 3,913 digits."""
 MAX_RESULT_BYTES: Final = 1024 * 1024
 """Largest value that a built-in gives back."""
 
@@ -89,7 +91,9 @@ Value: TypeAlias = "bool | Number | str | tuple[Value, ...] | frozenset[Value] |
 
 
 def number(value: int) -> Number:
-    """The number of an int."""
+    """The number of an int. Raises BuiltinError for a giant."""
+    if value.bit_length() > _MAX_BITS:
+        raise too_large("a number")
     return Number(str(value))
 
 

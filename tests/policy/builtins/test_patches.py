@@ -64,3 +64,12 @@ def test_a_patch_that_would_take_long_ends_the_evaluation() -> None:
     operations = [{"op": "add", "path": "/-", "value": 1}] * 2_000
     with pytest.raises(BuiltinError):
         ask("json.patch", [0] * 2_000, operations)
+
+
+def test_copies_of_copies_do_not_grow_without_limit() -> None:
+    operations = [
+        {"op": "copy", "from": "", "path": "/a"},
+        {"op": "copy", "from": "/a", "path": "/b"},
+    ]
+    with pytest.raises(BuiltinError):
+        ask("json.patch", {}, operations * 40)

@@ -195,7 +195,11 @@ def _build(sources: Mapping[str, str], opa: Path, folder: Path) -> None:
         plan = json.loads(_built(rego, "plan", opa))
         built.joinpath("calls.json").write_text(json.dumps(_calls(plan)), encoding="utf-8")
         built.joinpath("policy.wasm").write_bytes(_built(rego, "wasm", opa))
-        built.rename(folder)
+        try:
+            built.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # another run may have been quicker
+                raise
 
 
 def _built(rego: Path, target: str, opa: Path) -> bytes:

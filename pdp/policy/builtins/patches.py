@@ -14,7 +14,7 @@ from pdp.policy.builtins.faults import BuiltinError, UndefinedError, too_large
 from pdp.policy.builtins.operands import an_object, array, int64, string
 from pdp.policy.builtins.values import Number, Object, Value
 
-MAX_COPIED: Final = 500_000
+MAX_COPIED: Final = 100_000
 """Members of all collections that are made anew."""
 
 _Path: TypeAlias = tuple[Value, ...]

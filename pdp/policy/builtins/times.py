@@ -13,7 +13,7 @@ from importlib.resources import files
 from typing import Final
 from zoneinfo import ZoneInfo
 
-from pdp.policy.builtins.faults import UndefinedError
+from pdp.policy.builtins.faults import UndefinedError, too_large
 from pdp.policy.builtins.layouts import SECOND_NS, LocalTime, format_time, parse_time, unix_seconds
 from pdp.policy.builtins.operands import int64, string, whole_number
 from pdp.policy.builtins.values import Value, number
@@ -36,6 +36,8 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MAX_INT64: Final = 2**63 - 1
 _YEARS: Final = range(1677, 2263)
 """Those that nanoseconds since 1970 reach."""
+_MAX_ADDED: Final = 10**12
+"""Years, months or days; Go's time wraps around for still more."""
 
 
 def parse_ns(layout: Value, value: Value) -> Value:
@@ -75,9 +77,12 @@ def add_date(moment: Value, years: Value, months: Value, days: Value) -> Value:
     """time.add_date: what is past the end of a month counts into the next."""
     zone = _zone(moment)
     start = _local(moment)
-    month = start.date.month - 1 + int64(months)
-    year = start.date.year + int64(years) + month // 12
-    past_first = start.date.day - 1 + int64(days)
+    added = (int64(years), int64(months), int64(days))
+    if any(abs(count) > _MAX_ADDED for count in added):
+        raise too_large("a distance in time")
+    month = start.date.month - 1 + added[1]
+    year = start.date.year + added[0] + month // 12
+    past_first = start.date.day - 1 + added[2]
     try:
         first = date(year, month % 12 + 1, 1)
         day = first + timedelta(days=past_first)

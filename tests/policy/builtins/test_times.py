@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from pdp.policy.builtins import BuiltinError
 from tests.policy.builtins.asking import ask
 
 NS = 1_700_000_000_123_456_789
@@ -115,3 +116,8 @@ def test_a_difference_is_given_in_calendar_units() -> None:
     other = ask("time.parse_rfc3339_ns", "2024-03-01T01:02:03Z")
     assert ask("time.diff", one, other) == [0, 1, 1, 1, 2, 3]
     assert ask("time.diff", other, one) == [0, 1, 1, 1, 2, 3]
+
+
+def test_a_distance_at_which_the_time_of_go_wraps_around_ends_the_evaluation() -> None:
+    with pytest.raises(BuiltinError):
+        ask("time.add_date", 0, 0, 0, 2**63 - 1)

@@ -93,7 +93,7 @@ def test_a_day_is_added_on_the_clock_of_the_zone() -> None:
         "time.parse_rfc3339_ns", "2024-03-31T12:00:00+02:00"
     )
     assert ask("time.add_date", before, 300, 0, 0) is None
-    assert ask("time.add_date", before, 10**18, 0, 10**18) is None
+    assert ask("time.add_date", before, 10**12, 0, 10**12) is None
 
 
 @pytest.mark.parametrize("zone", ("../../etc/passwd", "/etc/passwd", "Nowhere", "europe/berlin"))

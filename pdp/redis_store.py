@@ -8,16 +8,17 @@ is dropped; and every script repeats in its reply whose it is.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import logging
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 from urllib.parse import quote
 
-from redis.asyncio import Connection, ConnectionPool, RedisCluster, SSLConnection
+from redis.asyncio import Connection, ConnectionPool, Redis, RedisCluster, SSLConnection
 from redis.asyncio.connection import UnixDomainSocketConnection
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
@@ -31,6 +32,7 @@ from redis.exceptions import (
     NoPermissionError,
     NoScriptError,
     ReadOnlyError,
+    RedisClusterException,
     RedisError,
     ResponseError,
     TryAgainError,
@@ -57,6 +59,7 @@ _MOMENTARY: Final = (
     ReadOnlyError,
     BusyLoadingError,
     ClusterDownError,
+    RedisClusterException,
     MasterDownError,
     TryAgainError,
     MovedError,
@@ -90,19 +93,29 @@ def key_names(*names: str) -> str:
     return ":".join(quote(name, safe="") for name in names)
 
 
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """A command, and what comes after it on the same connection."""
+
+    command: Sequence[str | int]
+    attempt: str
+    """With what the reply must begin, unless it is empty."""
+    replicas: int
+    """How many to wait for; 0: none."""
+    wait_ms: int
+
+
 class _Sender(Protocol):
     """One way to reach the server that has a key."""
 
-    async def send(self, key: str, *command: str | int, replicas: int, wait_ms: int) -> Any:  # noqa: ANN401 - replies are what they are
-        """Send one command, and, with ``replicas``, wait for them on the same
-        connection. Raises RedisError, OSError, and _TooFewReplicas.
-        """
+    async def send(self, key: str, request: _Request) -> Any:  # noqa: ANN401 - replies are what they are
+        """Send it to the server that has the key. Raises what :func:`_converse` does."""
         ...
 
     async def close(self) -> None: ...
 
 
-class _TooFewReplicas(Exception):  # noqa: N818 - never leaves this module
+class _TooFewReplicasError(Exception):
     """The command is done, and is not on as many replicas as was asked for."""
 
 
@@ -146,8 +159,6 @@ class RedisStore:
         argument. Only within :meth:`complete`.
         """
         reply = await self._evaluate(script, keys, arguments)
-        if not isinstance(reply, list) or reply[0].decode() != arguments[0]:
-            raise _NotItsReplyError
         return [part.decode() for part in reply[1:]]
 
     async def close(self) -> None:
@@ -161,7 +172,7 @@ class RedisStore:
         """Send one command to the server that has the key, and wait for no replica.
         Only within complete.
         """
-        return await self._try(lambda: self._sender.send(key, *command, replicas=0, wait_ms=1))
+        return await self._try(lambda: self._send(key, *command))
 
     async def _in_time(self, operation: Callable[[], Awaitable[T]]) -> T:
         try:
@@ -169,11 +180,16 @@ class RedisStore:
                 result = await operation()
         except TimeoutError:
             raise self._failed("no answer in time") from None
-        except _TooFewReplicas:
+        except _TooFewReplicasError:
             raise self._failed("too few replicas have what was written") from None
         except _NotItsReplyError:
             raise self._failed("a reply was another call's") from None
-        except (RedisError, OSError) as error:
+        except _OtherStoreError:
+            raise self._failed(
+                "it has lost what it kept, or is another one; restore it, or restart the"
+                " sidecars to begin with nothing spent"
+            ) from None
+        except (RedisError, RedisClusterException, OSError) as error:
             # Its text may quote keys, addresses and names of users.
             raise self._failed(type(error).__name__) from None
         self._works()
@@ -200,12 +216,13 @@ class RedisStore:
 
     async def _evaluate(self, script: Script, keys: Sequence[str], arguments: Sequence[str]) -> Any:  # noqa: ANN401
         rest: tuple[str | int, ...] = (len(keys), *keys, *arguments)
+        send = partial(self._send, keys[0], attempt=arguments[0], replicas=self._replicas)
 
         async def evaluate() -> Any:  # noqa: ANN401
             try:
-                return await self._send(keys[0], "EVALSHA", script.sha1, *rest)
+                return await send("EVALSHA", script.sha1, *rest)
             except NoScriptError:
-                return await self._send(keys[0], "EVAL", script.text, *rest)
+                return await send("EVAL", script.text, *rest)
 
         return await self._try(evaluate)
 
@@ -217,13 +234,14 @@ class RedisStore:
                 await asyncio.sleep(pause)
         return await attempt()
 
-    async def _send(self, key: str, *command: str | int) -> Any:  # noqa: ANN401
-        return await self._sender.send(
-            key,
-            *command,
-            replicas=self._replicas,
-            wait_ms=max(1, int(self._timeout_seconds * 500)),
-        )
+    async def _send(
+        self, key: str, *command: str | int, attempt: str = "", replicas: int = 0
+    ) -> Any:  # noqa: ANN401
+        request = _Request(command, attempt, replicas, max(1, int(self._timeout_seconds * 500)))
+        try:
+            return await self._sender.send(key, request)
+        except _RefusedError as refused:
+            raise refused.error from None
 
 
 class _NotItsReplyError(Exception):
@@ -231,49 +249,79 @@ class _NotItsReplyError(Exception):
 
 
 class _PoolSender:
-    """One server, or the primary that sentinels name."""
+    """One server, or the primary that sentinels name. The pool makes the connections;
+    the free ones are kept here, so that giving one back never waits.
+    """
 
-    def __init__(self, pool: ConnectionPool) -> None:
+    def __init__(self, pool: ConnectionPool, sentinels: Sequence[Redis] = ()) -> None:
         self._pool = pool
+        self._sentinels = sentinels
+        self._free: list[Any] = []
 
-    async def send(self, key: str, *command: str | int, replicas: int, wait_ms: int) -> Any:  # noqa: ANN401, ARG002
+    async def send(self, key: str, request: _Request) -> Any:  # noqa: ANN401, ARG002
         """See _Sender.send."""
-        connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]
+        connection = (
+            self._free.pop() if self._free else self._pool.make_connection()  # type: ignore[no-untyped-call]
+        )
         try:
-            return await _converse(connection, command, replicas, wait_ms)
-        finally:
-            await self._pool.release(connection)
+            await connection.connect()
+            reply = await _converse(connection, request)
+        except (_RefusedError, _TooFewReplicasError):
+            self._free.append(connection)
+            raise
+        except BaseException as error:
+            await connection.disconnect(nowait=True)
+            if not isinstance(error, asyncio.CancelledError):
+                await self._close_free()  # they lead to the same server
+            raise
+        self._free.append(connection)
+        return reply
 
     async def close(self) -> None:
-        """Close every connection."""
-        await self._pool.disconnect()
+        """Close every connection. None is in use any more."""
+        await self._close_free()
+        for sentinel in self._sentinels:
+            await sentinel.aclose()
+
+    async def _close_free(self) -> None:
+        free, self._free = self._free, []
+        for connection in free:
+            await connection.disconnect(nowait=True)
+
+
+class _RefusedError(Exception):
+    """The server refused the command, and the connection is as good as before."""
+
+    def __init__(self, error: ResponseError) -> None:
+        super().__init__()
+        self.error = error
 
 
 async def _converse(
     connection: Any,  # noqa: ANN401 - redis-py's connections share no typed base
-    command: Sequence[str | int],
-    replicas: int,
-    wait_ms: int,
+    request: _Request,
 ) -> Any:  # noqa: ANN401
-    """Send a command and read its reply. Unless both are whole, the connection goes."""
-    commands = [command, ("WAIT", replicas, wait_ms)] if replicas else [command]
+    """Send a command and read its reply. Raises _RefusedError, or _TooFewReplicasError,
+    when the connection can be used again, and whatever else when it can not.
+    """
+    commands = [request.command]
+    if request.replicas:
+        commands.append(("WAIT", request.replicas, request.wait_ms))
+    await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
     replies = []
-    try:
-        await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
-        for _ in commands:
-            try:
-                replies.append(await connection.read_response())
-            except (RedisConnectionError, ReadOnlyError):
-                raise  # this server is not, or not any more, the one to ask
-            except ResponseError as error:
-                replies.append(error)
-    except BaseException:
-        await connection.disconnect(nowait=True)
-        raise
+    for _ in commands:
+        try:
+            replies.append(await connection.read_response())
+        except ReadOnlyError:
+            raise  # a primary no more
+        except ResponseError as error:
+            replies.append(error)
     if isinstance(replies[0], ResponseError):
-        raise replies[0]
-    if replicas and (isinstance(replies[1], ResponseError) or replies[1] < replicas):
-        raise _TooFewReplicas
+        raise _RefusedError(replies[0])
+    if request.attempt and replies[0][:1] != [request.attempt.encode()]:
+        raise _NotItsReplyError
+    if request.replicas and not (isinstance(replies[1], int) and replies[1] >= request.replicas):
+        raise _TooFewReplicasError
     return replies[0]
 
 
@@ -283,7 +331,7 @@ class _ClusterSender:
     def __init__(self, cluster: RedisCluster) -> None:
         self._cluster = cluster
 
-    async def send(self, key: str, *command: str | int, replicas: int, wait_ms: int) -> Any:  # noqa: ANN401
+    async def send(self, key: str, request: _Request) -> Any:  # noqa: ANN401 - replies are what they are
         """See _Sender.send. Raises MovedError after the new place has been learnt."""
         await self._cluster.initialize()
         node = self._cluster.get_node_from_key(key)
@@ -292,13 +340,20 @@ class _ClusterSender:
         connection = node.acquire_connection()
         try:
             await connection.connect()  # type: ignore[no-untyped-call]
-            return await _converse(connection, command, replicas, wait_ms)
-        except (MovedError, RedisConnectionError, OSError, ReadOnlyError):
-            await self._cluster.aclose()  # what it knows of the nodes is old
+            return await _converse(connection, request)
+        except _TooFewReplicasError:
+            raise
+        except _RefusedError as refused:
+            if isinstance(refused.error, (MovedError, ClusterDownError)):
+                await self._cluster.aclose()  # what it knows of the nodes is old
+            raise
+        except BaseException as error:
+            await connection.disconnect(nowait=True)
+            if not isinstance(error, asyncio.CancelledError):
+                await self._cluster.aclose()
             raise
         finally:
-            with contextlib.suppress(Exception):
-                node.release(connection)
+            node.release(connection)
 
     async def close(self) -> None:
         """Close every connection."""
@@ -309,7 +364,8 @@ async def open_redis(settings: RedisSettings) -> RedisStore:
     """Connect, and see that the server keeps what it is given. Raises StorageError,
     whose message is for operators and says what to do.
     """
-    store = RedisStore(settings, _sender(settings))
+    identity = _Identity()
+    store = RedisStore(settings, _sender(settings, identity))
     try:
         store.id = await store.complete(lambda: _look(store, settings))
     except _UnfitError as error:
@@ -322,7 +378,29 @@ async def open_redis(settings: RedisSettings) -> RedisStore:
             " user, password and certificates are right, and that the user may run HELLO,"
             " GET, SET and EVAL on pdp:*."
         ) from None
+    identity.known = store.id
     return store
+
+
+class _Identity:
+    """Sees to it, on each new connection, that the store is still the one that it was."""
+
+    def __init__(self) -> None:
+        self.known = ""
+        """Empty while it is not known yet."""
+
+    async def check(self, connection: Any) -> None:  # noqa: ANN401
+        """What redis-py does on connecting, and one question more."""
+        await connection.on_connect()
+        if self.known:
+            await connection.send_command("GET", _IDENTITY)
+            found = await connection.read_response()
+            if found is None or found.decode() != self.known:
+                raise _OtherStoreError
+
+
+class _OtherStoreError(RedisError):
+    """The store has lost what it kept, or another answers in its place."""
 
 
 class _UnfitError(Exception):
@@ -373,7 +451,7 @@ async def _configured(store: RedisStore, name: str) -> str:
     return str(answer[1].decode())
 
 
-def _sender(settings: RedisSettings) -> _Sender:
+def _sender(settings: RedisSettings, identity: _Identity) -> _Sender:
     options: dict[str, Any] = {
         "username": _secret(settings.username_file),
         "password": _secret(settings.password_file),
@@ -392,12 +470,12 @@ def _sender(settings: RedisSettings) -> _Sender:
             "ssl_cert_reqs": "required",
             "ssl_check_hostname": True,
         }
-    most = settings.connections
+    if not settings.cluster:
+        # In a cluster each node knows other keys.
+        options["redis_connect_func"] = identity.check
     if settings.unix is not None:
         return _PoolSender(
-            ConnectionPool(
-                UnixDomainSocketConnection, max_connections=most, path=str(settings.unix), **options
-            )
+            ConnectionPool(UnixDomainSocketConnection, path=str(settings.unix), **options)
         )
     hosts = [_host_and_port(address) for address in settings.addresses]
     if settings.sentinel is not None:
@@ -412,23 +490,21 @@ def _sender(settings: RedisSettings) -> _Sender:
             hosts, sentinel_kwargs=guard, **ssl, **options
         )
         primary = sentinel.master_for(settings.sentinel.service)
-        return _PoolSender(primary.connection_pool)
+        return _PoolSender(primary.connection_pool, sentinel.sentinels)
     if settings.cluster:
         from redis.asyncio.cluster import ClusterNode  # noqa: PLC0415 - for clusters only
 
         return _ClusterSender(
             RedisCluster(
                 startup_nodes=[ClusterNode(host, port) for host, port in hosts],
-                max_connections=most,
+                max_connections=settings.connections,
                 **({"ssl": True, **tls} if settings.tls else {}),
                 **options,
             )
         )
     (host, port), *_ = hosts
     kind = SSLConnection if settings.tls else Connection
-    return _PoolSender(
-        ConnectionPool(kind, max_connections=most, host=host, port=port, **tls, **options)
-    )
+    return _PoolSender(ConnectionPool(kind, host=host, port=port, **tls, **options))
 
 
 def _host_and_port(address: str) -> tuple[str, int]:

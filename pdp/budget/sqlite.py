@@ -231,14 +231,14 @@ class SqliteLedger:
             hold = _find_hold(db, account, key, hold_id)
             parts = {(part.charge.budget, part.charge.unit): part for part in hold.parts}
             spent = tuple(part.charge for part in hold.parts) if charges is None else charges
+            if any((charge.budget, charge.unit) not in parts for charge in spent):
+                raise LedgerError(
+                    ReasonCode.CHARGE_NOT_HELD,
+                    "The hold holds nothing of that budget and unit: settle only what is held.",
+                )
             over_hold = False
             for charge in spent:
-                part = parts.get((charge.budget, charge.unit))
-                if part is None:
-                    raise LedgerError(
-                        ReasonCode.CHARGE_NOT_HELD,
-                        "The hold holds nothing of that budget and unit: settle only what is held.",
-                    )
+                part = parts[charge.budget, charge.unit]
                 over_hold = over_hold or charge.amount > part.charge.amount
                 for account_id in part.account_ids:
                     _spend(db, account_id, charge.amount)

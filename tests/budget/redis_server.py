@@ -28,10 +28,11 @@ class RedisServer:
     ``options`` are lines of its configuration; appendonly is on.
     """
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, *options: str, sentinel: bool = False) -> None:
         self.folder = folder
         self.socket = folder / "redis.sock"
         self.options = options
+        self.sentinel = sentinel
         self.process: subprocess.Popen[bytes] | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -40,16 +41,17 @@ class RedisServer:
             "port 0",
             f"unixsocket {self.socket}",
             f"dir {self.folder}",
-            "appendonly yes",
-            "save ''",
-            "maxmemory-policy noeviction",
             *self.options,
         ]
+        if not self.sentinel:
+            lines += ["appendonly yes", "save ''", "maxmemory-policy noeviction"]
         configuration = self.folder / "redis.conf"
         configuration.write_text("\n".join(lines) + "\n", encoding="utf-8")
         with (self.folder / "redis.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [redis_command(), configuration], stdout=log, stderr=log
+                [redis_command(), configuration, *(["--sentinel"] if self.sentinel else [])],
+                stdout=log,
+                stderr=log,
             )
         self.wait_until_ready()
         return self

@@ -23,6 +23,7 @@ from hypothesis.stateful import (
 )
 
 from pdp.budget.ledger import (
+    MAX_AMOUNT,
     Account,
     Charge,
     IdempotencyKey,
@@ -45,6 +46,8 @@ Call = Callable[[Ledger], Awaitable[Receipt]]
 
 START = 1_795_564_790
 """Ten seconds before the end of a day."""
+NEAR_THE_MOST = (2**52, MAX_AMOUNT - 7, MAX_AMOUNT)
+"""Where doubles stop being exact."""
 LONG = 10**9
 """Retention, in seconds: nothing is cleared away."""
 
@@ -63,7 +66,7 @@ def charges_of(least: int) -> st.SearchStrategy[list[Charge]]:
         st.builds(
             lambda pair, amount: Charge(budget=pair[0], unit=pair[1], amount=amount),
             PAIRS,
-            st.integers(least, 7),
+            st.sampled_from((*range(least, 8), *NEAR_THE_MOST)),
         ),
         max_size=3,
         unique_by=lambda charge: (charge.budget, charge.unit),
@@ -78,7 +81,7 @@ LIMITS = st.lists(
         st.sampled_from(("one", "two")),
         PAIRS,
         st.sampled_from(Window),
-        st.integers(0, 20),
+        st.sampled_from((*range(21), *NEAR_THE_MOST)),
         st.sampled_from(Scope),
     ),
     max_size=8,
@@ -324,6 +327,26 @@ def test_redis_and_the_model_agree(redis_server: RedisServer) -> None:
 def test_redis_and_the_model_agree_for_longer(redis_server: RedisServer) -> None:
     longer = settings(SETTINGS, max_examples=600)
     run_state_machine_as_test(_on(redis_server), settings=longer)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_redis_and_the_model_agree_across_crashes(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path / "redis", "appendfsync always")
+
+    class CrashingRedisAndModel(_on(server)):  # type: ignore[misc]
+        @rule()
+        def crash(self) -> None:
+            server.kill()
+            server.start()
+
+    server.start()
+    try:
+        run_state_machine_as_test(
+            CrashingRedisAndModel, settings=settings(SETTINGS, max_examples=40)
+        )
+    finally:
+        server.stop()
 
 
 def _on(server: RedisServer) -> type[LedgerAndModel]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pdp.permit import Permit, PermitError
-from pdp.permit.uses import PermitUses
+from pdp.permit.uses import PermitUses, UsedPermits
 from pdp.storage import Durability
 
 NOW = 1_800_000_000
@@ -37,7 +37,7 @@ def uses(path: Path, now: float = NOW) -> PermitUses:
     return PermitUses(path / "permits.db", durability=Durability.PROCESS, clock=lambda: now)
 
 
-async def attempt(store: PermitUses, key: str, name: str = "p-1") -> str:
+async def attempt(store: UsedPermits, key: str, name: str = "p-1") -> str:
     try:
         return "again" if await store.redeem(permit(name), key=key) else "ok"
     except PermitError as error:

@@ -94,6 +94,8 @@ def until(condition: Callable[[], bool], seconds: float = 20) -> None:
 
 
 def http_address(sidecar: SidecarProcess) -> str:
+    # Calls are answered a moment before it is said where the rest is.
+    until(lambda: "http://" in sidecar.log.read_text(encoding="utf-8"))
     line = sidecar.log.read_text(encoding="utf-8")
     return line[line.rindex("http://") :].split()[0].rstrip(",")
 

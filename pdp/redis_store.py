@@ -30,7 +30,6 @@ from redis.exceptions import (
     ClusterDownError,
     MasterDownError,
     MovedError,
-    NoPermissionError,
     NoScriptError,
     ReadOnlyError,
     RedisClusterException,
@@ -70,6 +69,8 @@ _MOMENTARY: Final = (
 _KEY_PREFIX: Final = "pdp:"
 _IDENTITY: Final = _KEY_PREFIX + "ledger"
 
+_KEYS_TO_TRY: Final = 4096
+"""To meet every node of a cluster with its slots."""
 _PLAIN: Final = re.compile(r"[A-Za-z0-9._~-]*", re.ASCII)
 """Names that quoting would leave as they are, which is most of them."""
 
@@ -114,6 +115,10 @@ class _Sender(Protocol):
 
     async def send(self, key: str, request: _Request) -> Any:  # noqa: ANN401 - replies are what they are
         """Send it to the server that has the key. Raises what :func:`_converse` does."""
+        ...
+
+    async def places(self) -> Sequence[str]:
+        """A key for each server that can be asked for one."""
         ...
 
     async def close(self) -> None: ...
@@ -177,6 +182,10 @@ class RedisStore:
         Only within complete.
         """
         return await self._try(lambda: self._send(key, *command))
+
+    async def places(self) -> Sequence[str]:
+        """A key for each server, for :meth:`command`. Only within complete."""
+        return await self._try(self._sender.places)
 
     async def _in_time(self, operation: Callable[[], Awaitable[T]]) -> T:
         try:
@@ -293,6 +302,10 @@ class _PoolSender:
         else:
             await connection.disconnect(nowait=True)
 
+    async def places(self) -> Sequence[str]:
+        """See _Sender.places."""
+        return (_IDENTITY,)
+
     async def close(self) -> None:
         """Close every connection. None is in use any more."""
         await self._close_free()
@@ -379,6 +392,17 @@ class _ClusterSender:
         finally:
             node.release(connection)
 
+    async def places(self) -> Sequence[str]:
+        """See _Sender.places."""
+        await self._cluster.initialize()
+        keys: dict[str, str] = {}
+        for number in range(_KEYS_TO_TRY):
+            key = f"{_KEY_PREFIX}{number}"
+            node = self._cluster.get_node_from_key(key)
+            if node is not None:
+                keys.setdefault(node.name, key)
+        return tuple(keys.values())
+
     async def close(self) -> None:
         """Close every connection."""
         await self._cluster.aclose()
@@ -433,35 +457,38 @@ class _UnfitError(Exception):
 
 async def _look(store: RedisStore, settings: RedisSettings) -> str:
     """Refuse a server that forgets; the identity of what is stored."""
-    hello = await store.command(_IDENTITY, "HELLO")
-    version = dict(zip(hello[::2], hello[1::2], strict=True))[b"version"].decode()
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_VERSION:
-        raise _UnfitError(f"The shared store is version {version}: 7.0 or later is needed.")
-    if not settings.unchecked:
-        appendonly = await _configured(store, "appendonly")
-        policy = await _configured(store, "maxmemory-policy")
-        faults = []
-        if appendonly != "yes":
-            faults.append("it would lose what is spent when it restarts (set appendonly yes)")
-        if policy != "noeviction":
-            faults.append("it may evict what is spent (set maxmemory-policy noeviction)")
-        if faults and not settings.allow_volatile:
-            raise _UnfitError(
-                f"The shared store can not be trusted with budgets: {'; '.join(faults)}. Or set"
-                " budget.store.allow_volatile: true, and lose budgets."
-            )
-        for fault in faults:
-            _log.warning("the shared store is not to be trusted with budgets: %s", fault)
+    for place in await store.places():
+        hello = await store.command(place, "HELLO")
+        version = dict(zip(hello[::2], hello[1::2], strict=True))[b"version"].decode()
+        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_VERSION:
+            raise _UnfitError(f"The shared store is version {version}: 7.0 or later is needed.")
+        if not settings.unchecked:
+            await _refuse_forgetful(store, place, allowed=settings.allow_volatile)
     made = uuid.uuid4().hex
     await store.command(_IDENTITY, "SET", _IDENTITY, made, "NX")
     identity = await store.command(_IDENTITY, "GET", _IDENTITY)
     return str(identity.decode())
 
 
-async def _configured(store: RedisStore, name: str) -> str:
+async def _refuse_forgetful(store: RedisStore, place: str, *, allowed: bool) -> None:
+    faults = []
+    if await _configured(store, place, "appendonly") != "yes":
+        faults.append("it would lose what is spent when it restarts (set appendonly yes)")
+    if await _configured(store, place, "maxmemory-policy") != "noeviction":
+        faults.append("it may evict what is spent (set maxmemory-policy noeviction)")
+    if faults and not allowed:
+        raise _UnfitError(
+            f"The shared store can not be trusted with budgets: {'; '.join(faults)}. Or set"
+            " budget.store.allow_volatile: true, and lose budgets."
+        )
+    for fault in faults:
+        _log.warning("the shared store is not to be trusted with budgets: %s", fault)
+
+
+async def _configured(store: RedisStore, place: str, name: str) -> str:
     try:
-        answer = await store.command(_IDENTITY, "CONFIG", "GET", name)
-    except NoPermissionError:
+        answer = await store.command(place, "CONFIG", "GET", name)
+    except ResponseError:  # no permission, or, where others run the server, no such command
         raise _UnfitError(
             "Whether the shared store keeps what it is given can not be seen: its user may not"
             " run CONFIG GET. Allow it (ACL rule +config|get), or see to appendonly yes and"

@@ -450,6 +450,29 @@ def test_a_server_that_is_not_there_is_named_as_such(tmp_path: Path) -> None:
 # What is lost, and what is not
 
 
+def test_a_server_without_memory_refuses_whole_operations(
+    redis_server: RedisServer,
+) -> None:
+    async def scene() -> None:
+        async with ledger_on(settings_for(redis_server)) as ledger:
+            hold = await ledger.reserve(
+                ALICE, key("reserve", "k"), charges=[calls(4)], limits=[HUGE], ttl_seconds=60
+            )
+            redis_server.command("CONFIG", "SET", "maxmemory", "1")
+            try:
+                await unavailable(ledger, "call")
+                with pytest.raises(LedgerError):
+                    await ledger.settle(ALICE, key("settle", "k"), hold_id=hold.id, charges=None)
+            finally:
+                redis_server.command("CONFIG", "SET", "maxmemory", "0")
+            (state,) = await ledger.state(ALICE, limits=[HUGE])
+            assert (state.spent, state.held) == (0, 4)
+            settled = await ledger.settle(ALICE, key("settle", "k"), hold_id=hold.id, charges=None)
+            assert not settled.replayed
+
+    asyncio.run(scene())
+
+
 def test_what_was_acknowledged_survives_the_death_of_the_server(tmp_path: Path) -> None:
     server = RedisServer(tmp_path / "redis", "appendfsync always").start()
     acknowledged: list[str] = []
@@ -484,7 +507,9 @@ def test_what_was_acknowledged_survives_the_death_of_the_server(tmp_path: Path) 
         server.stop()
 
 
-def test_a_store_that_lost_everything_is_not_taken_for_the_one_it_was(tmp_path: Path) -> None:
+def test_litellm_30684_a_store_that_lost_everything_is_not_taken_for_the_one_it_was(
+    tmp_path: Path,
+) -> None:
     server = RedisServer(tmp_path / "redis").start()
 
     async def scene() -> None:

@@ -1,3 +1,4 @@
+#!lua
 -- What every script of the ledger begins with; its own text follows.
 --
 -- KEYS[1] the tenant's clock: the highest time seen, in whole Unix seconds
@@ -6,7 +7,8 @@
 -- ARGV[3] "1": a reply must not leave before replicas can be waited for
 -- ARGV[4] seconds for which answers and holds are kept
 --
--- Whatever is refused is refused before anything is written: Redis undoes nothing.
+-- Whatever is refused is refused before anything is written: Redis undoes nothing. For
+-- that, too, the first line: with it, a server without memory or disk does not begin.
 -- Amounts come and go as text. As numbers they are doubles, exact below 2^53; sums
 -- are compared by subtracting, which stays exact wherever it decides.
 

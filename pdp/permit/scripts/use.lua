@@ -1,3 +1,4 @@
+#!lua
 -- Redeem a permit, or close it.
 --
 -- KEYS[1] the permit's use

@@ -391,6 +391,16 @@ def test_retry_after_is_the_end_of_the_window_or_the_first_hold_to_expire(
     assert teller.reserve(calls(7), limits=[hour]).retry_after_seconds == 1800
 
 
+def test_retry_after_is_whichever_comes_first(teller: Teller) -> None:
+    minute = limit(10, window=Window.MINUTE)
+    teller.now = NOON + 30
+    teller.reserve(calls(10), limits=[minute], ttl_seconds=60)
+    assert teller.reserve(calls(5), limits=[minute]).retry_after_seconds == 30
+    teller.now = NOON + 60
+    teller.reserve(calls(10), limits=[minute], ttl_seconds=20)
+    assert teller.reserve(calls(5), limits=[minute]).retry_after_seconds == 20
+
+
 def test_there_is_no_retry_after_where_waiting_can_not_help(teller: Teller) -> None:
     assert teller.reserve(calls(11)).retry_after_seconds is None
     ever = limit(10, window=Window.LIFETIME)

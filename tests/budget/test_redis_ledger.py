@@ -34,6 +34,7 @@ from tests.budget.lossy_proxy import LossyProxy
 from tests.budget.redis_server import RedisServer
 from tests.budget.stores import RedisStoreOfTests
 from tests.budget.teller import ALICE, NOON, SAME, Teller, calls, limit
+from tests.server.test_lifecycle import certify
 
 T = TypeVar("T")
 
@@ -592,6 +593,48 @@ async def replica_is_up(replica: RedisServer) -> None:
             return
         await asyncio.sleep(0.02)
     pytest.fail("the replica does not come up")
+
+
+# TLS
+
+
+def test_over_tls_both_sides_show_certificates_that_the_other_knows(tmp_path: Path) -> None:
+    certificates, others = tmp_path / "certificates", tmp_path / "others"
+    for folder in (certificates, others):
+        folder.mkdir()
+        certify(folder)
+    port = free_port()
+    server = RedisServer(
+        tmp_path / "redis",
+        f"tls-port {port}",
+        f"tls-cert-file {certificates / 'server.pem'}",
+        f"tls-key-file {certificates / 'server.key'}",
+        f"tls-ca-cert-file {certificates / 'ca.pem'}",
+    )
+    fields = {
+        "addresses": [f"127.0.0.1:{port}"],
+        "ca_file": certificates / "ca.pem",
+        "client_certificate_file": certificates / "client.pem",
+        "client_key_file": certificates / "client.key",
+    }
+    own = {
+        "client_certificate_file": others / "client.pem",
+        "client_key_file": others / "client.key",
+    }
+    server.start()
+    try:
+        assert is_taken(RedisSettings.model_validate(fields))
+        for changes in (
+            {"ca_file": others / "ca.pem"},
+            {"ca_file": None},
+            {"client_certificate_file": None, "client_key_file": None},
+            own,
+            {"tls": False},
+        ):
+            settings = RedisSettings.model_validate({**fields, **changes})
+            assert "does not answer (budget.store)" in refusal(settings)
+    finally:
+        server.stop()
 
 
 # Several servers

@@ -88,6 +88,11 @@ class RedisServer:
             )
             return connection.recv(1 << 20)
 
+    def keys(self, pattern: str) -> list[str]:
+        """The keys that match, few enough to come at once."""
+        lines = self.command("KEYS", pattern).decode().split("\r\n")
+        return [line for line in lines if line and line[0] not in "*$"]
+
     def signal(self, number: signal.Signals) -> None:
         assert self.process is not None
         os.kill(self.process.pid, number)

@@ -546,9 +546,10 @@ def test_sums_never_pass_what_can_be_counted(teller: Teller) -> None:
     hold = teller.reserve(calls(1), limits=[most])
     teller.charge(calls(MAX_AMOUNT - 1), limits=[most])
     assert teller.charge(calls(1), limits=[most]).refused_by
-    with pytest.raises(LedgerError, match=r"2\^53 - 1") as caught:
-        teller.settle(hold.id, calls(MAX_AMOUNT))
-    assert caught.value.reason_code == "budget_unavailable"
+    for amount in (2, 3, 2**52, MAX_AMOUNT):
+        with pytest.raises(LedgerError, match=r"2\^53 - 1") as caught:
+            teller.settle(hold.id, calls(amount))
+        assert caught.value.reason_code == "budget_unavailable"
     assert teller.counts(most) == [(MAX_AMOUNT - 1, 1)]
     assert teller.settle(hold.id, calls(1)).id
     assert teller.counts(most) == [(MAX_AMOUNT, 0)]

@@ -291,7 +291,9 @@ def test_the_servers_clock_decides_whatever_the_callers_says(redis_server: Redis
     asyncio.run(scene())
 
 
-def test_thousands_of_holds_that_expired_are_let_go_in_one_step(teller: Teller) -> None:
+def test_thousands_of_holds_that_expired_are_let_go_in_one_step(
+    teller: Teller, redis_server: RedisServer
+) -> None:
     many = limit(10**6, window=Window.LIFETIME)
     for seconds in range(1, 3601, 2):
         teller.reserve(calls(2), limits=[many], ttl_seconds=seconds)
@@ -301,6 +303,9 @@ def test_thousands_of_holds_that_expired_are_let_go_in_one_step(teller: Teller) 
     teller.now = NOON + 4000
     assert teller.counts(many) == [(0, 0)]
     assert teller.charge(calls(10**6), limits=[many]).id
+    (name,) = redis_server.keys("pdp:{t:acme}:sum:*")
+    assert redis_server.command("HLEN", name) == b":2\r\n"
+    assert redis_server.keys("pdp:{t:acme}:expiry:*") == []
 
 
 # Nothing grows without bound, nothing meets
@@ -314,11 +319,7 @@ def test_everything_is_forgotten_in_the_end_but_lifetime_sums(
     teller.reserve(calls(2), limits=[day, ever])
     teller.charge(calls(2), limits=[day, ever])
     teller.settle(hold.id)
-    names = [
-        line
-        for line in redis_server.command("KEYS", "*").decode().split("\r\n")
-        if line.startswith("pdp:")
-    ]
+    names = redis_server.keys("*")
     kinds = {name: name.split(":")[3] for name in names if name != "pdp:ledger"}
     assert set(kinds.values()) == {"clock", "answer", "hold", "sum", "expiry"}
     for name, kind in kinds.items():
@@ -327,6 +328,19 @@ def test_everything_is_forgotten_in_the_end_but_lifetime_sums(
         assert (ttl == -1) if lifetime else (ttl > 0), name
         if kind in {"answer", "hold"}:
             assert ttl == 86_400 + 3600 + 1
+
+
+def test_a_hold_that_is_ended_leaves_nothing_on_its_account(
+    teller: Teller, redis_server: RedisServer
+) -> None:
+    holds = [teller.reserve(calls(2)) for _ in range(3)]
+    teller.settle(holds[0].id)
+    teller.release(holds[1].id)
+    (name,) = redis_server.keys("pdp:{t:acme}:sum:*")
+    assert redis_server.command("HLEN", name) == b":3\r\n"
+    teller.settle(holds[2].id)
+    assert redis_server.command("HLEN", name) == b":2\r\n"
+    assert redis_server.keys("pdp:{t:acme}:expiry:*") == []
 
 
 @pytest.mark.parametrize("tenant", ("a}b", "{a", "a:b", "a%7D", "}{", "ä"))

@@ -397,7 +397,10 @@ def test_retry_after_is_whichever_comes_first(teller: Teller) -> None:
     teller.reserve(calls(10), limits=[minute], ttl_seconds=60)
     assert teller.reserve(calls(5), limits=[minute]).retry_after_seconds == 30
     teller.now = NOON + 60
-    teller.reserve(calls(10), limits=[minute], ttl_seconds=20)
+    teller.reserve(calls(1), limits=[minute], ttl_seconds=10)
+    teller.reserve(calls(9), limits=[minute], ttl_seconds=30)
+    assert teller.reserve(calls(5), limits=[minute]).retry_after_seconds == 10
+    teller.now = NOON + 70  # one has expired this very second, and is no reason to come back
     assert teller.reserve(calls(5), limits=[minute]).retry_after_seconds == 20
 
 

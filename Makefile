@@ -15,10 +15,10 @@ help: ## List the commands
 demo: .venv/demo ## Watch the main job and the attacks on it (no Go, no service needed)
 	@.venv/bin/pdp demo
 
-test: .venv/dev $(OPA) $(REDIS) ## Set up what the tests need and run them
+test: .venv/dev $(OPA) .tools/opa-cases $(REDIS) ## Set up what the tests need and run them
 	@.venv/bin/pytest -m "not slow" --cov --cov-report=term
 
-test-slow: .venv/dev $(OPA) $(REDIS) ## The suites that take longer: kill loops, long property tests
+test-slow: .venv/dev $(OPA) .tools/opa-cases .tools/crane $(REDIS) ## The suites that take longer: kill loops, long property tests
 	@.venv/bin/pytest -m slow
 
 check: .venv/dev $(OPA) .tools/regal ## Lint, types, and that everything generated is current
@@ -29,7 +29,7 @@ check: .venv/dev $(OPA) .tools/regal ## Lint, types, and that everything generat
 	.venv/bin/buf format --diff --exit-code
 	$(PY) scripts/generate_api.py --check
 	$(OPA) fmt --fail --list policies
-	$(OPA) check --strict --bundle policies
+	$(OPA) check --strict --schema pdp/policy/schemas --bundle policies
 	.tools/regal lint policies
 	$(OPA) test --bundle policies
 	$(PY) scripts/build_policies.py --check
@@ -46,8 +46,9 @@ proto: .venv/dev ## Generate pdp/api from proto/
 policies: .venv/dev $(OPA) ## Build policies/bundle.tar.gz from policies/
 	$(PY) scripts/build_policies.py
 
-docs: .venv/dev ## Generate the reference pages in docs/
+docs: .venv/dev $(OPA) .tools/opa-cases ## Generate the reference pages in docs/
 	$(PY) scripts/generate_docs.py
+	$(PY) -m tests.conformance.report
 
 lock: .venv/dev ## Pin every dependency with its hashes
 	scripts/lock.sh
@@ -88,7 +89,7 @@ $(REDIS): scripts/install_redis.py | .venv/bin/python
 	$(PY) scripts/install_redis.py
 	@touch -h $@
 
-# OPA and Regal are built from their Go modules once (minutes), unless opa is on PATH.
+# OPA, Regal and crane are built from their Go modules once (minutes), unless they are on PATH.
 .tools/%: scripts/install_opa.py | .venv/bin/python
 	$(PY) scripts/install_opa.py $*
 	@touch -h $@  # it may be a link to a command of the system

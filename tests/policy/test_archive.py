@@ -276,6 +276,39 @@ def test_a_mounted_config_map_is_read(tmp_path: Path) -> None:
     }
 
 
+def test_a_mounted_config_map_with_folders_is_read(tmp_path: Path) -> None:
+    """Where its items have paths, Kubernetes links the first folder of each."""
+    (tmp_path / "..1/tenants/acme").mkdir(parents=True)
+    (tmp_path / "..1/tenants/acme/data.json").write_text("{}")
+    (tmp_path / "..data").symlink_to("..1")
+    (tmp_path / "tenants").symlink_to("..data/tenants")
+
+    assert read_directory(tmp_path) == {"tenants/acme/data.json": b"{}"}
+
+
+@pytest.mark.parametrize(
+    ("target", "complaint"),
+    (("..", "leads in a circle, a/b"), (".", "leads in a circle, a/b"), ("/", "leads elsewhere")),
+)
+def test_a_linked_folder_that_leads_back_or_out_is_refused(
+    tmp_path: Path, target: str, complaint: str
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/b").symlink_to(target)
+    with pytest.raises(BundleError, match=complaint):
+        read_directory(tmp_path)
+
+
+def test_folders_that_multiply_by_links_are_bounded(tmp_path: Path) -> None:
+    (tmp_path / "0").mkdir()
+    for number in range(1, 20):
+        (tmp_path / str(number)).mkdir()
+        for name in ("a", "b", "c"):
+            (tmp_path / str(number) / name).symlink_to(tmp_path / str(number - 1))
+    with pytest.raises(BundleError, match="holds more than 10000 folders"):
+        read_directory(tmp_path)
+
+
 def test_a_link_out_of_the_directory_is_refused(tmp_path: Path) -> None:
     outside = tmp_path / "outside.json"
     outside.write_bytes(b'{"secret":1}')

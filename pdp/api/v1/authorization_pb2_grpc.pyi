@@ -42,7 +42,8 @@ class AuthorizationServiceStub:
 
     A refusal is an OK response with decision = false and a reason_code; so is a
     policy that fails, times out, or answers nothing of use (policy_error,
-    policy_timeout, policy_undefined, policy_invalid, policy_unavailable).
+    policy_timeout, policy_undefined, policy_invalid, policy_unavailable,
+    policy_stale).
     Errors in asking are statuses that carry google.rpc.ErrorInfo, whose reason
     is the reason code: UNAUTHENTICATED (token_missing, token_invalid,
     token_expired, tenant_missing, tenant_unknown), INVALID_ARGUMENT
@@ -73,7 +74,8 @@ class AuthorizationServiceAsyncStub(AuthorizationServiceStub):
 
     A refusal is an OK response with decision = false and a reason_code; so is a
     policy that fails, times out, or answers nothing of use (policy_error,
-    policy_timeout, policy_undefined, policy_invalid, policy_unavailable).
+    policy_timeout, policy_undefined, policy_invalid, policy_unavailable,
+    policy_stale).
     Errors in asking are statuses that carry google.rpc.ErrorInfo, whose reason
     is the reason code: UNAUTHENTICATED (token_missing, token_invalid,
     token_expired, tenant_missing, tenant_unknown), INVALID_ARGUMENT
@@ -107,7 +109,8 @@ class AuthorizationServiceServicer(metaclass=_abc_1.ABCMeta):
 
         A refusal is an OK response with decision = false and a reason_code; so is a
         policy that fails, times out, or answers nothing of use (policy_error,
-        policy_timeout, policy_undefined, policy_invalid, policy_unavailable).
+        policy_timeout, policy_undefined, policy_invalid, policy_unavailable,
+        policy_stale).
         Errors in asking are statuses that carry google.rpc.ErrorInfo, whose reason
         is the reason code: UNAUTHENTICATED (token_missing, token_invalid,
         token_expired, tenant_missing, tenant_unknown), INVALID_ARGUMENT

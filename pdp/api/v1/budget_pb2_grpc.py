@@ -34,7 +34,7 @@ class BudgetServiceStub:
     nothing but the status cannot spend what was refused: PERMISSION_DENIED (the
     policy's reason code) or RESOURCE_EXHAUSTED (tenant_budget_exceeded, with
     google.rpc.QuotaFailure and, where waiting helps, google.rpc.RetryInfo), or
-    UNAVAILABLE when the policy could not answer (policy_timeout,
+    UNAVAILABLE when the policy could not answer (policy_timeout, policy_stale,
     policy_unavailable). Other errors are those of AuthorizationService.Authorize.
     """
 
@@ -80,7 +80,7 @@ class BudgetServiceServicer:
     nothing but the status cannot spend what was refused: PERMISSION_DENIED (the
     policy's reason code) or RESOURCE_EXHAUSTED (tenant_budget_exceeded, with
     google.rpc.QuotaFailure and, where waiting helps, google.rpc.RetryInfo), or
-    UNAVAILABLE when the policy could not answer (policy_timeout,
+    UNAVAILABLE when the policy could not answer (policy_timeout, policy_stale,
     policy_unavailable). Other errors are those of AuthorizationService.Authorize.
     """
 
@@ -169,7 +169,7 @@ class BudgetService:
     nothing but the status cannot spend what was refused: PERMISSION_DENIED (the
     policy's reason code) or RESOURCE_EXHAUSTED (tenant_budget_exceeded, with
     google.rpc.QuotaFailure and, where waiting helps, google.rpc.RetryInfo), or
-    UNAVAILABLE when the policy could not answer (policy_timeout,
+    UNAVAILABLE when the policy could not answer (policy_timeout, policy_stale,
     policy_unavailable). Other errors are those of AuthorizationService.Authorize.
     """
 

@@ -35,7 +35,7 @@ class BudgetServiceStub:
     nothing but the status cannot spend what was refused: PERMISSION_DENIED (the
     policy's reason code) or RESOURCE_EXHAUSTED (tenant_budget_exceeded, with
     google.rpc.QuotaFailure and, where waiting helps, google.rpc.RetryInfo), or
-    UNAVAILABLE when the policy could not answer (policy_timeout,
+    UNAVAILABLE when the policy could not answer (policy_timeout, policy_stale,
     policy_unavailable). Other errors are those of AuthorizationService.Authorize.
     """
 
@@ -71,7 +71,7 @@ class BudgetServiceAsyncStub(BudgetServiceStub):
     nothing but the status cannot spend what was refused: PERMISSION_DENIED (the
     policy's reason code) or RESOURCE_EXHAUSTED (tenant_budget_exceeded, with
     google.rpc.QuotaFailure and, where waiting helps, google.rpc.RetryInfo), or
-    UNAVAILABLE when the policy could not answer (policy_timeout,
+    UNAVAILABLE when the policy could not answer (policy_timeout, policy_stale,
     policy_unavailable). Other errors are those of AuthorizationService.Authorize.
     """
 
@@ -103,7 +103,7 @@ class BudgetServiceServicer(metaclass=_abc_1.ABCMeta):
     nothing but the status cannot spend what was refused: PERMISSION_DENIED (the
     policy's reason code) or RESOURCE_EXHAUSTED (tenant_budget_exceeded, with
     google.rpc.QuotaFailure and, where waiting helps, google.rpc.RetryInfo), or
-    UNAVAILABLE when the policy could not answer (policy_timeout,
+    UNAVAILABLE when the policy could not answer (policy_timeout, policy_stale,
     policy_unavailable). Other errors are those of AuthorizationService.Authorize.
     """
 

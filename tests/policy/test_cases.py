@@ -146,7 +146,9 @@ def expected_record(case: Case, seen: Seen, number: int, revision: str) -> JsonO
         record["resource"] = case.call["resource"]
     verdict = seen.heard[0]
     if allowed and isinstance(verdict, dict) and verdict.get("charge"):
-        record["charges"] = verdict["charge"]
+        record["charges"] = sorted(
+            verdict["charge"], key=lambda charge: (charge["budget"], charge["unit"])
+        )
     return record
 
 

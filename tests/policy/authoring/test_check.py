@@ -158,7 +158,11 @@ def test_a_limit_that_breaks_the_contract_is_an_error(sources: dict[str, bytes],
 def test_two_values_of_one_rule_are_an_error(sources: dict[str, bytes], opa: Path) -> None:
     files = changed(sources, AUTHZ, 'if reason_code != "ok"', 'if reason_code != "none"')
 
-    assert "The policy failed while it ran." in told(checked(files, opa))[0]
+    (finding,) = checked(files, opa).findings[:1]
+
+    assert finding.place.startswith(f"{AUTHZ}:")
+    assert "pdp/authz/decision: The policy failed while it ran." in finding.message
+    assert "rule data.pdp.authz.decision produced conflicting values:" in finding.message
 
 
 def test_a_missing_entrypoint_is_an_error(sources: dict[str, bytes], opa: Path) -> None:
@@ -182,7 +186,29 @@ def test_what_the_embedded_engine_has_not_is_an_error_that_names_the_file(
 
 def test_what_is_no_bundle_is_one_error(opa: Path) -> None:
     (finding,) = checked({".manifest": b"{"}, opa).findings
-    assert "The policy bundle policies has a .manifest that is not JSON" in finding.message
+    assert (finding.place, finding.message[:11]) == (".manifest:1", "is not JSON")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "finding"),
+    (
+        ('  "tenant_acme": {', '  "tenant_acme": {,', ":2: is not JSON: "),
+        ('    "status": "active",', '    "status": "", "status": "",', ":3: the key status stands"),
+    ),
+)
+def test_what_can_not_be_read_as_json_is_told_with_its_line(
+    sources: dict[str, bytes], opa: Path, old: str, new: str, finding: str
+) -> None:
+    found = told(checked(changed(sources, TENANTS, old, new), opa))
+
+    assert found[0].startswith(TENANTS + finding)
+
+
+def test_a_directory_of_something_else_does_not_pass(opa: Path) -> None:
+    (finding,) = checked({"bundle.tar.gz": b"x", "notes.txt": b"y"}, opa).findings
+
+    assert finding.severity is Severity.ERROR
+    assert "name the directory that holds .manifest" in finding.message
 
 
 def test_data_alone_is_checked_as_far_as_it_goes(opa: Path) -> None:

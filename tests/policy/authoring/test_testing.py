@@ -180,6 +180,9 @@ def test_an_error_within_a_test_fails_in_both_engines(opa: Path) -> None:
         opa, 'test_it if small.two == 1 with input as {"x": 1, "y": 1}\n', rules=conflict
     )
     assert results["test_it"].opa.outcome is Outcome.FAILED
+    assert (
+        "two produced conflicting values: 1 at pdp/small/small.rego:" in results["test_it"].opa.note
+    )
     assert results["test_it"].embedded == Ran(outcome=Outcome.FAILED, note="an error")
 
 

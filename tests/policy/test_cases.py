@@ -146,9 +146,8 @@ def expected_record(case: Case, seen: Seen, number: int, revision: str) -> JsonO
         record["resource"] = case.call["resource"]
     verdict = seen.heard[0]
     if allowed and isinstance(verdict, dict) and verdict.get("charge"):
-        record["charges"] = sorted(
-            verdict["charge"], key=lambda charge: (charge["budget"], charge["unit"])
-        )
+        charges: Any = verdict["charge"]
+        record["charges"] = sorted(charges, key=lambda charge: (charge["budget"], charge["unit"]))
     return record
 
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, cast
 
 import pytest
 
@@ -146,7 +146,7 @@ def expected_record(case: Case, seen: Seen, number: int, revision: str) -> JsonO
         record["resource"] = case.call["resource"]
     verdict = seen.heard[0]
     if allowed and isinstance(verdict, dict) and verdict.get("charge"):
-        charges: Any = verdict["charge"]
+        charges = cast("list[dict[str, str]]", verdict["charge"])
         record["charges"] = sorted(charges, key=lambda charge: (charge["budget"], charge["unit"]))
     return record
 

@@ -47,6 +47,8 @@ from pdp.storage import StorageError
 T = TypeVar("T")
 
 OLDEST_VERSION: Final = (7, 0)
+START_SECONDS: Final = 10.0
+"""How long the first look at the store may take, however short its operations are."""
 MAX_WAITING: Final = 4096
 """Operations under way and waiting at most; one more is refused at once."""
 TRIES: Final = 3
@@ -147,8 +149,10 @@ class RedisStore:
         """Whether what is answered is on replicas too."""
         return self._replicas > 0
 
-    async def complete(self, operation: Callable[[], Awaitable[T]]) -> T:
-        """Run what calls :meth:`run`, within the deadline; cancelling the awaiting task
+    async def complete(
+        self, operation: Callable[[], Awaitable[T]], *, seconds: float | None = None
+    ) -> T:
+        """Run what calls :meth:`run`, within the configured time, or ``seconds``; cancelling the awaiting task
         does not stop it. Raises StorageError: the store did not answer, or refused;
         whether anything was done is unknown, and the same operation can be tried again.
         """
@@ -158,7 +162,7 @@ class RedisStore:
             raise StorageError(
                 "Too many operations wait for the store; nothing was done. Try again later."
             )
-        task = asyncio.create_task(self._in_time(operation))
+        task = asyncio.create_task(self._in_time(operation, seconds or self._timeout_seconds))
         self._operations.add(task)
         task.add_done_callback(self._forget)
         return await asyncio.shield(task)
@@ -187,9 +191,9 @@ class RedisStore:
         """A key for each server, for :meth:`command`. Only within complete."""
         return await self._try(self._sender.places)
 
-    async def _in_time(self, operation: Callable[[], Awaitable[T]]) -> T:
+    async def _in_time(self, operation: Callable[[], Awaitable[T]], seconds: float) -> T:
         try:
-            async with asyncio.timeout(self._timeout_seconds), self._turns:
+            async with asyncio.timeout(seconds), self._turns:
                 result = await operation()
         except TimeoutError:
             raise self._failed("no answer in time") from None
@@ -347,7 +351,9 @@ async def _converse(
             replies.append(error)
     if isinstance(replies[0], ResponseError):
         raise _RefusedError(replies[0])
-    if request.attempt and replies[0][:1] != [request.attempt.encode()]:
+    if request.attempt and not (
+        isinstance(replies[0], list) and replies[0][:1] == [request.attempt.encode()]
+    ):
         raise _NotItsReplyError
     if request.replicas and not (isinstance(replies[1], int) and replies[1] >= request.replicas):
         raise _TooFewReplicasError
@@ -367,6 +373,7 @@ class _ClusterSender:
 
     def __init__(self, cluster: RedisCluster) -> None:
         self._cluster = cluster
+        self._failures = 0
 
     async def send(self, key: str, request: _Request) -> Any:  # noqa: ANN401 - replies are what they are
         """See _Sender.send. Raises MovedError after the new place has been learnt."""
@@ -375,6 +382,7 @@ class _ClusterSender:
         if node is None:
             raise ClusterDownError("no node has the slot")
         connection = node.acquire_connection()
+        failures = self._failures
         try:
             await connection.connect()  # type: ignore[no-untyped-call]
             return await _converse(connection, request)
@@ -382,15 +390,23 @@ class _ClusterSender:
             raise
         except _RefusedError as refused:
             if isinstance(refused.error, (MovedError, ClusterDownError)):
-                await self._cluster.aclose()  # what it knows of the nodes is old
+                await self._look_anew(failures)
             raise
         except BaseException as error:
             await connection.disconnect(nowait=True)
             if not isinstance(error, asyncio.CancelledError):
-                await self._cluster.aclose()
+                await self._look_anew(failures)
             raise
         finally:
             node.release(connection)
+
+    async def _look_anew(self, failures: int) -> None:
+        """What is known of the nodes is old, unless another call found out meanwhile.
+        Calls under way lose their connections too, and are sent again.
+        """
+        if failures == self._failures:
+            self._failures += 1
+            await self._cluster.aclose()
 
     async def places(self) -> Sequence[str]:
         """See _Sender.places."""
@@ -415,7 +431,7 @@ async def open_redis(settings: RedisSettings) -> RedisStore:
     identity = _Identity()
     store = RedisStore(settings, _sender(settings, identity))
     try:
-        store.id = await store.complete(lambda: _look(store, settings))
+        store.id = await store.complete(lambda: _look(store, settings), seconds=START_SECONDS)
     except _UnfitError as error:
         await store.close()
         raise StorageError(str(error)) from None

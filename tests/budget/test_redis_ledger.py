@@ -602,11 +602,16 @@ def free_port() -> int:
 
 
 async def replica_is_up(replica: RedisServer) -> None:
+    await until(lambda: b"master_link_status:up" in replica.command("INFO", "replication"))
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    """Wait for what another process does."""
     for _ in range(1000):
-        if b"master_link_status:up" in replica.command("INFO", "replication"):
+        if is_so():
             return
         await asyncio.sleep(0.02)
-    pytest.fail("the replica does not come up")
+    pytest.fail("the other process does not do its part")
 
 
 # TLS
@@ -746,11 +751,12 @@ def test_sentinels_name_the_primary_and_its_successor(tmp_path: Path) -> None:
         await replica_is_up(second)
         async with ledger_on(settings) as ledger:
             assert (await charge(ledger, "before")).id
-            for _ in range(500):
-                # The sentinel has to have seen the replica that is to take over.
-                if b"num-slaves\r\n$1\r\n1" in guard.command("SENTINEL", "MASTER", "budgets"):
-                    break
-                await asyncio.sleep(0.02)
+            # The replica that is to take over has it all, and the sentinel has seen it.
+            number = len(primary.keys("*"))
+            await until(lambda: len(second.keys("*")) == number)
+            await until(
+                lambda: b"num-slaves\r\n$1\r\n1" in guard.command("SENTINEL", "MASTER", "budgets")
+            )
             primary.kill()
             after = await in_the_end(partial(charge, ledger, "after"))
             assert after.note == "after"

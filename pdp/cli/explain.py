@@ -6,7 +6,7 @@ import json
 import time
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pdp.canonical import JsonObject, JsonValue
     from pdp.policy.analysis.explain import Explanation
     from pdp.policy.analysis.trace import Place
+    from pdp.policy.bundle import Bundle
 
 MAX_INPUT_BYTES: Final = 4 * 1024 * 1024
 REQUEST_ID: Final = "explain"
@@ -87,7 +88,10 @@ def explain(
             document = _object(input_file.read_bytes(), str(input_file))
         else:
             document = _asked(tenant, actor, role, scope, tool, arguments, resource)
-        found = explain_call(load_bundle(bundle, opa=opa), document, opa=opa)
+        loaded = load_bundle(bundle, opa=opa)
+        for unknown in _unknown(loaded, document):
+            typer.echo(printable(unknown), err=True)
+        found = explain_call(loaded, document, opa=opa)
     except PdpError as error:
         typer.echo(error.message, err=True)
         raise typer.Exit(exit_codes.USAGE) from None
@@ -156,7 +160,10 @@ def _recorded(decision: str, audit: Path | None) -> JsonObject:
         )
     record = find_decision(audit, decision)
     if record is None:
-        message = f"{audit} holds no decision {printable(decision)}."
+        message = (
+            f"{audit} holds no decision {printable(decision)}. The ids are the decision_id of"
+            f" `pdp audit tail {audit} --output json`."
+        )
     elif not isinstance(document := record.get("input"), dict):
         message = (
             f"The input of {printable(decision)} is not on record, and without it nothing can be"
@@ -172,6 +179,27 @@ def _recorded(decision: str, audit: Path | None) -> JsonObject:
         return document
     typer.echo(message, err=True)
     raise typer.Exit(exit_codes.USAGE)
+
+
+def _unknown(bundle: Bundle, document: JsonObject) -> Iterator[str]:
+    """Tenant, roles and tool of the call that the bundle's data do not name: most likely
+    slips. Nothing where the data name none at all.
+    """
+    from pdp.policy.analysis.questions import Estate, did_you_mean  # noqa: PLC0415
+
+    estate = Estate(bundle.data)
+    subject: Any = document.get("subject") or {}
+    action: Any = document.get("action") or {}
+    try:
+        tenant, roles = subject["properties"]["tenant"], subject["properties"]["roles"]
+        asked = [("tenant", tenant, estate.tenants), ("tool", action["name"], estate.tools)]
+        if tenant in estate.tenants:
+            asked += [("role", role, dict.fromkeys(estate.roles(tenant))) for role in roles]
+        for kind, name, known in asked:
+            if known and name not in known:
+                yield f"The bundle's data have no {kind} {name}{did_you_mean(name, known)}."
+    except (KeyError, TypeError):
+        return  # no input as the sidecar makes it; the rules say what they make of it
 
 
 def _lines(found: Explanation) -> Iterator[str]:
@@ -195,6 +223,11 @@ def _lines(found: Explanation) -> Iterator[str]:
         yield ""
         yield f"The rules can not be named: {found.no_trace}"
     else:
+        if found.trace.error:
+            yield ""
+            yield "why it failed"
+            for line in found.trace.error.splitlines():
+                yield f"  {printable(line)}"
         yield from _listed("the rule that says so", found.trace.decisive)
         yield from _listed("conditions that failed", found.trace.failed)
         yield from _listed("conditions that held, and so denied it", found.trace.held)
@@ -239,6 +272,7 @@ def _explanation_json(found: Explanation) -> JsonObject:
     if found.trace is None:
         explanation["no_trace"] = found.no_trace
     else:
+        explanation["error"] = found.trace.error
         explanation["decisive"] = _places_json(found.trace.decisive)
         explanation["failed"] = _places_json(found.trace.failed)
         explanation["held"] = _places_json(found.trace.held)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def test_a_recorded_decision_is_explained_as_the_engine_saw_it(
     assert "audit.record_policy_input" in result.stderr
     result = run(*from_log, "d3")
     assert result.exit_code == 2
-    assert "holds no decision d3." in result.stderr
+    assert "holds no decision d3. The ids are the decision_id of" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -131,6 +132,26 @@ def test_without_opa_it_says_so_and_tells_the_rest(
     assert result.exit_code == 0
     assert "The rules can not be named: there is no opa command on PATH." in result.stdout
     assert "the actor has the role writer" in result.stdout
+
+
+def test_a_slip_in_a_name_is_told_on_stderr(bundle: Path) -> None:
+    result = run("--bundle", bundle, "--tenant", "acme", "--role", "wirter", "--tool", "note.write")
+    assert result.stderr.splitlines() == [
+        "The bundle's data have no tool note.write (did you mean notes.write?).",
+        "The bundle's data have no role wirter (did you mean writer?).",
+    ]
+
+
+def test_why_a_policy_failed_is_told_as_opa_says_it(bundle: Path, tmp_path: Path) -> None:
+    conflicting = shutil.copytree(bundle, tmp_path / "conflicting")
+    (conflicting / "policy.wasm").unlink()
+    (conflicting / "more.rego").write_text(
+        'package pdp.authz\n\ndecision := {"allow": true, "reason_code": "ok"}\n'
+    )
+    result = run("--bundle", conflicting, "--opa", OPA, *READER, *WRITE)
+    assert result.stdout.startswith("denied: policy_error\n")
+    assert "why it failed\n  rule data.pdp.authz.decision produced conflict" in result.stdout
+    assert "at more.rego:3" in result.stdout
 
 
 def test_nothing_that_would_have_allowed_it_is_told(bundle: Path) -> None:

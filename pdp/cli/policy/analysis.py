@@ -289,6 +289,12 @@ def _check_names(bundles: list[Bundle], cases: Cases, only: Only) -> None:
     unknown = questions.unknown()
     if unknown:
         raise CasesError(f"Neither the bundle nor the cases know {_named(unknown)}.")
+    for tool, like in questions.cases_without_tool().items():
+        typer.echo(
+            f"The cases name the tool {printable(tool)}, which data.tools has not"
+            f"{printable(like)}.",
+            err=True,
+        )
     for tool, reason in questions.without_case().items():
         typer.echo(
             f"{printable(tool)}: {printable(reason)}, so it is asked about without arguments,"

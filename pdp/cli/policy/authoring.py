@@ -101,8 +101,11 @@ def build(
 
     Exit codes: 0 built, 2 it does not compile, or something can not be used.
     """
+    from pdp.policy.archive import refused  # noqa: PLC0415
     from pdp.policy.authoring import release  # noqa: PLC0415
+    from pdp.policy.authoring.command import opa_command  # noqa: PLC0415
     from pdp.policy.authoring.sources import read_files  # noqa: PLC0415
+    from pdp.policy.part import read_part  # noqa: PLC0415
 
     with _refusals():
         signer = None
@@ -110,9 +113,12 @@ def build(
             signer = _signer(signing_key, key_id, algorithm, scope)
         elif key_id is not None or scope is not None:
             raise typer.BadParameter("needs --signing-key too.", param_hint="--key-id, --scope")
+        sources = read_files(path)
+        if not read_part(sources, name=path.name, place=str(path), verifier=None).rego:
+            raise refused(str(path), "holds no Rego to build")
         archive, part = release.build(
-            read_files(path),
-            opa=opa,
+            sources,
+            opa=opa_command(opa),
             revision=revision,
             sequence=int(time.time()) if sequence is None else sequence,
             signer=signer,
@@ -217,13 +223,13 @@ def check(
     """
     from pdp.policy.authoring.check import Commands  # noqa: PLC0415
     from pdp.policy.authoring.check import check as check_files  # noqa: PLC0415
+    from pdp.policy.authoring.command import opa_command  # noqa: PLC0415
     from pdp.policy.authoring.findings import Severity  # noqa: PLC0415
     from pdp.policy.authoring.sources import read_files  # noqa: PLC0415
-    from pdp.policy.compile import find_opa  # noqa: PLC0415
 
     with _refusals():
         regal = shutil.which("regal")
-        commands = Commands(opa=find_opa(opa), regal=Path(regal) if regal else None)
+        commands = Commands(opa=opa_command(opa), regal=Path(regal) if regal else None)
         found = check_files(read_files(path), commands, place=str(path))
     is_good = not any(strict or each.severity is Severity.ERROR for each in found.findings)
     _show(output, _checked_json(found, is_good=is_good), _checked_lines(found))
@@ -248,15 +254,15 @@ def run_tests(
 
     Exit codes: 0 all pass, 1 one fails or too few lines are tested, 2 they can not be run.
     """
+    from pdp.policy.authoring.command import opa_command  # noqa: PLC0415
     from pdp.policy.authoring.sources import read_files  # noqa: PLC0415
     from pdp.policy.authoring.testing import run_in_both_engines  # noqa: PLC0415
     from pdp.policy.bundle import assemble  # noqa: PLC0415
-    from pdp.policy.compile import find_opa  # noqa: PLC0415
     from pdp.policy.part import read_part  # noqa: PLC0415
 
     with _refusals():
         part = read_part(read_files(path), name=path.name, place=str(path), verifier=None)
-        report = run_in_both_engines(assemble([part]), opa=find_opa(opa), with_coverage=True)
+        report = run_in_both_engines(assemble([part]), opa=opa_command(opa), with_coverage=True)
     percent = None if report.coverage is None else report.coverage.percent
     is_good = bool(report.results) and not report.failures and (percent or 0) >= min_coverage
     _show(
@@ -282,15 +288,16 @@ def fmt(
     Exit codes: 0 formatted, 1 with --check: some file is not, 2 it can not be parsed.
     """
     from pdp.policy.archive import refused  # noqa: PLC0415
-    from pdp.policy.authoring.command import run  # noqa: PLC0415
-    from pdp.policy.compile import find_opa  # noqa: PLC0415
+    from pdp.policy.authoring.command import opa_command, run  # noqa: PLC0415
     from pdp.policy.engine import BundleError  # noqa: PLC0415
     from pdp.reason import ReasonCode  # noqa: PLC0415
 
     with _refusals():
         if not path.exists():
             raise refused(str(path), "can not be formatted: there is no such file or directory")
-        command = find_opa(opa)
+        if not (path.suffix == ".rego" or (path.is_dir() and any(path.rglob("*.rego")))):
+            raise refused(str(path), "can not be formatted: it is no .rego file, and holds none")
+        command = opa_command(opa)
         listed = run(command, ["fmt", "--list", "--", str(path)], folder=Path.cwd())
         if listed.code == 0 and listed.output and not check_only:
             listed_again = run(command, ["fmt", "--write", "--", str(path)], folder=Path.cwd())
@@ -345,7 +352,7 @@ def _signer(key: Path, key_id: str | None, algorithm: str, scope: str | None) ->
     if not key_id:
         raise typer.BadParameter("is needed with --signing-key.", param_hint="--key-id")
     return Signer(
-        private_key_pem=key.read_bytes(),
+        private_key_pem=_private_key(key),
         key_id=key_id,
         algorithm=_algorithm(algorithm),
         scope=scope,
@@ -360,6 +367,29 @@ def _algorithm(name: str) -> str:
             f"must be one of {', '.join(ALGORITHMS)}.", param_hint="--algorithm"
         )
     return name
+
+
+def _private_key(file: Path) -> bytes:
+    """The text of a private key in PEM form."""
+    from cryptography.exceptions import UnsupportedAlgorithm  # noqa: PLC0415
+    from cryptography.hazmat.primitives.serialization import (  # noqa: PLC0415
+        load_pem_private_key,
+    )
+
+    pem = file.read_bytes()
+    try:
+        load_pem_private_key(pem, password=None)
+    except TypeError:
+        raise typer.BadParameter(
+            f"{file} has a passphrase, which is not asked for; write the key without one:"
+            " openssl pkey -in KEY -out NEW.",
+            param_hint="--signing-key",
+        ) from None
+    except (ValueError, UnsupportedAlgorithm):
+        raise typer.BadParameter(
+            f"{file} is no private key in PEM form.", param_hint="--signing-key"
+        ) from None
+    return pem
 
 
 def _public_key(file: Path) -> bytes:
@@ -557,6 +587,7 @@ def _tested_lines(report: Report, *, min_coverage: float) -> Iterator[str]:
     yield f"{passed:,} of {_counted(len(report.results), 'test')} passed"
     if report.coverage is None:
         yield "coverage was not measured, as a test failed"
+        yield "To see which condition failed: opa test --bundle --var-values DIRECTORY"
         return
     enough = "" if report.coverage.percent >= min_coverage else f", less than {min_coverage:g} %"
     yield f"{report.coverage.percent:.1f} % of the lines are tested{enough}"

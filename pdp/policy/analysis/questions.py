@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Final
 
 from pdp.canonical import JsonObject, JsonValue
@@ -119,6 +120,12 @@ class Estate:
         return _object(_object(tools.get(tool)).get("arguments"))
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The known name that is most like an unknown one, in brackets; empty if none is."""
+    close = get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
 class Questionnaire:
     """Makes the questions about one or more versions of a bundle's data.
 
@@ -198,14 +205,27 @@ class Questionnaire:
         """What is asked for and neither the data nor the cases know, in words."""
         roles = {role for estate in self._estates for _, role in estate.all_roles()}
         roles |= {*(self._cases.roles or ())}
-        found = []
-        for kind, wanted, known in (
-            ("tenant", self._only.tenants, self.tenants()),
-            ("role", self._only.roles, roles),
-            ("tool", self._only.tools, self.tools()),
-        ):
-            found += [f"{kind} {name}" for name in sorted(wanted.difference(known))]
-        return found
+        tenants = {tenant for estate in self._estates for tenant in estate.tenants}
+        tools = {tool for estate in self._estates for tool in estate.tools}
+        tools |= {*self._cases.tools}
+        return [
+            f"{kind} {name}{did_you_mean(name, known)}"
+            for kind, wanted, known in (
+                ("tenant", self._only.tenants, tenants),
+                ("role", self._only.roles, roles),
+                ("tool", self._only.tools, tools),
+            )
+            for name in sorted(wanted.difference(known))
+        ]
+
+    def cases_without_tool(self) -> dict[str, str]:
+        """The tools that only the cases name, each with the like of it in the data, in words.
+        None where the data name no tools, as then only the Rego knows them.
+        """
+        known = {tool for estate in self._estates for tool in estate.tools}
+        if not known:
+            return {}
+        return {tool: did_you_mean(tool, known) for tool in self._cases.tools if tool not in known}
 
     def _why_not_made(self, tool: str) -> str | None:
         reason = None

@@ -6,7 +6,7 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -59,6 +59,8 @@ class Trace:
     """The conditions whose failing led to a denial; none when it is allowed."""
     held: tuple[Place, ...]
     """The conditions that held in a rule which denies, where no other failed."""
+    error: str = ""
+    """What OPA says where the evaluation fails, as for two values of one rule."""
 
 
 def trace(bundle: Bundle, document: JsonObject, *, opa: Path, reason_code: str) -> Trace:
@@ -70,8 +72,8 @@ def trace(bundle: Bundle, document: JsonObject, *, opa: Path, reason_code: str) 
         raise TraceError("the bundle carries no Rego sources, so its rules can not be named")
     with tempfile.TemporaryDirectory() as folder:
         _write(bundle, Path(folder))
-        events = _events(Path(folder), document, opa)
-    return _Reader(bundle.rego, events).read(reason_code)
+        events, error = _events(Path(folder), document, opa)
+    return replace(_Reader(bundle.rego, events).read(reason_code), error=error)
 
 
 def _write(bundle: Bundle, folder: Path) -> None:
@@ -83,7 +85,8 @@ def _write(bundle: Bundle, folder: Path) -> None:
     (folder / "data.json").write_bytes(bundle.data)
 
 
-def _events(folder: Path, document: JsonObject, opa: Path) -> list[dict[str, Any]]:
+def _events(folder: Path, document: JsonObject, opa: Path) -> tuple[list[dict[str, Any]], str]:
+    """The events of the evaluation, and the error that it ended with, if any."""
     query = f"data.{Entrypoint.AUTHZ_DECISION.replace('/', '.')}"
     command = [
         str(opa.absolute()),
@@ -104,12 +107,14 @@ def _events(folder: Path, document: JsonObject, opa: Path) -> list[dict[str, Any
             timeout=TIMEOUT_SECONDS,
             check=False,
         )
-        events: list[dict[str, Any]] = json.loads(done.stdout).get("explanation", [])
+        said = json.loads(done.stdout)
+        events: list[dict[str, Any]] = said.get("explanation", [])
+        errors = [str(error.get("message")) for error in said.get("errors") or []]
     except (OSError, subprocess.TimeoutExpired, ValueError) as error:
         raise TraceError(f"the opa command gave no trace: {type(error).__name__}") from None
     if not events:
         raise TraceError("the opa command gave no trace: it could not evaluate the bundle")
-    return events
+    return events, "\n".join(errors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +291,7 @@ def _values(event: Mapping[str, Any]) -> dict[str, str]:
             text = json.dumps(value, ensure_ascii=False)
             if len(text) <= MAX_VALUE_LENGTH:
                 found[named] = text
-    return found
+    return dict(sorted(found.items()))  # OPA lists them in another order each time
 
 
 def _mentions(node: object, text: str) -> bool:

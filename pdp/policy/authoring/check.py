@@ -17,7 +17,7 @@ from pdp.policy.analysis.questions import Estate, Only, Questionnaire
 from pdp.policy.archive import Files
 from pdp.policy.authoring import schemas
 from pdp.policy.authoring.command import Done, run
-from pdp.policy.authoring.findings import Finding, Severity
+from pdp.policy.authoring.findings import Finding, Severity, broken_json
 from pdp.policy.authoring.names import check_names
 from pdp.policy.authoring.sources import folder_of, opa_sources
 from pdp.policy.bundle import Bundle, assemble
@@ -63,7 +63,10 @@ def check(files: Files, commands: Commands, *, place: str) -> Checked:
         part = read_part(files, name=place, place=place, verifier=None)
         bundle = assemble([part])
     except BundleError as error:
-        return Checked(findings=(_error(error.message),))
+        broken = tuple(broken_json(files))
+        return Checked(findings=broken or (_error(error.message),))
+    if not (part.rego or part.wasm or part.data):
+        return Checked(findings=(_error(_NOTHING),))
     notes: list[str] = []
     findings: list[Finding] = []
     if any(not is_test(name) for name in part.rego):
@@ -80,7 +83,7 @@ def check(files: Files, commands: Commands, *, place: str) -> Checked:
         if bundle.wasm is None:
             notes.append("It holds no rules: what it decides is not checked.")
         else:
-            contract = _contract(bundle)
+            contract = _contract(bundle, commands.opa)
             findings += contract.findings
             samples = contract.samples
     except BundleError as error:
@@ -94,6 +97,12 @@ def check(files: Files, commands: Commands, *, place: str) -> Checked:
         linted = _linted(files, commands.regal)
         findings += sorted(linted, key=lambda finding: (finding.file, finding.row))
     return Checked(findings=tuple(findings), samples=samples, notes=tuple(notes))
+
+
+_NOTHING: Final = (
+    "There is no Rego, no policy.wasm and no data: name the directory that holds .manifest, or"
+    " the .tar.gz."
+)
 
 
 def _error(message: str) -> Finding:
@@ -184,7 +193,7 @@ def _linted(files: Files, regal: Path) -> Iterator[Finding]:
 # The contract of the entrypoints
 
 
-def _contract(bundle: Bundle) -> Checked:
+def _contract(bundle: Bundle, opa: Path) -> Checked:
     """Ask each entrypoint what the data suggest, and read the answers as the sidecar does.
 
     Raises BundleError when the embedded engine can not load the bundle.
@@ -200,11 +209,45 @@ def _contract(bundle: Bundle) -> Checked:
                 except PolicyError as error:
                     if error.reason_code == ReasonCode.POLICY_UNDEFINED:
                         continue
-                    faults.setdefault(
-                        (entrypoint, error.message),
-                        _error(f"{entrypoint}: {error.message} It was asked {_told(document)}."),
-                    )
+                    if (entrypoint, error.message) in faults:
+                        continue
+                    fault = _error(f"{entrypoint}: {error.message} It was asked {_told(document)}.")
+                    if error.reason_code == ReasonCode.POLICY_ERROR:
+                        fault = _with_reason(fault, bundle, entrypoint, document, opa)
+                    faults[entrypoint, error.message] = fault
     return Checked(findings=tuple(faults.values()), samples=samples)
+
+
+def _with_reason(
+    fault: Finding, bundle: Bundle, entrypoint: Entrypoint, document: JsonObject, opa: Path
+) -> Finding:
+    """The fault with what a real OPA says of it, which knows the lines: the embedded engine
+    only says that it failed. As it was where OPA has nothing to say.
+    """
+    rego = {name: text for name, text in bundle.rego.items() if not is_test(name)}
+    query = f"data.{entrypoint.replace('/', '.')}"
+    with (
+        folder_of(opa_sources(rego, bundle.data)) as folder,
+        folder_of({_INPUT: json.dumps(document).encode()}) as beside,
+    ):
+        options = ["--format", "json", "--bundle", ".", "--input", str(beside / _INPUT)]
+        done = run(opa, ["eval", *options, query], folder=folder)
+    try:
+        said = _listed(done, "errors")
+    except BundleError:
+        return fault
+    if not said:
+        return fault
+    location = said[0].get("location") or {}
+    return replace(
+        fault,
+        message=f"{fault.message}\n{said[0]['message']}",
+        file=location.get("file", ""),
+        row=location.get("row", 0),
+    )
+
+
+_INPUT: Final = "input.json"
 
 
 def _samples(bundle: Bundle) -> Mapping[Entrypoint, Iterator[JsonObject]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,18 @@ class Done:
                 f"A command did not do what it is there for; it said: {said or 'nothing'}",
             ) from None
         return value
+
+
+def opa_command(given: Path | None) -> Path:
+    """The absolute path of the opa command, given or on PATH. Raises BundleError."""
+    found = given or shutil.which("opa")
+    if found is None:
+        raise BundleError(
+            ReasonCode.POLICY_UNAVAILABLE,
+            "There is no opa command on PATH, which this needs. Install OPA 1.22 or newer, or name"
+            " it with --opa.",
+        )
+    return Path(found).absolute()
 
 
 def run(

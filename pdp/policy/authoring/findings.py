@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -11,6 +12,7 @@ import yaml
 
 from pdp.policy.archive import Files
 from pdp.policy.data import is_data
+from pdp.policy.manifest import MANIFEST
 
 MAX_READ_FOR_LINES_BYTES: Final = 4 * 1024 * 1024
 """Lines are not looked up in larger data files, as it would take too long."""
@@ -43,6 +45,34 @@ class Finding:
     def place(self) -> str:
         """File and line, as far as they are known."""
         return f"{self.file}:{self.row}" if self.row else self.file
+
+
+def broken_json(files: Files) -> Iterator[Finding]:
+    """Where JSON that the bundle is read from is none, or names a key twice in an object."""
+    for name in sorted(files):
+        if name != MANIFEST and not (is_data(name) and name.endswith(".json")):
+            continue
+        try:
+            json.loads(files[name])
+        except json.JSONDecodeError as error:
+            message = f"is not JSON: {error.msg} (column {error.colno})"
+            yield Finding(severity=Severity.ERROR, message=message, file=name, row=error.lineno)
+        except (ValueError, RecursionError):
+            continue  # text or numbers that no file may hold; the reader says what it is
+        else:
+            yield from _repeated_keys(name, _composed(files[name]))
+
+
+def _repeated_keys(name: str, node: yaml.Node | None) -> Iterator[Finding]:
+    if node is None:
+        return
+    seen = set()
+    for key, row, value in _children(node):
+        if key in seen:
+            message = f"the key {key} stands twice in one object"
+            yield Finding(severity=Severity.ERROR, message=message, file=name, row=row)
+        seen.add(key)
+        yield from _repeated_keys(name, value)
 
 
 class DataPlaces:

@@ -21,7 +21,7 @@ def start(directory: Path) -> list[str]:
     written.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise refused(str(directory), "is there already, and not an empty directory")
+        raise refused(str(directory), "is there already, and not an empty directory; name another")
     template = _template()
     files = {
         file.relative_to(template).as_posix(): file

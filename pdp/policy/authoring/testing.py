@@ -244,8 +244,7 @@ def _test(listed: dict[str, Any]) -> _Test:
     if listed.get("skip"):
         outcome = Outcome.SKIPPED
     elif error:
-        timed_out = isinstance(error, dict) and error.get("code") == "eval_cancel_error"
-        outcome, note = Outcome.FAILED, _TOO_LONG if timed_out else _ERROR
+        outcome, note = Outcome.FAILED, _told_of_error(error)
     elif listed.get("fail"):
         outcome = Outcome.FAILED
     failed_cases = tuple(sorted(_failed_cases(cases)))
@@ -260,6 +259,17 @@ def _test(listed: dict[str, Any]) -> _Test:
 
 _TOO_LONG: Final = f"longer than {TEST_TIMEOUT_SECONDS} seconds"
 _ERROR: Final = "an error"
+MAX_ERROR_LENGTH: Final = 500
+"""Characters that are shown of what OPA says of a test that ends with an error."""
+
+
+def _told_of_error(error: Any) -> str:  # noqa: ANN401 - whatever OPA wrote
+    """What OPA says of it, on one line: of two values of a rule, both and their places."""
+    if not isinstance(error, dict):
+        return _ERROR
+    if error.get("code") == "eval_cancel_error":
+        return _TOO_LONG
+    return " ".join(str(error.get("message") or _ERROR).split())[:MAX_ERROR_LENGTH]
 
 
 def _failed_cases(cases: Mapping[str, Any]) -> Iterator[str]:

@@ -96,7 +96,21 @@ def test_a_mistake_in_the_cases_file_is_named_with_its_line(plain: Path, tmp_pat
 def test_a_name_that_nobody_knows_is_refused(plain: Path) -> None:
     result = run("matrix", plain, "--tenant", "acmee", "--role", "x", "--tool", "notes.read")
     assert result.exit_code == 2
-    assert result.stderr == "Neither the bundle nor the cases know tenant acmee, role x.\n"
+    assert result.stderr == (
+        "Neither the bundle nor the cases know tenant acmee (did you mean acme?), role x.\n"
+    )
+
+
+def test_a_case_for_a_tool_that_is_not_there_is_named_on_stderr(
+    plain: Path, tmp_path: Path
+) -> None:
+    cases = tmp_path / "cases.yaml"
+    cases.write_text("tools: {notes.reed: [{arguments: {}}]}\n")
+    result = run("matrix", plain, "--cases", cases)
+    assert result.exit_code == 0
+    assert "the tool notes.reed, which data.tools has not (did you mean notes.read?)" in (
+        result.stderr
+    )
 
 
 def test_a_bundle_that_can_not_be_read_is_refused(tmp_path: Path) -> None:

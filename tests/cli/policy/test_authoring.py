@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519
 from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
     Encoding,
     NoEncryption,
     PrivateFormat,
@@ -225,6 +226,9 @@ def test_signing_writes_in_place_or_elsewhere(built: Path, keys: Path, tmp_path:
         (["build", "{policy}", "-o", "x", "--revision", "a b"], "has a revision in .manifest"),
         (["build", "{policy}", "-o", "x", "--key-id", "k"], "needs --signing-key too"),
         (["build", "{policy}", "-o", "x", "--signing-key", "{key}"], "is needed with --signing"),
+        (["build", "{empty}", "-o", "x"], "holds no Rego to build"),
+        (["fmt", "{empty}"], "it is no .rego file, and holds none"),
+        (["fmt", "{key}"], "it is no .rego file, and holds none"),
         (["sign", "missing", "--signing-key", "{key}", "--key-id", "k"], "can not be read"),
         (["sign", "{key}", "--signing-key", "{key}", "--key-id", "k"], "not a whole .tar.gz"),
         (["sign", "{built}", "--signing-key", "missing", "--key-id", "k"], "missing can not be"),
@@ -234,7 +238,7 @@ def test_signing_writes_in_place_or_elsewhere(built: Path, keys: Path, tmp_path:
         ),
         (
             ["sign", "{built}", "--signing-key", "{public}", "--key-id", "k"],
-            "The signing key must be the private half",
+            "public.pem is no private key in PEM form",
         ),
         (["verify", "missing", "--public-key", "{public}", "--key-id", "k"], "can not be read"),
         (["verify", "{built}", "--public-key", "missing", "--key-id", "k"], "missing can not be"),
@@ -249,10 +253,12 @@ def test_signing_writes_in_place_or_elsewhere(built: Path, keys: Path, tmp_path:
     ),
 )
 def test_what_can_not_be_used_is_told_in_a_line(
-    policy: Path, keys: Path, built: Path, arguments: list[str], message: str
+    policy: Path, keys: Path, built: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
+    (tmp_path / "empty").mkdir()
     places: dict[str, Any] = {
         "policy": policy,
+        "empty": tmp_path / "empty",
         "key": keys / "key.pem",
         "public": keys / "public.pem",
         "built": built,
@@ -276,8 +282,22 @@ def test_without_opa_it_is_said_how_to_get_it(
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
 
-    for command in ("check", "test", "fmt"):
-        assert "Install OPA" in refused(pdp(command, policy))
+    for command in (["check"], ["test"], ["fmt"], ["build", "--out", policy / "x"]):
+        assert "Install OPA 1.22 or newer" in refused(pdp(*command, policy))
+
+
+def test_a_key_with_a_passphrase_is_told_from_one_that_is_broken(
+    built: Path, tmp_path: Path
+) -> None:
+    pem = ed25519.Ed25519PrivateKey.generate().private_bytes(
+        Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret")
+    )
+    key = tmp_path / "key.pem"
+    key.write_bytes(pem)
+
+    said = refused(pdp("sign", built, "--signing-key", key, "--key-id", "k"))
+
+    assert "has a passphrase" in " ".join(said.replace("│", " ").split())
 
 
 # check
@@ -354,6 +374,7 @@ def test_a_test_that_fails_is_named(policy: Path) -> None:
     assert done.exit_code == 1
     assert f"{name}:3: data.pdp.subject_test.test_x failed\n" in done.stdout
     assert "coverage was not measured" in done.stdout
+    assert "To see which condition failed: opa test --bundle --var-values" in done.stdout
 
 
 def test_too_few_lines_tested_is_a_failure(policy: Path) -> None:

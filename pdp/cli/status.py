@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 TIMEOUT_SECONDS: Final = 5.0
 MAX_STATUS_BYTES: Final = 4 * 1024 * 1024
+WIDTH_OF_A_FILE: Final = 240
+"""Columns of the table where it is not written to a terminal."""
 
 
 class Output(StrEnum):
@@ -90,14 +92,18 @@ def _show(found: JsonObject, faults: list[str]) -> None:
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = WIDTH_OF_A_FILE
     policy = _object(found.get("policy"))
     console.print(
         Text(
             f"{found.get('instance')} (pdp {found.get('version')}): policy {policy.get('revision')}"
         )
     )
-    table = Table("bundle", "revision", "in force since", "confirmed", "from")
+    table = Table()
+    for name in ("bundle", "revision", "in force since", "confirmed", "from"):
+        table.add_column(name, overflow="fold")
     for prefix, side in (("", policy), ("shadow: ", _object(policy.get("shadow")))):
         for bundle in _objects(side.get("bundles")):
             table.add_row(
@@ -108,7 +114,7 @@ def _show(found: JsonObject, faults: list[str]) -> None:
                 Text(str(bundle.get("place"))),
             )
     if table.row_count:
-        console.print(table)
+        console.print(table, soft_wrap=False)
     for fault in faults:
         console.print(Text(fault, style="red"))
     if not faults:
@@ -120,7 +126,7 @@ def _time(value: JsonValue) -> str:
 
     if not isinstance(value, int | float):
         return ""
-    return datetime.fromtimestamp(value, UTC).isoformat(sep=" ", timespec="seconds")
+    return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
 def _object(value: JsonValue) -> JsonObject:

@@ -53,13 +53,14 @@ docs: .venv/dev $(OPA) .tools/opa-cases ## Generate the reference pages in docs/
 lock: .venv/dev ## Pin every dependency with its hashes
 	scripts/lock.sh
 
-bench: .venv/dev $(OPA) ## Measure the stub, the policy, reloads, the ledger and imports
+bench: .venv/dev $(OPA) ## Measure stub, policy, reloads, ledger, imports, and a flood of a neighbour
 	$(PY) bench/bench_import.py
 	$(PY) bench/bench_ledger.py
 	$(PY) bench/bench_guard.py
 	$(PY) bench/bench_policy.py
 	$(PY) bench/bench_reload.py
 	$(PY) bench/bench_matrix.py
+	$(PY) bench/bench_neighbours.py
 
 bench-budget: .venv/dev $(REDIS) ## Measure every store of budgets, and what check-then-record lets through
 	$(PY) bench/bench_budget.py

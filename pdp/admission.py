@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
@@ -36,6 +37,10 @@ BUSY_SECONDS: Final = 0.1
 """When to ask again, at the least, where that depends on calls that are under way."""
 MAX_RETRY_AFTER_SECONDS: Final = 5.0
 """No refused caller is told to wait longer, unless the rate itself asks for it."""
+MAX_HELD_BACK_SECONDS: Final = 1.0
+"""How long the answer to a call too many is held back at most."""
+MAX_HELD_BACK: Final = 1_024
+"""Such answers at the same time; one more is given at once."""
 _INSTANT_SECONDS: Final = 1e-6
 """No wait at all: what rounding makes of one."""
 RECORDED_BURST: Final = 10
@@ -127,11 +132,16 @@ class Admission:
         classes: Callable[[str], ServiceClass],
         max_idle_tenants: int = 10_000,
         clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        random: Callable[[], float] = random.random,
     ) -> None:
         """``max_waiting_calls`` bounds each lane too. ``classes`` tells what a tenant may
         use, as of now; it is asked for every call. Tenants without a call that are
         beyond ``max_idle_tenants`` are forgotten, and begin anew.
         """
+        self._sleep = sleep
+        self._random = random
+        self._held_back = 0
         self._waiting_tasks: set[asyncio.Task[object]] = set()
         self._lanes = {
             lane: _Lane(
@@ -140,13 +150,14 @@ class Admission:
                 classes=classes,
                 per_question=ENDINGS_PER_QUESTION if lane is Lane.ENDINGS else 1,
                 max_idle_tenants=max_idle_tenants,
-                waiting_tasks=self._waiting_tasks,
+                may_be_abandoned=self._may_be_abandoned,
                 clock=clock,
             )
             for lane in Lane
         }
-        self.max_calls = len(Lane) * (max_concurrent_calls + max_waiting_calls)
-        """Calls that are under way or wait at the same time, at the very most."""
+        self.max_calls = len(Lane) * (max_concurrent_calls + max_waiting_calls) + MAX_HELD_BACK
+        """Calls that are under way or wait at the same time, at the very most, those whose
+        refusal is held back included."""
 
     @property
     def waiting(self) -> int:
@@ -169,6 +180,33 @@ class Admission:
             yield
         finally:
             own.leave(place)
+
+    async def hold_back(self, error: AdmissionError) -> None:
+        """Wait before the refusal is answered, for no longer than there is no use in
+        asking again, and take that off what the caller is told. Even a refusal costs, and
+        who asks again at once would have the sidecar do little else.
+        """
+        if self._held_back >= MAX_HELD_BACK:
+            return
+        # Spread, so that callers who were refused together do not come back together.
+        seconds = min(error.retry_after_seconds, MAX_HELD_BACK_SECONDS) * (1 - self._random() / 2)
+        self._held_back += 1
+        try:
+            with self._may_be_abandoned():
+                await self._sleep(seconds)
+        finally:
+            self._held_back -= 1
+        error.retry_after_seconds -= seconds
+
+    @contextlib.contextmanager
+    def _may_be_abandoned(self) -> Iterator[None]:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - within a coroutine
+        self._waiting_tasks.add(task)
+        try:
+            yield
+        finally:
+            self._waiting_tasks.discard(task)
 
     def abandon(self, task: asyncio.Task[object]) -> None:
         """The caller of a task has gone: if it still waits, it leaves. What was let in
@@ -230,7 +268,7 @@ class _Lane:
         classes: Callable[[str], ServiceClass],
         per_question: int,
         max_idle_tenants: int,
-        waiting_tasks: set[asyncio.Task[object]],
+        may_be_abandoned: Callable[[], contextlib.AbstractContextManager[None]],
         clock: Callable[[], float],
     ) -> None:
         self._free = places
@@ -239,7 +277,7 @@ class _Lane:
         self._classes = classes
         self._per_question = per_question
         self._max_idle_tenants = max_idle_tenants
-        self._waiting_tasks = waiting_tasks
+        self._may_be_abandoned = may_be_abandoned
         self._clock = clock
         self._busy: dict[str, _Tenant] = {}
         self._idle: OrderedDict[str, _Tenant] = OrderedDict()
@@ -294,11 +332,9 @@ class _Lane:
         tenant.waiting[turn] = None
         self._turns.setdefault(tenant.name, tenant)
         self.waiting += 1
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101 - within a coroutine
-        self._waiting_tasks.add(task)
         try:
-            await turn
+            with self._may_be_abandoned():
+                await turn
         except BaseException:
             tenant.calls -= 1
             if turn in tenant.waiting:
@@ -307,8 +343,6 @@ class _Lane:
                 # It was given its place, and is cancelled in the same instant.
                 self._pass_on()
             raise
-        finally:
-            self._waiting_tasks.discard(task)
 
     def _pass_on(self) -> None:
         """A place is free: it goes to whose turn it is."""

@@ -139,10 +139,10 @@ class TenantLimits(_Section):
     max_concurrent_calls: Annotated[int, Field(ge=1, le=100_000)] = 256
     """Its calls at the same time, those that wait included; one more is refused with
     rate_limited."""
-    calls_per_second: Annotated[float, Field(ge=0.01, le=100_000)] = 200.0
+    calls_per_second: Annotated[float, Field(ge=0.01, le=100_000)] = 100.0
     """Its calls on average; faster ones are refused with rate_limited. Calls that finish
     what was begun (redeem, report, settle, release) count apart, at four times this."""
-    burst: Annotated[int, Field(ge=1, le=100_000)] = 400
+    burst: Annotated[int, Field(ge=1, le=100_000)] = 100
     """Its calls at once, after a pause."""
 
     @property
@@ -165,7 +165,7 @@ class ServerLimits(_Section):
     """Largest metadata of a call, the token included."""
     max_concurrent_streams: Annotated[int, Field(ge=1, le=10_000)] = 1_024
     """Calls under way per connection; gRPC resets what a client sends beyond."""
-    max_concurrent_calls: Annotated[int, Field(ge=1, le=100_000)] = 32
+    max_concurrent_calls: Annotated[int, Field(ge=1, le=100_000)] = 8
     """Calls that are worked on at the same time, and as many again that finish what was
     begun (redeem, report, settle, release). More wait, and tenants take turns."""
     max_waiting_calls: Annotated[int, Field(ge=0, le=100_000)] = 1_024

@@ -139,6 +139,7 @@ async def admitted(
                         detail={"unrecorded": error.unrecorded} if error.unrecorded else None,
                     )
                 )
+            await rooms.admission.hold_back(error)
             raise
         yield
 

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from pdp.admission import (
     BUSY_SECONDS,
     ENDINGS_PER_QUESTION,
+    MAX_HELD_BACK,
+    MAX_HELD_BACK_SECONDS,
     MAX_RETRY_AFTER_SECONDS,
     RECORDED_BURST,
     Admission,
@@ -391,6 +393,62 @@ def test_a_class_that_changes_counts_at_once() -> None:
         assert len(door.refused) == 1
 
     acting(act, places=1_000, classes=classes)
+
+
+# Refusals that are held back
+
+
+def refusal(retry_after_seconds: float) -> AdmissionError:
+    return AdmissionError(Refusal.RATE, retry_after_seconds=retry_after_seconds)
+
+
+def test_a_refusal_is_held_back_for_no_longer_than_asking_again_is_of_no_use() -> None:
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    async def run() -> None:
+        admission = Admission(
+            max_concurrent_calls=1,
+            max_waiting_calls=0,
+            classes=lambda _: WIDE,
+            sleep=sleep,
+            random=lambda: 0.5,
+        )
+        soon, late = refusal(0.01), refusal(60)
+        await admission.hold_back(soon)
+        await admission.hold_back(late)
+        assert slept == pytest.approx([0.0075, 0.75 * MAX_HELD_BACK_SECONDS]), "and is spread"
+        assert soon.retry_after_seconds + slept[0] == pytest.approx(0.01)
+        assert late.retry_after_seconds + slept[1] == pytest.approx(60), "the time told is the same"
+
+    asyncio.run(run())
+
+
+def test_refusals_that_are_held_back_are_bounded_and_leave_with_their_caller() -> None:
+    async def run() -> None:
+        forever = asyncio.Event()
+
+        async def sleep(_: float) -> None:
+            await forever.wait()
+
+        admission = Admission(
+            max_concurrent_calls=1, max_waiting_calls=0, classes=lambda _: WIDE, sleep=sleep
+        )
+        held = [asyncio.create_task(admission.hold_back(refusal(1))) for _ in range(MAX_HELD_BACK)]
+        await settled()
+        await admission.hold_back(refusal(1))  # is one too many, and does not wait
+        admission.abandon(held[0])
+        await settled()
+        assert held[0].cancelled()
+        again = asyncio.create_task(admission.hold_back(refusal(1)))
+        await settled()
+        assert not again.done(), "its place was given back"
+        forever.set()
+        await asyncio.gather(again, *held[1:])
+
+    asyncio.run(run())
 
 
 # Records and memory

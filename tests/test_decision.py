@@ -16,7 +16,14 @@ from typing import Any
 import pytest
 
 from pdp import decision
-from pdp.admission import RECORDED_BURST, Admission, AdmissionError, Priority, ServiceClass
+from pdp.admission import (
+    MAX_HELD_BACK_SECONDS,
+    RECORDED_BURST,
+    Admission,
+    AdmissionError,
+    Priority,
+    ServiceClass,
+)
 from pdp.audit.record import AuditError, AuditReceipt, AuditRecord, Outcome
 from pdp.budget.ledger import Account, Charge, IdempotencyKey, LedgerError, Limit, Receipt
 from pdp.budget.sqlite import SqliteLedger
@@ -99,6 +106,11 @@ class Steps:
     documents: list[JsonObject] = field(default_factory=list)
     records_policy_input: bool = False
     service: ServiceClass = TenantLimits().service_class
+
+    slept: list[float] = field(default_factory=list)
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
 
     def do(self, step: str) -> None:
         self.done.append(step)
@@ -195,6 +207,8 @@ async def ask(
             max_waiting_calls=0,
             classes=lambda _: steps.service,
             clock=lambda: NOW,
+            sleep=steps.sleep,
+            random=lambda: 0.0,
         ),
         policy=LivePolicy(Policy(steps)),
         ledger=ledger,
@@ -259,7 +273,8 @@ def test_a_call_too_many_is_on_record_as_its_tenant_s_and_takes_no_later_step(
     first, second = asked(tmp_path, steps, QUESTION, replace(QUESTION, request_id="request-2"))
     assert first.answer.permit is not None
     assert isinstance(second, AdmissionError)
-    assert second.retry_after_seconds == pytest.approx(60)
+    assert steps.slept == [MAX_HELD_BACK_SECONDS], "and is held back"
+    assert second.retry_after_seconds == pytest.approx(60 - MAX_HELD_BACK_SECONDS)
     assert steps.done[-2:] == ["identify", "record"]
     record = steps.records[1]
     assert (record.tenant_id, record.actor_id) == ("tenant_acme", "user-7")

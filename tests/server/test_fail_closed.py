@@ -30,7 +30,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def sidecar(tmp_path: Path, bundle: Path) -> Iterator[SidecarProcess]:
-    with SidecarProcess(tmp_path, issuer=ISSUER, bundle=bundle) as process:
+    # One caller asks for all of it here, as fast as it can.
+    config = {"limits": {"tenants": {"calls_per_second": 100_000, "burst": 100_000}}}
+    with SidecarProcess(tmp_path, issuer=ISSUER, bundle=bundle, config=config) as process:
         yield process
         limit_files(process, resource.RLIM_INFINITY)
 

@@ -346,7 +346,8 @@ def test_plain_tcp_beyond_loopback_is_refused(prepared: SidecarProcess) -> None:
 
 
 def test_sigterm_under_load_loses_nothing_that_was_answered(tmp_path: Path, bundle: Path) -> None:
-    sidecar = SidecarProcess(tmp_path, issuer=ISSUER, bundle=bundle)
+    as_fast_as_it_can = {"limits": {"tenants": {"calls_per_second": 100_000, "burst": 100_000}}}
+    sidecar = SidecarProcess(tmp_path, issuer=ISSUER, bundle=bundle, config=as_fast_as_it_can)
     acknowledged: list[tuple[int, str]] = []
     refusals: list[grpc.StatusCode] = []
     stopped = threading.Event()

@@ -68,8 +68,10 @@ class AuthorizationServiceServicer:
         token_expired, tenant_missing, tenant_unknown), INVALID_ARGUMENT
         (request_invalid, arguments_invalid, with google.rpc.BadRequest),
         ALREADY_EXISTS (idempotency_key_reused), UNAVAILABLE (budget_unavailable,
-        audit_unavailable), RESOURCE_EXHAUSTED (rate_limited), DEADLINE_EXCEEDED
-        (deadline_exceeded), INTERNAL (internal). Nothing is allowed by any of them.
+        audit_unavailable), RESOURCE_EXHAUSTED (rate_limited: one call too many of
+        this tenant, or of all; google.rpc.RetryInfo says when to ask again),
+        DEADLINE_EXCEEDED (deadline_exceeded), INTERNAL (internal). Nothing is
+        allowed by any of them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

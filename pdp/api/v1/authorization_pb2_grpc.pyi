@@ -49,8 +49,10 @@ class AuthorizationServiceStub:
     token_expired, tenant_missing, tenant_unknown), INVALID_ARGUMENT
     (request_invalid, arguments_invalid, with google.rpc.BadRequest),
     ALREADY_EXISTS (idempotency_key_reused), UNAVAILABLE (budget_unavailable,
-    audit_unavailable), RESOURCE_EXHAUSTED (rate_limited), DEADLINE_EXCEEDED
-    (deadline_exceeded), INTERNAL (internal). Nothing is allowed by any of them.
+    audit_unavailable), RESOURCE_EXHAUSTED (rate_limited: one call too many of
+    this tenant, or of all; google.rpc.RetryInfo says when to ask again),
+    DEADLINE_EXCEEDED (deadline_exceeded), INTERNAL (internal). Nothing is
+    allowed by any of them.
     """
     Watch: _grpc.UnaryStreamMultiCallable[_authorization_pb2.WatchRequest, _authorization_pb2.WatchResponse]
     """Tells what a client that keeps answers must know: first the policy revision
@@ -81,8 +83,10 @@ class AuthorizationServiceAsyncStub(AuthorizationServiceStub):
     token_expired, tenant_missing, tenant_unknown), INVALID_ARGUMENT
     (request_invalid, arguments_invalid, with google.rpc.BadRequest),
     ALREADY_EXISTS (idempotency_key_reused), UNAVAILABLE (budget_unavailable,
-    audit_unavailable), RESOURCE_EXHAUSTED (rate_limited), DEADLINE_EXCEEDED
-    (deadline_exceeded), INTERNAL (internal). Nothing is allowed by any of them.
+    audit_unavailable), RESOURCE_EXHAUSTED (rate_limited: one call too many of
+    this tenant, or of all; google.rpc.RetryInfo says when to ask again),
+    DEADLINE_EXCEEDED (deadline_exceeded), INTERNAL (internal). Nothing is
+    allowed by any of them.
     """
     Watch: _aio.UnaryStreamMultiCallable[_authorization_pb2.WatchRequest, _authorization_pb2.WatchResponse]  # type: ignore[assignment]
     """Tells what a client that keeps answers must know: first the policy revision
@@ -116,8 +120,10 @@ class AuthorizationServiceServicer(metaclass=_abc_1.ABCMeta):
         token_expired, tenant_missing, tenant_unknown), INVALID_ARGUMENT
         (request_invalid, arguments_invalid, with google.rpc.BadRequest),
         ALREADY_EXISTS (idempotency_key_reused), UNAVAILABLE (budget_unavailable,
-        audit_unavailable), RESOURCE_EXHAUSTED (rate_limited), DEADLINE_EXCEEDED
-        (deadline_exceeded), INTERNAL (internal). Nothing is allowed by any of them.
+        audit_unavailable), RESOURCE_EXHAUSTED (rate_limited: one call too many of
+        this tenant, or of all; google.rpc.RetryInfo says when to ask again),
+        DEADLINE_EXCEEDED (deadline_exceeded), INTERNAL (internal). Nothing is
+        allowed by any of them.
         """
 
     @_abc_1.abstractmethod

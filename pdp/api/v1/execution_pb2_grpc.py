@@ -67,6 +67,8 @@ class ExecutionServiceServicer:
         UNAUTHENTICATED: permit_invalid. PERMISSION_DENIED: permit_mismatch (other
         tool, arguments or audience). FAILED_PRECONDITION: permit_expired,
         permit_used. UNAVAILABLE: permit_unavailable, audit_unavailable.
+        RESOURCE_EXHAUSTED: rate_limited, with google.rpc.RetryInfo; new questions
+        of the tenant, however many, do not bring it about.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -43,6 +43,8 @@ class ExecutionServiceStub:
     UNAUTHENTICATED: permit_invalid. PERMISSION_DENIED: permit_mismatch (other
     tool, arguments or audience). FAILED_PRECONDITION: permit_expired,
     permit_used. UNAVAILABLE: permit_unavailable, audit_unavailable.
+    RESOURCE_EXHAUSTED: rate_limited, with google.rpc.RetryInfo; new questions
+    of the tenant, however many, do not bring it about.
     """
     ReportOutcome: _grpc.UnaryUnaryMultiCallable[_execution_pb2.ReportOutcomeRequest, _execution_pb2.ReportOutcomeResponse]
     """Says whether the tool ran, and what it cost: settles the hold of the call,
@@ -68,6 +70,8 @@ class ExecutionServiceAsyncStub(ExecutionServiceStub):
     UNAUTHENTICATED: permit_invalid. PERMISSION_DENIED: permit_mismatch (other
     tool, arguments or audience). FAILED_PRECONDITION: permit_expired,
     permit_used. UNAVAILABLE: permit_unavailable, audit_unavailable.
+    RESOURCE_EXHAUSTED: rate_limited, with google.rpc.RetryInfo; new questions
+    of the tenant, however many, do not bring it about.
     """
     ReportOutcome: _aio.UnaryUnaryMultiCallable[_execution_pb2.ReportOutcomeRequest, _execution_pb2.ReportOutcomeResponse]  # type: ignore[assignment]
     """Says whether the tool ran, and what it cost: settles the hold of the call,
@@ -96,6 +100,8 @@ class ExecutionServiceServicer(metaclass=_abc_1.ABCMeta):
         UNAUTHENTICATED: permit_invalid. PERMISSION_DENIED: permit_mismatch (other
         tool, arguments or audience). FAILED_PRECONDITION: permit_expired,
         permit_used. UNAVAILABLE: permit_unavailable, audit_unavailable.
+        RESOURCE_EXHAUSTED: rate_limited, with google.rpc.RetryInfo; new questions
+        of the tenant, however many, do not bring it about.
         """
 
     @_abc_1.abstractmethod

@@ -146,8 +146,9 @@ def expected_record(case: Case, seen: Seen, number: int, revision: str) -> JsonO
         record["resource"] = case.call["resource"]
     verdict = seen.heard[0]
     if allowed and isinstance(verdict, dict) and verdict.get("charge"):
-        charges = cast("list[dict[str, str]]", verdict["charge"])
-        record["charges"] = sorted(charges, key=lambda charge: (charge["budget"], charge["unit"]))
+        charges: list[Any] = cast("list[Any]", verdict["charge"])
+        charges.sort(key=lambda charge: (charge["budget"], charge["unit"]))
+        record["charges"] = charges
     return record
 
 

@@ -146,7 +146,7 @@ def expected_record(case: Case, seen: Seen, number: int, revision: str) -> JsonO
         record["resource"] = case.call["resource"]
     verdict = seen.heard[0]
     if allowed and isinstance(verdict, dict) and verdict.get("charge"):
-        charges: list[Any] = cast("list[Any]", verdict["charge"])
+        charges: list[Any] = list(cast("list[Any]", verdict["charge"]))
         charges.sort(key=lambda charge: (charge["budget"], charge["unit"]))
         record["charges"] = charges
     return record

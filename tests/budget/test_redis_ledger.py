@@ -295,8 +295,22 @@ def test_thousands_of_holds_that_expired_are_let_go_in_one_step(
     teller: Teller, redis_server: RedisServer
 ) -> None:
     many = limit(10**6, window=Window.LIFETIME)
-    for seconds in range(1, 3601, 2):
-        teller.reserve(calls(2), limits=[many], ttl_seconds=seconds)
+
+    async def burst() -> None:
+        await asyncio.gather(
+            *(
+                teller.ledger.reserve(
+                    ALICE,
+                    key("reserve", f"k-{seconds}"),
+                    charges=[calls(2)],
+                    limits=[many],
+                    ttl_seconds=seconds,
+                )
+                for seconds in range(1, 3601, 2)
+            )
+        )
+
+    teller.do(burst())
     assert teller.counts(many) == [(0, 3600)]
     teller.now = NOON + 1800
     assert teller.counts(many) == [(0, 1800)]
@@ -488,6 +502,7 @@ def test_a_server_without_memory_refuses_whole_operations(
     asyncio.run(scene())
 
 
+@pytest.mark.slow
 def test_what_was_acknowledged_survives_the_death_of_the_server(tmp_path: Path) -> None:
     server = RedisServer(tmp_path / "redis", "appendfsync always").start()
     acknowledged: list[str] = []
@@ -659,6 +674,7 @@ def test_over_tls_both_sides_show_certificates_that_the_other_knows(tmp_path: Pa
 # Several servers
 
 
+@pytest.mark.slow
 def test_in_a_cluster_each_tenant_lies_whole_on_one_node(tmp_path: Path) -> None:
     ports = [free_port() for _ in range(3)]
     nodes = [
@@ -723,6 +739,7 @@ async def use_cluster(nodes: list[RedisServer], addresses: list[str]) -> None:
             assert state.spent == 4
 
 
+@pytest.mark.slow
 def test_sentinels_name_the_primary_and_its_successor(tmp_path: Path) -> None:
     port, second_port, guard_port = free_port(), free_port(), free_port()
     fast = ("repl-diskless-sync-delay 0", "repl-ping-replica-period 1")

@@ -413,6 +413,30 @@ def test_a_server_that_forgets_is_refused_unless_told_otherwise(
         redis_server.command("CONFIG", "SET", name, before)
 
 
+def test_a_server_that_is_too_old_is_refused(tmp_path: Path) -> None:
+    place = tmp_path / "old.sock"
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while request := await reader.read(4096):
+            if b"HELLO" in request:
+                writer.write(b"*4\r\n$6\r\nserver\r\n$5\r\nredis\r\n")
+                writer.write(b"$7\r\nversion\r\n$6\r\n6.2.14\r\n")
+            else:
+                writer.write(b"+OK\r\n" * request.count(b"*"))
+        writer.close()
+        await writer.wait_closed()
+        done.set()
+
+    async def scene() -> None:
+        async with await asyncio.start_unix_server(answer, place):
+            with pytest.raises(StorageError, match=r"version 6\.2\.14: 7\.0 or later"):
+                await open_redis(RedisSettings(unix=place))
+            await done.wait()
+
+    done = asyncio.Event()
+    asyncio.run(scene())
+
+
 ACL = (
     "user pdp on >s3cret ~pdp:* -@all +hello +eval +evalsha +time +get +set +del +expire"
     " +hset +hmget +hincrby +hdel +zadd +zrange +zrangebyscore +zrem +zremrangebyscore"

@@ -383,6 +383,22 @@ def test_a_status_is_read_for_its_reason(
     assert denied.retry_after_seconds == retry_after_seconds
 
 
+def test_a_call_too_many_is_asked_once_and_told_when_to_ask_again(
+    face_of: Callable[..., Face], stand_in: StandIn
+) -> None:
+    trailers, *_ = STATUSES["and when to ask again"]
+
+    def answer(_request: Request, context: Context) -> Response:
+        context.set_trailing_metadata(trailers)
+        context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "Try again later.")
+        raise AssertionError
+
+    stand_in.answer = answer
+    denied = attempt(face_of(stand_in.target))
+    assert (denied.reason_code, denied.retry_after_seconds) == ("rate_limited", 3.5)
+    assert len(stand_in.asked) == 1, "waiting is the caller's choice, not the stub's"
+
+
 def raising(error: BaseException) -> Callable[..., Any]:
     def resource(**_arguments: Any) -> Any:
         raise error

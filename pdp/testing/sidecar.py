@@ -17,6 +17,7 @@ import yaml
 from pdp.testing.issuer import TokenIssuer
 
 START_TIMEOUT_SECONDS: Final = 30.0
+_POLL_SECONDS: Final = 0.005
 
 
 class SidecarProcess:
@@ -71,10 +72,12 @@ class SidecarProcess:
             encoding="utf-8",
         )
         self.process: subprocess.Popen[bytes] | None = None
+        self._log_begins_at = 0
 
     def start(self) -> Self:
         """Start it, and wait until it answers. Raises RuntimeError with its log."""
         with self.log.open("ab") as log:
+            self._log_begins_at = log.tell()
             self.process = subprocess.Popen(  # noqa: S603 - this product's own command
                 [sys.executable, "-m", "pdp", "serve", "--config", str(self.config_file)],
                 stdin=subprocess.DEVNULL,
@@ -86,7 +89,7 @@ class SidecarProcess:
         return self
 
     def wait_until_ready(self) -> None:
-        """Wait until the health service says SERVING."""
+        """Wait until it answers, and has said in its log where."""
         import grpc  # noqa: PLC0415 - only with a process to ask
         from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: PLC0415
 
@@ -103,8 +106,15 @@ class SidecarProcess:
                     check(health_pb2.HealthCheckRequest(), timeout=0.5, wait_for_ready=True)
                 except grpc.RpcError:
                     continue
-                return
+                if self._said_where():
+                    return
+                time.sleep(_POLL_SECONDS)
         raise RuntimeError(f"the sidecar did not start:\n{self.log.read_text(encoding='utf-8')}")
+
+    def _said_where(self) -> bool:
+        with self.log.open("rb") as log:
+            log.seek(self._log_begins_at)
+            return b"pdp: serving on " in log.read()
 
     def terminate(self, *, timeout_seconds: float = 20.0) -> int:
         """SIGTERM, and wait; its exit code."""

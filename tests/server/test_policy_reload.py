@@ -86,7 +86,7 @@ def ask(caller: Caller) -> authorization_pb2.AuthorizeResponse:
     return caller.authorize("orders.read", {"order_id": "918"})
 
 
-def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -254,6 +254,7 @@ def test_a_policy_past_its_age_is_denied_and_probes_say_so(tmp_path: Path, path:
         with pytest.raises(urllib.error.HTTPError) as unready:
             http(sidecar, "/readyz")
         assert unready.value.code == 503
+        unready.value.close()
         assert "pdp_policy_stale 1.0" in http(sidecar, "/metrics")
         release(path, 2)
         until(lambda: ask(caller).policy_revision == "r2")

@@ -10,6 +10,7 @@ true; a script that finds others says so, and the caller asks anew.
 from __future__ import annotations
 
 import json
+import logging
 import time
 import uuid
 from collections import OrderedDict
@@ -50,6 +51,10 @@ parts, and again where both change meanwhile."""
 REMEMBERED_HOLDS: Final = 4096
 """Holds whose parts are remembered, so that settling them takes one script."""
 
+KNOWN_TENANTS: Final = 10_000
+"""Tenants of whom it is remembered that the store knows them."""
+
+_log: Final = logging.getLogger(__name__)
 _SCRIPTS: Final = Path(__file__).parent / "scripts"
 
 
@@ -105,6 +110,9 @@ class RedisLedger:
         self._ahead = 0.0
         """How far the store's clock was ahead when it last said so: only a guess."""
         self._parts: OrderedDict[str, str] = OrderedDict()
+        self._tenants: OrderedDict[str, None] = OrderedDict()
+        """Those that have a clock in the store, for all that this ledger has seen."""
+        self._lost = False
 
     async def reserve(
         self,
@@ -159,11 +167,11 @@ class RedisLedger:
             async def ask(now: float) -> list[str]:
                 bounds = [window_bounds(limit.window, now) for limit in applied]
                 keys = [_clock_key(account)]
-                arguments = self._preamble(attempt)
+                arguments = self._preamble(account, attempt)
                 for limit, window in zip(applied, bounds, strict=True):
                     keys += _account_keys(account.tenant, _account_name(account, limit, window))
                     arguments += _edges(window)
-                reply = await self._store.run(_STATE, keys, arguments)
+                reply = await self._run(account, _STATE, keys, arguments)
                 return [*reply, *(_optional(window.ends_at) for window in bounds)]
 
             _, sums, _, *ends = await self._until_timely(ask)
@@ -221,7 +229,7 @@ class RedisLedger:
                     _hold_key(account, taken_id),
                 ]
                 arguments = [
-                    *self._preamble(attempt),
+                    *self._preamble(account, attempt),
                     key.content_sha256,
                     key.note,
                     asked,
@@ -236,7 +244,7 @@ class RedisLedger:
                     amount = amounts[limit.budget, limit.unit]
                     arguments += [*_edges(window), str(limit.limit), str(amount)]
                     arguments.append(_limit_json(limit))
-                return await self._store.run(_TAKE, keys, arguments)
+                return await self._run(account, _TAKE, keys, arguments)
 
             receipt = _receipt(await self._until_timely(ask), asked, key.note, applied)
             if receipt.expires_at and not receipt.replayed:
@@ -272,7 +280,7 @@ class RedisLedger:
                 ]
                 asked = _asked_json(hold_id, shown)
                 arguments = [
-                    *self._preamble(attempt),
+                    *self._preamble(account, attempt),
                     key.content_sha256,
                     key.note,
                     asked,
@@ -293,7 +301,7 @@ class RedisLedger:
                     for name in part.accounts:
                         keys += _account_keys(account.tenant, name)
                         arguments += [str(posted.get(pair, 0)), str(part.charge.amount)]
-                reply = await self._store.run(_RESOLVE, keys, arguments)
+                reply = await self._run(account, _RESOLVE, keys, arguments)
                 if reply[0] != "parts":
                     return _receipt(reply, asked, key.note, ())
                 parts_json = reply[1]
@@ -318,14 +326,38 @@ class RedisLedger:
         except StorageError as error:
             raise LedgerError(ReasonCode.BUDGET_UNAVAILABLE, error.message) from error
 
-    def _preamble(self, attempt: str) -> list[str]:
+    def _preamble(self, account: Account, attempt: str) -> list[str]:
         """The arguments that every script begins with."""
+        strict = "s" if self._store.strict else ""
+        known = "k" if account.tenant in self._tenants else ""
         return [
             attempt,
             "" if self._clock is None else repr(self._clock()),
-            _flag(self._store.strict),
+            strict + known,
             str(self._kept_seconds),
         ]
+
+    async def _run(
+        self, account: Account, script: Script, keys: list[str], arguments: list[str]
+    ) -> list[str]:
+        """Run a script of a tenant. Raises StorageError where the store has lost what it
+        had of the tenant: counting from zero would be wrong.
+        """
+        reply = await self._store.run(script, keys, arguments)
+        if reply[0] == "lost":
+            if not self._lost:
+                _log.error(
+                    "the shared store has lost budgets: restore it, or restart the sidecars to"
+                    " begin with nothing spent"
+                )
+            self._lost = True
+            raise StorageError("The store has lost what was spent: nothing can be decided.")
+        if reply[0] == "done":
+            self._tenants[account.tenant] = None
+            self._tenants.move_to_end(account.tenant)
+            if len(self._tenants) > KNOWN_TENANTS:
+                self._tenants.popitem(last=False)
+        return reply
 
     def _remember_parts(self, hold_id: str, parts: str) -> None:
         self._parts[hold_id] = parts

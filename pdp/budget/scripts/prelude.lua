@@ -4,7 +4,8 @@
 -- KEYS[1] the tenant's clock: the highest time seen, in whole Unix seconds
 -- ARGV[1] attempt: stands first in the reply, so that no reply can pass for another's
 -- ARGV[2] the time, for tests; empty: the server's clock
--- ARGV[3] "1": a reply must not leave before replicas can be waited for
+-- ARGV[3] flags: "s", a reply must not leave before replicas can be waited for;
+--   "k", the caller knows that the tenant has a clock, so that without one all is lost
 -- ARGV[4] seconds for which answers and holds are kept
 --
 -- Whatever is refused is refused before anything is written: Redis undoes nothing. For
@@ -12,7 +13,8 @@
 -- Amounts come and go as text. As numbers they are doubles, exact below 2^53; sums
 -- are compared by subtracting, which stays exact wherever it decides.
 
-local attempt, strict, kept = ARGV[1], ARGV[3] == '1', tonumber(ARGV[4])
+local attempt, kept = ARGV[1], tonumber(ARGV[4])
+local strict = string.find(ARGV[3], 's', 1, true) ~= nil
 local MOST = 9007199254740991
 local CLOCK_KEPT = 400 * 86400
 local FIELDS_AT_ONCE = 1000 -- Lua passes some 8000 arguments at most
@@ -21,7 +23,11 @@ local function whole(number)
   return string.format('%.0f', number)
 end
 
-local highest = tonumber(redis.call('GET', KEYS[1]) or '0')
+local clock = redis.call('GET', KEYS[1])
+if not clock and string.find(ARGV[3], 'k', 1, true) then
+  do return {attempt, 'lost'} end
+end
+local highest = tonumber(clock or '0')
 local now
 if ARGV[2] ~= '' then
   now = tonumber(ARGV[2])

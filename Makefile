@@ -15,7 +15,7 @@ help: ## List the commands
 demo: .venv/demo ## Watch the main job and the attacks on it (no Go, no service needed)
 	@.venv/bin/pdp demo
 
-test: .venv/dev $(OPA) .tools/opa-cases $(REDIS) ## Set up what the tests need and run them
+test: .venv/dev $(OPA) .tools/regal .tools/opa-cases $(REDIS) ## Set up what the tests need and run them
 	@.venv/bin/pytest -m "not slow" --cov --cov-report=term
 
 test-slow: .venv/dev $(OPA) .tools/opa-cases .tools/crane $(REDIS) ## The suites that take longer: kill loops, long property tests

@@ -45,7 +45,7 @@ class TokenIssuer:
         *,
         roles: Sequence[str] = (),
         scopes: Sequence[str] = (),
-        lifetime_seconds: int = 300,
+        lifetime_seconds: int = 3_600,
         **claims: Any,  # noqa: ANN401 - any claim, wrong ones too
     ) -> str:
         """A signed token. ``claims`` are added, or take the place of usual ones; one

@@ -107,7 +107,7 @@ CLAIMS: Final = {
     "iss": ISSUER.issuer,
     "aud": ISSUER.audience,
     "sub": "user-7",
-    "exp": int(time.time()) + 300,
+    "exp": int(time.time()) + 3_600,
     "tenant_id": "tenant_acme",
 }
 NO_IDENTITY: Final[dict[str, tuple[Sequence[tuple[str, str]], str]]] = {

@@ -260,7 +260,7 @@ class VerificationKey(_Section):
     """PEM file with the public key."""
     algorithm: Literal[
         "EdDSA", "ES256", "ES384", "ES512", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512"
-    ] = "RS256"
+    ] = "EdDSA"
     """The one algorithm that this key signs with."""
 
 

@@ -8,19 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Final
 
 from pdp.canonical import JsonObject, canonical_bytes
 from pdp.policy.archive import MAX_ARCHIVE_BYTES, read_archive, read_directory, refused
 from pdp.policy.compile import compile_rego
-from pdp.policy.manifest import WASM
+from pdp.policy.manifest import REVISION, WASM
 from pdp.policy.part import Part, is_test, read_part
 from pdp.policy.roots import overlap
 from pdp.policy.signature import Verifier
 
-__all__ = ["Bundle", "Part", "assemble", "load_bundle", "read_part"]
-
-MAX_REVISION_LENGTH: Final = 128
+__all__ = ["Bundle", "Part", "assemble", "joint_revision", "load_bundle", "read_part"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +53,7 @@ def assemble(parts: Sequence[Part]) -> Bundle:
     else:
         rego = {f"{part.name}/{path}": text for part in parts for path, text in part.rego.items()}
     return Bundle(
-        revision=_joint_revision(parts),
+        revision=joint_revision({part.name: part.manifest.revision for part in parts}),
         data=canonical_bytes(_joint_data(parts)),
         rego=rego,
         wasm=_joint_wasm(parts),
@@ -87,14 +84,19 @@ def _read(path: Path) -> bytes:
         raise refused(str(path), f"can not be read: {error.strerror}") from None
 
 
-def _joint_revision(parts: Sequence[Part]) -> str:
-    if len(parts) == 1:
-        return parts[0].manifest.revision
-    named = sorted((part.name, part.manifest.revision) for part in parts)
-    joined = ",".join(f"{name}={revision}" for name, revision in named)
-    # A comma within a revision would let two policies share a joined one.
-    if len(joined) <= MAX_REVISION_LENGTH and not any("," in revision for _, revision in named):
-        return joined
+def joint_revision(revisions: Mapping[str, str]) -> str:
+    """The revision of several bundles, by their names: of one it alone, else NAME=REVISION
+    in the order of names, and a digest of these where that is too long or not clear.
+    """
+    named = sorted(revisions.items())
+    if len(named) == 1:
+        text, clear = named[0][1], True
+    else:
+        text = ",".join(f"{name}={revision}" for name, revision in named)
+        # A comma within a revision would let two policies share a joined one.
+        clear = not any("," in revision for _, revision in named)
+    if clear and REVISION.fullmatch(text):
+        return text
     return f"sha256:{hashlib.sha256(json.dumps(named).encode()).hexdigest()[:32]}"
 
 

@@ -15,7 +15,8 @@ from pdp.policy.roots import contains, overlap, segments
 MANIFEST: Final = ".manifest"
 WASM: Final = "policy.wasm"
 REGO_VERSION: Final = 1
-_REVISION: Final = re.compile(r"[\x21-\x7e]{1,128}")
+REVISION: Final = re.compile(r"[\x21-\x7e]{1,128}")
+"""What a revision looks like."""
 _KEYS: Final = frozenset(
     {"revision", "roots", "wasm", "rego_version", "file_rego_versions", "metadata"}
 )
@@ -53,7 +54,7 @@ def parse_manifest(files: Files, *, place: str) -> Manifest:
     """The bundle's manifest, checked. Raises BundleError."""
     document = manifest_document(files, place=place)
     revision = document.get("revision", "")
-    if not isinstance(revision, str) or not _REVISION.fullmatch(revision or "-"):
+    if not isinstance(revision, str) or not REVISION.fullmatch(revision or "-"):
         raise refused(place, f"has a revision in {MANIFEST} that is not 1 to 128 ASCII characters")
     roots = _roots(document.get("roots", [""]), place)
     _check_rego_versions(document, place)

@@ -6,11 +6,9 @@ Nothing of what OPA answers is ever quoted: its errors repeat what the policy wa
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
 import json
 import math
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ import aiohttp
 from opa_client import AsyncOpaClient  # type: ignore[import-untyped]
 
 from pdp.canonical import JsonObject, JsonValue
+from pdp.policy.bundle import joint_revision
 from pdp.policy.engine import Entrypoint, PolicyError
 from pdp.reason import ReasonCode
 
@@ -173,27 +172,13 @@ def unavailable() -> PolicyError:
 
 
 def revision_of(provenance: JsonValue) -> str:
-    """The revision of all bundles that OPA has, as :func:`pdp.policy.bundle.assemble`
-    has it: of one bundle it alone, else NAME=REVISION by name, and a digest of these
-    where they are too long or leave room for doubt.
-    """
+    """The revision of all bundles that OPA has."""
     if not isinstance(provenance, dict):
         return UNKNOWN_REVISION
     bundles = provenance.get("bundles")
     if not isinstance(bundles, dict) or not bundles:
         bundles = {"": provenance}  # of an OPA with one bundle, as it was configured of old
-    named = sorted((name, _revision_text(bundle)) for name, bundle in bundles.items())
-    if len(named) == 1:
-        text, clear = named[0][1], True
-    else:
-        text = ",".join(f"{name}={revision}" for name, revision in named)
-        clear = not any("," in revision for _, revision in named)
-    if clear and _REVISION.fullmatch(text):
-        return text
-    return f"sha256:{hashlib.sha256(json.dumps(named).encode()).hexdigest()[:32]}"
-
-
-_REVISION: Final = re.compile(r"[\x21-\x7e]{1,128}")
+    return joint_revision({name: _revision_text(bundle) for name, bundle in bundles.items()})
 
 
 def _revision_text(holder: JsonValue) -> str:

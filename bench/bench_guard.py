@@ -42,7 +42,10 @@ def main(calls: int, *, profile: bool) -> None:
     token = issuer.token("tenant_acme", "alice", roles=["support_agent"], scopes=["orders:read"])
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        sidecar = stack.enter_context(SidecarProcess(directory, issuer=issuer, bundle=BUNDLE))
+        config = {"limits": {"tenants": {"calls_per_second": 100_000, "burst": 100_000}}}
+        sidecar = stack.enter_context(
+            SidecarProcess(directory, issuer=issuer, bundle=BUNDLE, config=config)
+        )
         decisions: list[Decision] = []
         guard = stack.enter_context(Guard(sidecar.target, observe=decisions.append))
         channel = stack.enter_context(connect(sidecar.target))

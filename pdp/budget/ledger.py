@@ -58,6 +58,16 @@ class Limit:
     """The most that spend plus holds may reach in a window: 0 to MAX_AMOUNT."""
     scope: Scope
 
+    def applies_to(self, account: Account) -> bool:
+        """Whether it counts what is done for the account at all."""
+        return self.scope is not Scope.TOOL or account.tool != ""
+
+    def counts_for(self, account: Account) -> str:
+        """Whose spend and holds stand together under it, within the account's tenant: the
+        actor's, the tool's or, where this is empty, the whole tenant's.
+        """
+        return {Scope.TENANT: "", Scope.ACTOR: account.actor, Scope.TOOL: account.tool}[self.scope]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitState:

@@ -159,7 +159,7 @@ class RedisLedger:
         """See Ledger.state."""
         check_account(account)
         check_limits(limits)
-        applied = [limit for limit in limits if _applies(limit, account)]
+        applied = [limit for limit in limits if limit.applies_to(account)]
 
         async def operation() -> tuple[LimitState, ...]:
             attempt = _attempt()
@@ -205,7 +205,7 @@ class RedisLedger:
         applied = [
             limit
             for limit in limits
-            if (limit.budget, limit.unit) in amounts and _applies(limit, account)
+            if (limit.budget, limit.unit) in amounts and limit.applies_to(account)
         ]
         unlimited = amounts.keys() - {(limit.budget, limit.unit) for limit in applied}
         taken_id = self._new_id()
@@ -393,10 +393,6 @@ def _edges(window: WindowBounds) -> list[str]:
     return [str(window.starts_at), _optional(window.ends_at)]
 
 
-def _applies(limit: Limit, account: Account) -> bool:
-    return limit.scope is not Scope.TOOL or account.tool != ""
-
-
 def _amounts(charges: Sequence[Charge]) -> dict[tuple[str, str], int]:
     return {(charge.budget, charge.unit): charge.amount for charge in charges}
 
@@ -418,13 +414,12 @@ def _hold_key(account: Account, hold_id: str) -> str:
 
 def _account_name(account: Account, limit: Limit, window: WindowBounds) -> str:
     """Where a limit counts, among the accounts of a tenant."""
-    scope_value = {Scope.TENANT: "", Scope.ACTOR: account.actor, Scope.TOOL: account.tool}
     return key_names(
         limit.id,
         limit.budget,
         limit.unit,
         limit.scope,
-        scope_value[limit.scope],
+        limit.counts_for(account),
         limit.window,
         str(window.starts_at),
     )

@@ -38,7 +38,6 @@ from pdp.budget.ledger import (
     Limit,
     LimitState,
     Receipt,
-    Scope,
 )
 from pdp.budget.receipt_json import receipt_from_json, receipt_to_json
 from pdp.budget.windows import window_bounds
@@ -287,7 +286,7 @@ class SqliteLedger:
             return tuple(
                 _read_entry(db, account, limit, 0, now).state()
                 for limit in limits
-                if _applies(limit, account)
+                if limit.applies_to(account)
             )
 
         return await self._run(operation)
@@ -450,10 +449,6 @@ class _Hold(NamedTuple):
     parts: list[_Part]
 
 
-def _applies(limit: Limit, account: Account) -> bool:
-    return limit.scope is not Scope.TOOL or account.tool != ""
-
-
 def _match(
     db: apsw.Connection,
     account: Account,
@@ -467,7 +462,7 @@ def _match(
     entries = []
     for limit in limits:
         bounded = (limit.budget, limit.unit)
-        if bounded in amounts and _applies(limit, account):
+        if bounded in amounts and limit.applies_to(account):
             unlimited.discard(bounded)
             entries.append(_read_entry(db, account, limit, amounts[bounded], now))
     if unlimited:
@@ -495,14 +490,13 @@ def _read_entry(
 
 
 def _account_names(account: Account, limit: Limit, starts_at: int) -> tuple[str | int, ...]:
-    scope_value = {Scope.TENANT: "", Scope.ACTOR: account.actor, Scope.TOOL: account.tool}
     return (
         account.tenant,
         limit.id,
         limit.budget,
         limit.unit,
         limit.scope.value,
-        scope_value[limit.scope],
+        limit.counts_for(account),
         limit.window.value,
         starts_at,
     )

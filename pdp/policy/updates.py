@@ -118,6 +118,7 @@ class PolicyUpdates:
             await one.source.close()
 
     async def _follow(self, one: Wanted) -> None:
+        state = self._states[one.name]
         while True:
             try:
                 await one.source.wait()
@@ -126,9 +127,7 @@ class PolicyUpdates:
                 # The error's own text may quote what a bundle holds.
                 places = "".join(traceback.format_tb(error.__traceback__))
                 _log.error("policy bundle %s: %s\n%s", one.name, type(error).__name__, places)
-                self._states[
-                    one.name
-                ].refused = "The sidecar failed to take it up; its log says where."
+                state.refused = "The sidecar failed to take it up; its log says where."
                 await asyncio.sleep(AFTER_FAILURE_SECONDS)
 
     async def _look(self, one: Wanted) -> None:

@@ -12,15 +12,19 @@ from typing import Final
 
 from pdp.canonical import JsonError, JsonObject, JsonValue, canonical_bytes, parse_object
 from pdp.policy.archive import MAX_ARCHIVE_BYTES, Files, read_archive
-from pdp.policy.engine import BundleError, Entrypoint
+from pdp.policy.engine import REQUIRED_ENTRYPOINTS, BundleError, Entrypoint
 from pdp.policy.manifest import MANIFEST, REGO_VERSION, WASM, manifest_document
-from pdp.policy.part import is_test, read_part
+from pdp.policy.part import is_test, package_of, read_part
+from pdp.policy.roots import leads_to, segments
 from pdp.policy.signature import SIGNATURES
+from pdp.policy.syntax import rule_paths
 from pdp.reason import ReasonCode
 
 COMPILE_TIMEOUT_SECONDS: Final = 120
 MAX_SAID_BYTES: Final = 1024 * 1024
-"""How much of what opa prints is read."""
+"""How much of what opa prints is read, but for a syntax tree."""
+MAX_TREE_BYTES: Final = 256 * 1024 * 1024
+"""Largest syntax tree of one file that is read."""
 MAX_SHOWN_BYTES: Final = 16 * 1024
 """How much of what it says about Rego that does not compile is shown."""
 
@@ -38,7 +42,7 @@ def find_opa(opa: Path | None) -> Path:
     return Path(found).absolute()
 
 
-_BUILD: Final = "opa build -t wasm " + " ".join(f"-e {name}" for name in Entrypoint)
+_BUILD: Final = "opa build -t wasm " + " ".join(f"-e {name}" for name in REQUIRED_ENTRYPOINTS)
 
 
 def compile_rego(
@@ -46,10 +50,11 @@ def compile_rego(
     data: bytes,
     *,
     opa: Path | None,
-    entrypoints: Sequence[str] = tuple(Entrypoint),
+    entrypoints: Sequence[str] | None = None,
 ) -> bytes:
-    """The Wasm of all Rego but its tests: the same for the same Rego. Raises BundleError,
-    with what opa says.
+    """The Wasm of all Rego but its tests: the same for the same Rego. Without entrypoints
+    it has those that the sidecar asks for, the optional ones where the Rego has such a
+    rule. Raises BundleError, with what opa says.
     """
     command = find_opa(opa)
     sources = {name: text.encode() for name, text in rego.items() if not is_test(name)}
@@ -108,7 +113,10 @@ def _with_sequence(metadata: JsonValue, sequence: int) -> JsonObject:
 
 
 def _compile(
-    command: Path, sources: Mapping[str, bytes], entrypoints: Sequence[str], scratch: Path
+    command: Path,
+    sources: Mapping[str, bytes],
+    entrypoints: Sequence[str] | None,
+    scratch: Path,
 ) -> bytes:
     folder, target = scratch / "rego", scratch / "bundle.tar.gz"
     for name, content in sources.items():
@@ -120,7 +128,10 @@ def _compile(
     # `opa build` lets a rule stand where data stands, and an OPA server refuses that.
     _run(command, "check", "--bundle", ".", "--capabilities", str(capabilities), folder=folder)
     arguments = ["build", "--target", "wasm", "--bundle", ".", "--output", str(target)]
-    for entrypoint in entrypoints:
+    for entrypoint in entrypoints or (
+        *REQUIRED_ENTRYPOINTS,
+        *_optional_entrypoints(command, sources, folder),
+    ):
         arguments += ["--entrypoint", entrypoint]
     _run(command, *arguments, folder=folder)
     with target.open("rb") as built:
@@ -129,6 +140,35 @@ def _compile(
     if WASM not in files:
         raise _failed(f"was compiled without {WASM}: this is another opa command than is known")
     return files[WASM]
+
+
+def _optional_entrypoints(
+    command: Path, sources: Mapping[str, bytes], folder: Path
+) -> list[Entrypoint]:
+    """Those that the Rego, which lies in a folder and is sound, has a rule for."""
+    optional = {name: segments(name) for name in Entrypoint if name.optional}
+    present = set()
+    for file, content in sources.items():
+        package = package_of(content.decode()) if file.endswith(".rego") else None
+        # Only a few files can have such a rule; opa tells whether they do.
+        if package is None or not any(_meet(package, path) for path in optional.values()):
+            continue
+        said = _run(
+            command,
+            *("parse", "--format", "json", "--json-include", "-comments", str(folder / file)),
+            folder=folder,
+            most=MAX_TREE_BYTES,
+        )
+        try:
+            rules = list(rule_paths(json.loads(said)))
+        except (ValueError, RecursionError, KeyError, TypeError):
+            raise _failed("can not be compiled: opa does not say which rules it has") from None
+        present |= {name for name, path in optional.items() if any(_meet(r, path) for r in rules)}
+    return [name for name in optional if name in present]
+
+
+def _meet(one: Sequence[str], other: Sequence[str]) -> bool:
+    return leads_to(one, other) or leads_to(other, one)
 
 
 def offline_capabilities(opa: Path) -> bytes:
@@ -144,7 +184,7 @@ def offline_capabilities(opa: Path) -> bytes:
     return json.dumps({**capabilities, "allow_net": []}).encode()
 
 
-def _run(command: Path, *arguments: str, folder: Path) -> bytes:
+def _run(command: Path, *arguments: str, folder: Path, most: int = MAX_SAID_BYTES) -> bytes:
     """What opa prints. Raises BundleError with it when opa fails, and OSError."""
     with tempfile.TemporaryFile() as output:
         try:
@@ -161,7 +201,7 @@ def _run(command: Path, *arguments: str, folder: Path) -> bytes:
         except subprocess.TimeoutExpired:
             raise _failed(f"was not compiled within {COMPILE_TIMEOUT_SECONDS} seconds") from None
         output.seek(0)
-        said = output.read(MAX_SAID_BYTES)
+        said = output.read(most)
     if done.returncode != 0:
         text = said[:MAX_SHOWN_BYTES].decode(errors="replace").strip()
         raise _failed(f"does not compile:\n{text}")

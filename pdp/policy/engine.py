@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from enum import StrEnum
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 from pdp.canonical import JsonObject, JsonValue
 from pdp.errors import PdpError
@@ -16,6 +16,18 @@ class Entrypoint(StrEnum):
     AUTHZ_DECISION = "pdp/authz/decision"
     BUDGET_DECISION = "pdp/budget/decision"
     BUDGET_LIMITS = "pdp/budget/limits"
+    SERVICE_CLASS = "pdp/sidecar/service_class"
+
+    @property
+    def optional(self) -> bool:
+        """Whether a bundle may do without the rule: then it gives no answer, as one that
+        is undefined.
+        """
+        return self is Entrypoint.SERVICE_CLASS
+
+
+REQUIRED_ENTRYPOINTS: Final = tuple(name for name in Entrypoint if not name.optional)
+"""A bundle that lacks one of these is not loaded."""
 
 
 class PolicyError(PdpError):
@@ -52,7 +64,8 @@ class PolicyEngine(Protocol):
     async def evaluate(self, entrypoint: Entrypoint, document: JsonObject) -> JsonValue:
         """The value of a rule for ``input = document``.
 
-        Raises PolicyError: policy_undefined when the rule has no value,
+        Raises PolicyError: policy_undefined when the rule has no value, or when it is
+        optional and the bundle lacks it;
         policy_timeout past the deadline, policy_error when it fails while it
         runs, policy_unavailable when the engine can not take the question.
         """

@@ -12,7 +12,7 @@ from typing import Final
 from pdp.canonical import JsonObject, canonical_bytes
 from pdp.policy.archive import Files, refused
 from pdp.policy.data import data_document
-from pdp.policy.engine import Entrypoint
+from pdp.policy.engine import REQUIRED_ENTRYPOINTS
 from pdp.policy.manifest import WASM, Manifest, parse_manifest
 from pdp.policy.roots import contains, segments
 from pdp.policy.signature import Verifier
@@ -81,7 +81,7 @@ def read_part(files: Files, *, name: str, place: str, verifier: Verifier | None)
     data = data_document(files, roots=manifest.roots, place=place)
     rego = {path: _text(path, files, place) for path in sorted(files) if path.endswith(".rego")}
     for path, text in rego.items():
-        package = _package(text)
+        package = package_of(text)
         if package is None:
             raise refused(place, f"has a {path} that does not begin with its package")
         if not contains(manifest.roots, package):
@@ -91,7 +91,7 @@ def read_part(files: Files, *, name: str, place: str, verifier: Verifier | None)
             )
     wasm = files.get(WASM)
     if wasm is not None and not all(
-        contains(manifest.roots, segments(entrypoint)) for entrypoint in Entrypoint
+        contains(manifest.roots, segments(entrypoint)) for entrypoint in REQUIRED_ENTRYPOINTS
     ):
         raise refused(place, f"holds {WASM}, whose rules lie outside of the roots in .manifest")
     if not manifest.revision:
@@ -109,8 +109,10 @@ def _text(path: str, files: Files, place: str) -> str:
         raise refused(place, f"has a {path} that is not UTF-8") from None
 
 
-def _package(rego: str) -> list[str] | None:
-    """The path that a module's rules stand below, as OPA reads it."""
+def package_of(rego: str) -> list[str] | None:
+    """The path that a module's rules stand below, as OPA reads it; None where the text
+    does not begin with a package.
+    """
     found = _PACKAGE.match(rego)
     if found is None:
         return None

@@ -14,13 +14,13 @@ def segments(root: str) -> list[str]:
 
 def contains(roots: Iterable[str], path: Sequence[str]) -> bool:
     """Whether a path lies within one of the roots."""
-    return any(_leads_to(segments(root), path) for root in roots)
+    return any(leads_to(segments(root), path) for root in roots)
 
 
 def overlap(one: str, other: str) -> bool:
     """Whether a path can lie within both."""
     first, second = segments(one), segments(other)
-    return _leads_to(first, second) or _leads_to(second, first)
+    return leads_to(first, second) or leads_to(second, first)
 
 
 def first_outside(
@@ -31,7 +31,7 @@ def first_outside(
     """
     if contains(roots, path):
         return None
-    if not isinstance(value, dict) or not any(_leads_to(path, segments(root)) for root in roots):
+    if not isinstance(value, dict) or not any(leads_to(path, segments(root)) for root in roots):
         return path
     for key, below in value.items():
         found = first_outside(roots, below, (*path, key))
@@ -40,5 +40,6 @@ def first_outside(
     return None
 
 
-def _leads_to(path: Sequence[str], further: Sequence[str]) -> bool:
+def leads_to(path: Sequence[str], further: Sequence[str]) -> bool:
+    """Whether one path begins with the other."""
     return list(path) == list(further[: len(path)])

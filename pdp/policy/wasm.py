@@ -30,7 +30,7 @@ from pdp.policy.abi import (
     deadline_ticks,
 )
 from pdp.policy.bundle import Bundle
-from pdp.policy.engine import BundleError, Entrypoint, PolicyError
+from pdp.policy.engine import REQUIRED_ENTRYPOINTS, BundleError, Entrypoint, PolicyError
 from pdp.reason import ReasonCode
 
 MAX_DOCUMENT_BYTES: Final = 4 * 1024 * 1024
@@ -56,7 +56,8 @@ class WasmEvaluator:
     """Evaluates one bundle, on the thread that asks; for one thread at a time.
 
     Raises BundleError when the bundle needs a built-in that the host does not
-    have, lacks one of the entrypoints, or can not be loaded.
+    have, lacks one of the entrypoints, or can not be loaded. A rule of any other name
+    gives no answer.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class WasmEvaluator:
         *,
         deadline_ms: int = 1_000,
         memory_max_mib: int = 512,
-        entrypoints: Sequence[str] = tuple(Entrypoint),
+        entrypoints: Sequence[str] = REQUIRED_ENTRYPOINTS,
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self._program = _program(bundle.wasm)
@@ -92,7 +93,7 @@ class WasmEvaluator:
             encoded = _ENCODER.encode(document).encode()
             if len(encoded) > MAX_DOCUMENT_BYTES:
                 raise RunError("the question is larger than it may be")
-            results = _DECODER.decode(self._results(entrypoint, encoded).decode())
+            results = self._results(entrypoint, encoded)
         except DeadlineError:
             raise _too_slow() from None
         except RunError as error:
@@ -102,8 +103,7 @@ class WasmEvaluator:
             raise _failed() from RunError(type(error).__name__)
         if not results:
             raise PolicyError(ReasonCode.POLICY_UNDEFINED, "The policy gives no answer.")
-        value: JsonValue = results[0]["result"]
-        return value
+        return results[0]["result"]
 
     def set_data(self, data: bytes) -> None:
         """Evaluate with another data document. Raises BundleError."""
@@ -133,16 +133,21 @@ class WasmEvaluator:
     ) -> None:
         self.close()
 
-    def _results(self, entrypoint: str, document: bytes) -> bytes:
+    def _results(self, entrypoint: str, document: bytes) -> list[dict[str, JsonValue]]:
+        """At most one; none where the rule is not there, or has no value."""
         instance = self._loaded()
+        number = instance.entrypoints.get(entrypoint)
+        if number is None:
+            return []
         try:
-            number = instance.entrypoints[entrypoint]
             with EPOCHS:
-                return instance.evaluate(number, document, ticks=self._ticks, lend=self._lend())
+                said = instance.evaluate(number, document, ticks=self._ticks, lend=self._lend())
         except BaseException:
             # Whatever it was has left the memory in any state.
             self.close()
             raise
+        results: list[dict[str, JsonValue]] = _DECODER.decode(said.decode())
+        return results
 
     def _lend(self) -> Callable[[str, Sequence[bytes]], bytes | None]:
         evaluation = builtins.Evaluation(now_ns=self._clock_ns())

@@ -6,7 +6,6 @@ Nothing of what OPA answers is ever quoted: its errors repeat what the policy wa
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -21,6 +20,7 @@ from opa_client import AsyncOpaClient  # type: ignore[import-untyped]
 from pdp.canonical import JsonObject, JsonValue
 from pdp.policy.bundle import joint_revision
 from pdp.policy.engine import Entrypoint, PolicyError
+from pdp.policy.syntax import rule_paths
 from pdp.reason import ReasonCode
 
 MAX_ANSWER_BYTES: Final = 1024 * 1024
@@ -311,13 +311,7 @@ def _refuse_constant(_name: str) -> JsonValue:
 
 
 def _rules(listed: JsonValue) -> Iterator[str]:
-    """The path of every rule in OPA's list of modules: that of its package, then its
-    own up to where a variable stands.
-    """
+    """The path of every rule in OPA's list of modules."""
     answer: Any = listed
     for module in answer["result"]:
-        package = [part["value"] for part in module["ast"]["package"]["path"][1:]]
-        for rule in module["ast"].get("rules", ()):
-            first, *more = rule["head"]["ref"]
-            fixed = itertools.takewhile(lambda part: part["type"] == "string", more)
-            yield "/".join([*package, first["value"], *(part["value"] for part in fixed)])
+        yield from map("/".join, rule_paths(module["ast"]))

@@ -148,7 +148,8 @@ class _Server:
         try:
             rules = await self.client.rules()
             for entrypoint in Entrypoint:
-                if not any(f"{rule}/".startswith(f"{entrypoint}/") for rule in rules):
+                there = any(f"{rule}/".startswith(f"{entrypoint}/") for rule in rules)
+                if not there and not entrypoint.optional:
                     raise _refused(
                         f"has no rule {entrypoint} in its Rego; OPA needs the sources in the"
                         " bundle, as Wasm alone is for the embedded engine"

@@ -8,6 +8,7 @@ from pdp.canonical import JsonObject, JsonValue
 from pdp.identity.subject import Subject
 from pdp.policy.engine import BundleError, Entrypoint, PolicyEngine, PolicyError
 from pdp.policy.question import authorize_input, budget_input
+from pdp.policy.service_class import parse_service_class, service_class_input
 from pdp.policy.verdict import parse_budget_verdict, parse_limits, parse_verdict
 from pdp.reason import ReasonCode
 
@@ -40,6 +41,7 @@ def check_answer(entrypoint: Entrypoint, value: JsonValue) -> None:
         Entrypoint.AUTHZ_DECISION: parse_verdict,
         Entrypoint.BUDGET_DECISION: parse_budget_verdict,
         Entrypoint.BUDGET_LIMITS: parse_limits,
+        Entrypoint.SERVICE_CLASS: parse_service_class,
     }[entrypoint]
     parse(value)
 
@@ -61,4 +63,5 @@ def _probes() -> dict[Entrypoint, JsonObject]:
         Entrypoint.AUTHZ_DECISION: call,
         Entrypoint.BUDGET_DECISION: spend,
         Entrypoint.BUDGET_LIMITS: call,
+        Entrypoint.SERVICE_CLASS: service_class_input(_NOBODY.tenant),
     }

@@ -29,8 +29,9 @@ from pdp.policy.analysis.questions import (
 )
 from pdp.policy.analysis.workers import Progress, spread
 from pdp.policy.bundle import Bundle
-from pdp.policy.engine import Entrypoint
+from pdp.policy.engine import REQUIRED_ENTRYPOINTS, Entrypoint
 from pdp.policy.question import budget_input
+from pdp.policy.service_class import service_class_input
 
 TENANTS_PER_TASK: Final = 16
 FEW_EVALUATIONS: Final = 20_000
@@ -141,6 +142,7 @@ class _Desk:
                 )
                 for entrypoint in (Entrypoint.BUDGET_DECISION, Entrypoint.BUDGET_LIMITS):
                     yield _Ask(role, "", entrypoint, document, None)
+        yield _Ask("", "", Entrypoint.SERVICE_CLASS, service_class_input(tenant), None)
 
     def value(self, ask: _Ask) -> JsonValue:
         return raw(self.evaluator, ask.entrypoint, ask.document)
@@ -148,8 +150,9 @@ class _Desk:
 
 @contextmanager
 def _desk(bundle: Bundle, cases: Cases, only: Only) -> Iterator[_Desk]:
-    entrypoints = tuple(Entrypoint)
-    with open_evaluator(bundle, clock=lambda: cases.time, entrypoints=entrypoints) as evaluator:
+    with open_evaluator(
+        bundle, clock=lambda: cases.time, entrypoints=REQUIRED_ENTRYPOINTS
+    ) as evaluator:
         yield _Desk(evaluator, bundle, cases, only)
 
 

@@ -26,6 +26,7 @@ from pdp.policy.contract import check_answer
 from pdp.policy.engine import BundleError, Entrypoint, PolicyError
 from pdp.policy.part import is_test, read_part
 from pdp.policy.question import authorize_input, budget_input
+from pdp.policy.service_class import service_class_input
 from pdp.policy.wasm import WasmEvaluator
 from pdp.reason import ReasonCode
 
@@ -255,6 +256,7 @@ def _samples(bundle: Bundle) -> Mapping[Entrypoint, Iterator[JsonObject]]:
         Entrypoint.AUTHZ_DECISION: _calls(bundle),
         Entrypoint.BUDGET_DECISION: _spends(bundle),
         Entrypoint.BUDGET_LIMITS: _spends(bundle),
+        Entrypoint.SERVICE_CLASS: _tenants(bundle),
     }
 
 
@@ -277,6 +279,12 @@ def _spends(bundle: Bundle) -> Iterator[JsonObject]:
             yield _spend(Subject(tenant=tenant, actor="check", roles=(role,)))
 
 
+def _tenants(bundle: Bundle) -> Iterator[JsonObject]:
+    """Every tenant, and one that there is not."""
+    yield service_class_input(_NOBODY.tenant)
+    yield from map(service_class_input, Estate(bundle.data).tenants)
+
+
 def _spend(subject: Subject) -> JsonObject:
     return budget_input(
         subject,
@@ -294,11 +302,8 @@ _NOBODY: Final = Subject(tenant="nobody", actor="nobody")
 def _told(document: JsonObject) -> str:
     """Who asked what; all of it is made here."""
     subject: Any = document["subject"]
-    action: Any = document["action"]
-    return json.dumps(
-        {
-            "tenant": subject["properties"]["tenant"],
-            "roles": subject["properties"]["roles"],
-            "action": action["name"],
-        }
-    )
+    action: Any = document.get("action")
+    told = {"tenant": subject["properties"]["tenant"]}
+    if action is not None:
+        told |= {"roles": subject["properties"]["roles"], "action": action["name"]}
+    return json.dumps(told)

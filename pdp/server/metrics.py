@@ -66,6 +66,12 @@ class Metrics:
             ("kind",),
             registry=self.registry,
         )
+        self._service_class_failures = Counter(
+            "pdp_service_class_failures",
+            "Service classes of the policy that could not be used, by reason code.",
+            ("reason_code",),
+            registry=self.registry,
+        )
         self._calls_waiting = Gauge(
             "pdp_calls_waiting",
             "Calls that wait for their tenant's turn.",
@@ -136,6 +142,10 @@ class Metrics:
     def admission_refused(self, kind: str) -> None:
         """A call was one too many: for "rate", "concurrency" or "full"."""
         self._admission_refusals.labels(kind).inc()
+
+    def service_class_failed(self, reason_code: str) -> None:
+        """The policy gives a tenant no class that can be used."""
+        self._service_class_failures.labels(self._known(reason_code)).inc()
 
     def bundle_refused(self, bundle: str) -> None:
         """A source held what may not be used."""

@@ -46,6 +46,7 @@ from pdp.permit.signing import SigningKey
 from pdp.permit.uses import PermitUses, UsedPermits
 from pdp.permit.verifier import PermitVerifier
 from pdp.policy.engine import ActivePolicy
+from pdp.policy.service_class import ServiceClasses
 from pdp.private_files import NotPrivateError, make_directory, write_once
 from pdp.rooms import Rooms
 from pdp.server.http import HttpListener
@@ -77,9 +78,18 @@ SERVICE_NAMES: Final = tuple(
 
 
 @contextlib.asynccontextmanager
-async def open_rooms(config: Config, key: SigningKey, policy: ActivePolicy) -> AsyncIterator[Rooms]:
+async def open_rooms(
+    config: Config,
+    key: SigningKey,
+    policy: ActivePolicy,
+    *,
+    service_class_failed: Callable[[str], None],
+) -> AsyncIterator[Rooms]:
     """The rooms that the configuration describes, the policy being loaded. Closed in
     the order in which nothing that was answered can be lost: audit last.
+
+    ``service_class_failed`` is told the reason code of each class that the policy fails
+    to give.
     """
     state = config.state_dir
     async with contextlib.AsyncExitStack() as stack:
@@ -92,13 +102,16 @@ async def open_rooms(config: Config, key: SigningKey, policy: ActivePolicy) -> A
         stack.push_async_callback(audit.close)
         digest_key = _secret(state / "audit-digest.key")
         ledger, permit_uses, budget_id = await _open_budget(config, digest_key, stack)
-        of_all = config.limits.tenants.service_class
+        classes = ServiceClasses(
+            policy, config.limits.tenants.service_class, failed=service_class_failed
+        )
+        await stack.enter_async_context(classes.kept_current())
         yield Rooms(
             identity=identity_from(config),
             admission=Admission(
                 max_concurrent_calls=config.limits.max_concurrent_calls,
                 max_waiting_calls=config.limits.max_waiting_calls,
-                classes=lambda _tenant: of_all,
+                classes=classes.of,
             ),
             policy=policy,
             ledger=ledger,
@@ -197,7 +210,11 @@ async def serve(config: Config, *, loaded: Future[Loaded], started: Callable[[st
                 differs=shadow_records.differs,
             )
         )
-        rooms = await stack.enter_async_context(open_rooms(config, key, policy.active))
+        rooms = await stack.enter_async_context(
+            open_rooms(
+                config, key, policy.active, service_class_failed=metrics.service_class_failed
+            )
+        )
         records.audit = shadow_records.audit = rooms.audit
         await records.activated(policy.active.revision)
         if policy.live is not None:

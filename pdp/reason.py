@@ -63,6 +63,7 @@ class ReasonCode(StrEnum):
     )
     APPROVAL_REQUIRED = "approval_required", "A person must approve the call first."
     BUDGET_NOT_ALLOWED = "budget_not_allowed", "The actor may not charge this budget."
+    MODEL_UNKNOWN = "model_unknown", "The price table has no price for the model, or for a unit."
     POLICY_UNDEFINED = (
         "policy_undefined",
         "The policy gives no answer; that is a denial.",
@@ -106,6 +107,15 @@ class ReasonCode(StrEnum):
     CHARGE_NOT_HELD = (
         "charge_not_held",
         "A settlement names a budget and unit that the hold does not hold.",
+    )
+
+    REFUND_EXCEEDS_SPEND = (
+        "refund_exceeds_spend",
+        "More would be refunded than was settled and not refunded before.",
+    )
+    ACCOUNT_NOT_FOUND = (
+        "account_not_found",
+        "Nothing counts under that limit yet, or its window has ended.",
     )
 
     # Execute
@@ -154,6 +164,12 @@ class ReasonCode(StrEnum):
     )
     DEADLINE_EXCEEDED = "deadline_exceeded", "The answer did not come in time."
     INTERNAL = "internal", "A fault in the PDP itself; nothing was allowed."
+
+    # In a tool server
+    CALL_UNDER_WAY = (
+        "call_under_way",
+        "The call is being done, or was cut off; its result is not there yet.",
+    )
 
     # In the runtime's stub
     IDENTITY_MISSING = (

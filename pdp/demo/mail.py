@@ -9,7 +9,7 @@ from email.message import EmailMessage
 from typing import Final
 
 from pdp.canonical import JsonObject
-from pdp.demo.door import PermitDoor
+from pdp.tool import PermitDoor
 from pdp.demo.tenants import Login
 
 _TIMEOUT_SECONDS: Final = 10

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from pdp.canonical import JsonObject
-from pdp.demo.door import PermitDoor
+from pdp.tool import PermitDoor
 from pdp.demo.tenants import Login
 
 _SCHEMA: Final = """

@@ -17,7 +17,7 @@ import grpc
 import pdp
 from pdp.api.v1 import budget_pb2, budget_pb2_grpc, common_pb2
 from pdp.client import Guard
-from pdp.demo.door import PermitDoor
+from pdp.tool import PermitDoor
 from pdp.demo.mail import MailAccount, MailServer
 from pdp.demo.orders import Order, OrdersDatabase, OrdersServer
 from pdp.demo.planner import Plan

@@ -1,0 +1,86 @@
+"""The door of a tool server: nobody acts here without a permit."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from pdp.canonical import JsonObject, JsonValue
+from pdp.permit import Permit, PermitRedeemer, PermitVerifier
+
+Function = Callable[..., Any]
+"""What a tool does."""
+
+
+class PermitDoor:
+    """Lets a call in once, if its permit is for exactly this call. Threads and tasks may
+    share it.
+    """
+
+    def __init__(
+        self,
+        verifier: PermitVerifier,
+        redeemer: PermitRedeemer | None,
+        *,
+        only_tenant: str | None = None,
+    ) -> None:
+        """``only_tenant`` is for a server that serves one tenant. ``redeemer`` None is for a
+        server that can not reach the sidecar, and whose tools may run twice without harm:
+        a permit then counts as often as it is shown, until it expires.
+        """
+        self._verifier = verifier
+        self._redeemer = redeemer
+        self._only_tenant = only_tenant
+
+    def admit(self, permit: str, *, tool: str, arguments: JsonObject) -> Permit:
+        """The permit, verified and used up. Whose call it is stands in it, and
+        nowhere else. Raises PermitError.
+        """
+        verified = self._verifier.verify(
+            permit, tool=tool, arguments=arguments, tenant=self._only_tenant
+        )
+        if self._redeemer is not None:
+            self._redeemer.redeem(verified)
+        return verified
+
+    async def admit_async(self, permit: str, *, tool: str, arguments: JsonObject) -> Permit:
+        """As :meth:`admit`, without keeping the event loop waiting."""
+        if self._redeemer is None:
+            return self.admit(permit, tool=tool, arguments=arguments)
+        return await asyncio.to_thread(self.admit, permit, tool=tool, arguments=arguments)
+
+    def tool(self, name: str) -> Callable[[Function], Function]:
+        """Put the door before a tool's function.
+
+        The function gets the verified permit first, and whoever calls it gives the permit's
+        text in its place. All other arguments are by name, are JSON, and are those of the
+        call::
+
+            @door.tool("orders.update")
+            def update(permit: Permit, *, order_id: str, status: str) -> Order: ...
+
+
+            update(request.headers["tool-permit"], order_id="918", status="shipped")
+
+        A coroutine function stays one. Raises PermitError; then the function does not run.
+        """
+
+        def decorate(function: Function) -> Function:
+            if asyncio.iscoroutinefunction(function):
+
+                @functools.wraps(function)
+                async def call_async(permit: str, /, **arguments: JsonValue) -> Any:  # noqa: ANN401
+                    admitted = await self.admit_async(permit, tool=name, arguments=arguments)
+                    return await function(admitted, **arguments)
+
+                return call_async
+
+            @functools.wraps(function)
+            def call(permit: str, /, **arguments: JsonValue) -> Any:  # noqa: ANN401
+                return function(self.admit(permit, tool=name, arguments=arguments), **arguments)
+
+            return call
+
+        return decorate

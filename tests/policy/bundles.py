@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pdp.policy.engine import BundleError, Entrypoint
+from pdp.policy.engine import REQUIRED_ENTRYPOINTS, BundleError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OPA = ROOT / ".tools" / "opa"
@@ -56,4 +56,4 @@ def message_of(refusal: pytest.ExceptionInfo[BundleError]) -> str:
     return refusal.value.message
 
 
-ENTRYPOINTS = [entrypoint.value for entrypoint in Entrypoint]
+ENTRYPOINTS = [entrypoint.value for entrypoint in REQUIRED_ENTRYPOINTS]

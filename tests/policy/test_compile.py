@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from pdp.canonical import JsonValue
 from pdp.policy import compile as compile_module
 from pdp.policy.archive import pack
-from pdp.policy.bundle import load_bundle
+from pdp.policy.bundle import Bundle, load_bundle
 from pdp.policy.compile import build_files, compile_rego, find_opa
-from pdp.policy.engine import BundleError, Entrypoint
+from pdp.policy.engine import REQUIRED_ENTRYPOINTS, BundleError, Entrypoint, PolicyError
 from pdp.policy.part import read_part
 from pdp.policy.wasm import WasmEvaluator
 from tests.policy.bundles import ENTRYPOINTS, FILES, REGO, manifest, message_of
@@ -89,6 +90,53 @@ def test_rego_without_an_entrypoint_says_which(opa: Path) -> None:
     message = refusal_of({**RULES, "pdp/budget/budget.rego": "package pdp.budget\n"}, opa)
 
     assert "pdp/budget/decision" in message
+
+
+@pytest.mark.parametrize(
+    "rego",
+    (
+        'package pdp.sidecar\n\nservice_class := {"priority": "low"}',
+        'package pdp.sidecar\n\nservice_class.priority := "low"',
+        'package pdp.sidecar.service_class\n\npriority := "low"',
+        'package pdp\n\nsidecar := {"service_class": {"priority": "low"}}',
+        'package pdp\n\nsidecar[x] := {"priority": "low"} if some x in ["service_class"]',
+    ),
+)
+def test_an_optional_rule_is_compiled_however_it_is_written(opa: Path, rego: str) -> None:
+    assert asked_for_class({**RULES, "pdp/sidecar/sidecar.rego": rego}, opa) == {"priority": "low"}
+
+
+@pytest.mark.parametrize(
+    "rego",
+    (
+        "package pdp.other\n\nservice_class := 1",
+        "package pdp.sidecar\n\nservice := 1",
+        "package pdp.sidecar\n\nservice_class(x) := x",
+        "package pdp.sidecar\n\nimport data.other.service_class",
+    ),
+)
+def test_a_policy_without_the_optional_rule_compiles_and_gives_no_answer(
+    opa: Path, rego: str
+) -> None:
+    assert asked_for_class({**RULES, "pdp/other.rego": rego}, opa) == "policy_undefined"
+    tested = {**RULES, "pdp/sidecar_test.rego": "package pdp.sidecar\n\nservice_class := 1"}
+    assert asked_for_class(tested, opa) == "policy_undefined"
+
+
+def asked_for_class(rego: dict[str, str], opa: Path) -> JsonValue:
+    bundle = Bundle(revision="r-1", data=b"{}", wasm=compile_rego(rego, b"{}", opa=opa))
+    with WasmEvaluator(bundle) as evaluator:
+        try:
+            return evaluator.evaluate(Entrypoint.SERVICE_CLASS, {})
+        except PolicyError as error:
+            return error.reason_code
+
+
+def test_an_opa_whose_syntax_trees_are_unknown_is_refused(opa: Path, tmp_path: Path) -> None:
+    other = script(tmp_path / "opa", f'[ "$1" = parse ] && echo {{}} && exit; exec {opa} "$@"')
+    message = refusal_of({**RULES, "pdp/sidecar.rego": "package pdp.sidecar\n\nx := 1"}, other)
+
+    assert "does not say which rules it has" in message
 
 
 def test_a_rule_where_data_stands_is_refused_as_an_opa_server_refuses_it(opa: Path) -> None:
@@ -230,7 +278,7 @@ def test_both_engines_answer_alike_from_one_release(opa: Path, tmp_path: Path) -
     bundle = load_bundle(target)
 
     with WasmEvaluator(bundle) as evaluator:
-        for entrypoint in Entrypoint:
+        for entrypoint in REQUIRED_ENTRYPOINTS:
             rule = "data." + entrypoint.replace("/", ".")
             assert evaluated(opa, target, rule) == evaluator.evaluate(entrypoint, {})
     assert bundle.revision == "r-7"

@@ -12,21 +12,29 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from pdp.admission import Priority
 from pdp.budget.ledger import Charge
 from pdp.canonical import MAX_SAFE_INTEGER, JsonObject, JsonValue
 from pdp.identity.subject import Subject
-from pdp.policy.bundle import Bundle
+from pdp.policy.bundle import Bundle, load_bundle
+from pdp.policy.contract import check_contract
 from pdp.policy.engine import Entrypoint, PolicyEngine, PolicyError
 from pdp.policy.opa.managed import ManagedOpa
+from pdp.policy.opa.server import OpaEngine
 from pdp.policy.question import authorize_input, budget_input
+from pdp.policy.service_class import parse_service_class, service_class_input
 from pdp.policy.verdict import parse_budget_verdict, parse_limits, parse_verdict
 from pdp.policy.wasm import WasmEngine
+from tests.policy.conftest import Files
+from tests.policy.opa.servers import served
 
 DEADLINE_MS: Final = 5_000
 QUICK: Final = 150
 """Examples of each kind in the quick tests."""
 MANY: Final = 2_000
 """Examples of each of three kinds in the slow ones: 6,000 in all."""
+
+NO: Final = '{"allow": false, "reason_code": "policy_denied"}'
 
 Answers = tuple[JsonValue, JsonValue]
 """What the embedded engine and OPA say: a value, or the reason code of none."""
@@ -193,6 +201,49 @@ def check_spend(
     )
     parse_budget_verdict(agreed(ask(Entrypoint.BUDGET_DECISION, document)))
     parse_limits(agreed(ask(Entrypoint.BUDGET_LIMITS, document)))
+
+
+def test_each_tenant_has_the_same_service_class_in_both(ask: Ask, starter: Bundle) -> None:
+    tenants = json.loads(starter.data)["tenants"]
+    said = {
+        tenant: agreed(ask(Entrypoint.SERVICE_CLASS, service_class_input(tenant)))
+        for tenant in (*tenants, "nobody")
+    }
+
+    assert said == {"nobody": "policy_undefined"} | {
+        tenant: data.get("service", "policy_undefined") for tenant, data in tenants.items()
+    }
+    assert parse_service_class(said["tenant_acme"]).priority is Priority.HIGH
+
+
+def test_a_bundle_without_the_optional_rule_gives_no_answer_in_either(
+    opa: Path, write_policy: Callable[[Files], Path]
+) -> None:
+    source = write_policy(
+        {
+            "pdp/authz.rego": f"package pdp.authz\n\ndecision := {NO}\n",
+            "pdp/budget.rego": f"package pdp.budget\n\nlimits := []\n\ndecision := {NO}\n",
+        }
+    )
+    bundle = load_bundle(source, opa=opa)
+
+    async def answers() -> list[JsonValue]:
+        said = []
+        embedded = WasmEngine(bundle, deadline_ms=DEADLINE_MS, workers=1, memory_max_mib=64)
+        managed = await ManagedOpa.start(bundle, opa=opa, deadline_ms=DEADLINE_MS, workers=1)
+        with served(opa, "--bundle", source) as url:
+            external = OpaEngine(url, token_file=None, deadline_ms=DEADLINE_MS)
+            with external.pin() as pinned:
+                for engine in (embedded, managed, pinned):
+                    document = service_class_input("tenant_acme")
+                    said.append(await _answer(engine, Entrypoint.SERVICE_CLASS, document))
+            for engine in (embedded, managed):
+                await check_contract(engine)
+                await engine.close()
+            await external.close()
+        return said
+
+    assert asyncio.run(answers()) == ["policy_undefined"] * 3
 
 
 def check_document(ask: Ask, document: JsonObject) -> None:

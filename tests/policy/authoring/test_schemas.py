@@ -21,6 +21,7 @@ from pdp.identity.subject import TENANT_PATTERN, Subject
 from pdp.policy.authoring.schemas import schema_names, schema_text
 from pdp.policy.engine import PolicyError
 from pdp.policy.question import authorize_input, budget_input
+from pdp.policy.service_class import parse_service_class, service_class_input
 from pdp.policy.verdict import (
     MAX_SCOPES_LENGTH,
     parse_budget_verdict,
@@ -259,6 +260,37 @@ def test_the_schema_of_limits_takes_just_what_is_accepted(documents: list[Any]) 
         assert accepted(parse_limits, document) is (fit and len(set(ids)) == len(ids)), document
 
 
+class_like = st.fixed_dictionaries(
+    {},
+    optional={
+        "priority": st.sampled_from(("high", "normal", "low", "HIGH", "")) | odd,
+        **{
+            key: st.sampled_from((0, 0.009, 0.01, 0.5, 1, 1.0, 1.5, 100_000, 100_001)) | odd
+            for key in ("max_concurrent_calls", "calls_per_second", "burst")
+        },
+        "other": odd,
+    },
+)
+
+
+@FEW
+@given(st.lists(class_like | odd, min_size=1, max_size=MANY))
+def test_the_schema_of_service_classes_takes_just_what_is_accepted(documents: list[Any]) -> None:
+    for document, fit in zip(documents, fits("service_class", documents), strict=True):
+        assert accepted(parse_service_class, document) is fit, document
+
+
+@FEW
+@given(st.lists(names, min_size=1, max_size=MANY))
+def test_every_question_for_a_service_class_fits_its_schema(tenants: list[str]) -> None:
+    documents = [service_class_input(tenant.translate(_NO_TENANT)) for tenant in tenants]
+
+    assert all(fits("service_class_input", documents))
+
+
+_NO_TENANT = str.maketrans(":/", "--")
+
+
 def test_an_answer_with_approval_fits_and_is_read_as_a_denial() -> None:
     approval = {"roles": ["lead"], "expires_seconds": 600, "four_eyes": True}
     decision: Any = {"allow": True, "reason_code": "ok", "approval": approval}
@@ -284,6 +316,8 @@ def test_there_is_a_schema_for_everything_that_is_asked_and_answered() -> None:
         "budget_input",
         "budget_limits",
         "input",
+        "service_class",
+        "service_class_input",
     ]
 
 

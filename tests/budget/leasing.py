@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from pdp.budget.leased_ledger import LOCAL_ID_PREFIX, LeasedLedger, LeaseTerms
 from pdp.budget.lease_journal import LeaseJournal
+from pdp.budget.lease_pool import LeaseTerms
+from pdp.budget.leased_ledger import LOCAL_ID_PREFIX, LeasedLedger
 from pdp.budget.ledger import Account, Charge, IdempotencyKey, Ledger, LedgerError, Limit, Receipt
 from pdp.storage import Durability
 from tests.budget.memory import MemoryLedger
@@ -19,7 +20,7 @@ T = TypeVar("T")
 Call = Callable[[Ledger], Awaitable[Receipt]]
 
 
-class SharedLine:
+class Line:
     """The way to a shared ledger, which can be cut, and which a sidecar that is closed
     leaves open for the others.
     """
@@ -55,7 +56,7 @@ class Sidecar:
         self.town = town
         self.name = name
         self.terms = terms
-        self.line = SharedLine(town.shared)
+        self.line = Line(town.shared)
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.local_ledger = MemoryLedger(
@@ -97,7 +98,7 @@ class Sidecar:
         """What it has leased and still spends."""
         return sum(
             lease.record.charge.amount
-            for lease in self.ledger._leases.values()
+            for lease in self.ledger._reports.leases
             if not lease.retired and lease.until > self.town.now
         )
 

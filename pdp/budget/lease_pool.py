@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from typing import Final
 
-from pdp.budget.bounds import MAX_LIMITS
+from pdp.budget.bounds import MAX_HOLD_SECONDS, MAX_LIMITS
 from pdp.budget.lease_journal import LeaseRecord
 from pdp.budget.ledger import Account, Charge, Limit, LimitState, Receipt, Scope, Warned, Window
+from pdp.config import Lease as LeaseSettings
+from pdp.config import OnOutage
 
 MARGIN_SECONDS: Final = 10
 """For how much longer than a sidecar needs it a lease is held: covers clocks that run at
@@ -26,15 +27,6 @@ EXACT_SECONDS: Final = 1.0
 """For how long no lease is tried after one was refused, or would have been too small."""
 
 
-class OnOutage(StrEnum):
-    """What goes on while the shared ledger does not answer."""
-
-    DENY = "deny"
-    """Nothing, from the first draw, report or operation that failed."""
-    SPEND_LEASE = "spend_lease"
-    """What is leased can be spent, until the lease ends."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseTerms:
     """How a sidecar leases."""
@@ -46,6 +38,19 @@ class LeaseTerms:
     longest_hold_seconds: int = 120
     """Holds that may last longer are made on the shared ledger."""
     on_outage: OnOutage = OnOutage.DENY
+
+    @classmethod
+    def of(cls, settings: LeaseSettings, *, hold_ttl_seconds: int) -> LeaseTerms:
+        """As configured; holds may last as long as no lease is held for longer than any
+        ledger lets a hold live.
+        """
+        room = MAX_HOLD_SECONDS - settings.seconds - MARGIN_SECONDS
+        return cls(
+            seconds=settings.seconds,
+            share=settings.share,
+            longest_hold_seconds=min(hold_ttl_seconds, room),
+            on_outage=settings.on_outage,
+        )
 
     @property
     def ttl_seconds(self) -> int:

@@ -21,6 +21,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from pdp.budget.bounds import (
@@ -38,7 +39,6 @@ from pdp.budget.lease_journal import LeaseJournal, LeaseRecord
 from pdp.budget.lease_pool import (
     Lease,
     LeaseTerms,
-    OnOutage,
     Pool,
     Pools,
     Slice,
@@ -59,7 +59,10 @@ from pdp.budget.ledger import (
     LimitState,
     Receipt,
 )
+from pdp.budget.sqlite import SqliteLedger
+from pdp.config import OnOutage
 from pdp.reason import ReasonCode
+from pdp.storage import Durability, StorageError
 
 T = TypeVar("T")
 
@@ -618,6 +621,26 @@ class LeasedLedger:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+async def open_leased(
+    shared: Ledger, folder: Path, *, durability: Durability, terms: LeaseTerms, holder: str
+) -> LeasedLedger:
+    """A leased ledger with its files in the folder. Raises StorageError."""
+    local = SqliteLedger(
+        folder / "leases.db",
+        durability=durability,
+        new_id=lambda: f"{LOCAL_ID_PREFIX}{uuid.uuid4()}",
+    )
+    try:
+        # Written once for many calls: it can always wait for the disk.
+        journal = LeaseJournal(folder / "lease-journal.db", durability=Durability.POWER)
+    except StorageError:
+        await local.close()
+        raise
+    return await LeasedLedger.open(
+        shared=shared, local=local, journal=journal, terms=terms, holder=holder
+    )
 
 
 def _is_local(hold_id: str) -> bool:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pdp.budget.lease_pool import LeaseTerms, OnOutage
+from pdp.budget.lease_pool import LeaseTerms
 from pdp.budget.leased_ledger import LOCAL_ID_PREFIX
 from pdp.budget.ledger import LedgerError, Limit, OnExpiry, Warned, Window
+from pdp.config import OnOutage
 from tests.budget.leasing import Town
 from tests.budget.teller import ALICE, BOB, MALLORY, OTHER, calls, limit, money, rate
 

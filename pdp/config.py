@@ -132,7 +132,8 @@ class Listen(_Section):
 
 class TenantLimits(_Section):
     """What a tenant may use of the sidecar. The policy may give it less, and another
-    priority (pdp/sidecar/service_class); it can never give it more."""
+    priority (pdp/sidecar/service_class); it can never give it more.
+    """
 
     priority: Annotated[Priority, Field(strict=False)] = Priority.NORMAL
     """high, normal or low: while calls wait, four of a high tenant are let in for two of
@@ -555,6 +556,27 @@ class RedisSettings(_Section):
         return self
 
 
+class OnOutage(StrEnum):
+    """What goes on while the shared store does not answer."""
+
+    DENY = "deny"
+    """Nothing, from the first draw, report or operation that failed."""
+    SPEND_LEASE = "spend_lease"
+    """What is leased can be spent, until the lease ends."""
+
+
+class Lease(_Section):
+    """Slices of shared budgets, which the sidecar spends without asking the store."""
+
+    seconds: Annotated[int, Field(ge=2, le=600)] = 30
+    """For how long a lease is spent. What of it is never reported counts as spent."""
+    share: Annotated[float, Field(ge=0.01, le=0.5)] = 0.125
+    """The most of what remains under a limit that one lease takes."""
+    on_outage: Annotated[OnOutage, Field(strict=False)] = OnOutage.DENY
+    """While the store is away. deny: nothing is spent, once that is noticed.
+    spend_lease: what is leased can be spent, until the lease ends."""
+
+
 class Budget(_Section):
     """The ledger."""
 
@@ -569,6 +591,15 @@ class Budget(_Section):
     hold_ttl_seconds: Annotated[int, Field(ge=1, le=3_600)] = 120
     """How long a hold lasts unless it is settled or released. At least as long as
     permit.ttl_seconds."""
+    lease: Lease | None = None
+    """Set where the sidecar leases from a shared store. Its permits are then redeemed and
+    reported on with this sidecar alone. Null: every operation asks the store."""
+
+    @model_validator(mode="after")
+    def _leases_what_is_shared(self) -> Self:
+        if self.lease is not None and self.store == "sqlite":
+            raise ValueError("lease needs a shared store")
+        return self
 
 
 class Audit(_Section):

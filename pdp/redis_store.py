@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from redis.asyncio import Connection, ConnectionPool, Redis, RedisCluster, SSLConnection
 from redis.asyncio.connection import UnixDomainSocketConnection
@@ -71,6 +71,7 @@ _MOMENTARY: Final = (
 _KEY_PREFIX: Final = "pdp:"
 _IDENTITY: Final = _KEY_PREFIX + "ledger"
 
+_SCANNED_AT_ONCE: Final = 1000
 _KEYS_TO_TRY: Final = 4096
 """To meet every node of a cluster with its slots."""
 _PLAIN: Final = re.compile(r"[A-Za-z0-9._~-]*", re.ASCII)
@@ -91,13 +92,31 @@ def tenant_key(tenant: str, kind: str, *names: str) -> str:
     """A key of a tenant. All of a tenant's lie in one slot; no name can end the hash
     tag, or pass for several.
     """
-    key = f"{_KEY_PREFIX}{{t:{key_names(tenant)}}}:{kind}"
+    return _key("t", tenant, kind, names)
+
+
+def organisation_key(organisation: str, kind: str, *names: str) -> str:
+    """A key of an organisation: as a tenant's, and never one of a tenant."""
+    return _key("o", organisation, kind, names)
+
+
+def _key(owns: str, owner: str, kind: str, names: tuple[str, ...]) -> str:
+    key = f"{_KEY_PREFIX}{{{owns}:{key_names(owner)}}}:{kind}"
     return f"{key}:{key_names(*names)}" if names else key
 
 
 def key_names(*names: str) -> str:
     """Names as they stand in keys."""
     return ":".join(name if _PLAIN.fullmatch(name) else quote(name, safe="") for name in names)
+
+
+def names_in_key(text: str) -> list[str]:
+    """The names that :func:`key_names` has written."""
+    return [unquote(name) for name in text.split(":")]
+
+
+def _tenant_of(key: str) -> str:
+    return unquote(key[key.index("{t:") + 3 : key.index("}")])
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +160,8 @@ class RedisStore:
         self._operations: set[asyncio.Task[Any]] = set()
         self._closed = False
         self._failing = False
+        self.is_cluster = settings.cluster
+        """Whether a script can only touch what belongs to one owner."""
         self.id = ""
         """Names what is stored: random, made once, the same for all who share it."""
 
@@ -152,9 +173,10 @@ class RedisStore:
     async def complete(
         self, operation: Callable[[], Awaitable[T]], *, seconds: float | None = None
     ) -> T:
-        """Run what calls :meth:`run`, within the configured time, or ``seconds``; cancelling the awaiting task
-        does not stop it. Raises StorageError: the store did not answer, or refused;
-        whether anything was done is unknown, and the same operation can be tried again.
+        """Run what calls :meth:`run`, within the configured time, or ``seconds``; cancelling
+        the awaiting task does not stop it. Raises StorageError: the store did not answer,
+        or refused; whether anything was done is unknown, and the same operation can be
+        tried again.
         """
         if self._closed:
             raise StorageError("The store is closed; nothing was done.")
@@ -190,6 +212,23 @@ class RedisStore:
     async def places(self) -> Sequence[str]:
         """A key for each server, for :meth:`command`. Only within complete."""
         return await self._try(self._sender.places)
+
+    async def tenants(self, kind: str, *, most: int) -> set[str]:
+        """Tenants with a key of that kind, of at most ``most`` such keys that are met first.
+        Walks through everything that is stored: for operators. Only within complete.
+        """
+        found: set[str] = set()
+        pattern = f"{_KEY_PREFIX}{{t:*}}:{kind}"
+        for place in await self.places():
+            cursor = b"0"
+            while len(found) < most:
+                cursor, keys = await self.command(
+                    place, "SCAN", cursor.decode(), "MATCH", pattern, "COUNT", _SCANNED_AT_ONCE
+                )
+                found.update(_tenant_of(key.decode()) for key in keys)
+                if cursor == b"0":
+                    break
+        return found
 
     async def _in_time(self, operation: Callable[[], Awaitable[T]], seconds: float) -> T:
         try:

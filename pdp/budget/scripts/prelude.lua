@@ -10,8 +10,9 @@
 --
 -- Whatever is refused is refused before anything is written: Redis undoes nothing. For
 -- that, too, the first line: with it, a server without memory or disk does not begin.
--- Amounts come and go as text. As numbers they are doubles, exact below 2^53; sums
--- are compared by subtracting, which stays exact wherever it decides.
+-- Amounts come and go as text. As numbers they are doubles, exact below 2^53. What may
+-- pass that is computed so that it is exact wherever it decides: sums are compared by
+-- subtracting, and a product is compared with what is at most 2^53, or cut off there.
 
 local attempt, kept = ARGV[1], tonumber(ARGV[4])
 local strict = string.find(ARGV[3], 's', 1, true) ~= nil
@@ -21,6 +22,12 @@ local FIELDS_AT_ONCE = 1000 -- Lua passes some 8000 arguments at most
 
 local function whole(number)
   return string.format('%.0f', number)
+end
+
+-- a / b, rounded up. Only fmod is exact for all of them: "%" divides first.
+local function divide_up(a, b)
+  local rest = math.fmod(a, b)
+  return (a - rest) / b + (rest > 0 and 1 or 0)
 end
 
 local clock = redis.call('GET', KEYS[1])
@@ -38,7 +45,7 @@ end
 if now < highest then
   now = highest
 end
-local second = math.floor(now)
+local second, millisecond = math.floor(now), math.floor(now * 1000)
 
 local function keep_clock()
   if second > highest or strict then
@@ -54,11 +61,20 @@ local function refuse(code)
   return {attempt, 'error', code}
 end
 
+local function tell_time()
+  return {attempt, 'time', string.format('%.17g', now)}
+end
+
+-- Answers
+
+local has_old_answer = false
+
 -- The first answer under a key, or nil.
 local function first_answer(key, sha256)
   local answer = redis.call(
     'HMGET', key, 'sha256', 'at', 'attempt', 'note', 'asked', 'limit', 'outcome')
   if not answer[1] or not is_kept(answer[2]) then
+    has_old_answer = answer[1]
     return nil
   end
   if answer[1] ~= sha256 then
@@ -75,63 +91,180 @@ end
 
 local function remember(key, sha256, note, asked, limit, outcome)
   keep_clock()
-  redis.call('DEL', key)
+  if has_old_answer then
+    redis.call('DEL', key)
+  end
   redis.call('HSET', key, 'sha256', sha256, 'at', whole(second), 'attempt', attempt,
     'note', note, 'asked', asked, 'limit', limit, 'outcome', outcome)
   redis.call('EXPIRE', key, kept + 1)
   return {attempt, 'done', outcome, limit}
 end
 
--- Whether the caller computed the windows for another time than this.
-local function is_outside(starts_at, ends_at)
-  return now < tonumber(starts_at) or (ends_at ~= '' and now >= tonumber(ends_at))
+-- Accounts. Each is of a kind, by its limit:
+--   "r" counts spend, and what is held returns on expiry
+--   "c" counts spend, and what is held is charged on expiry
+--   "h" counts only what is held: concurrency
+--   "g" is a rate: level, in thousandths of a second in which one unit drains, when
+--       it was drained last, and nothing else
+-- Of the others an account is a hash with spent, held, granted, the highest warned
+-- percent and, under each second at which holds expire, the sum of what returns then
+-- and, with a "c" behind it, of what is charged then. Its expiries are those fields,
+-- scored by the second, and those that are charged by the second below zero: never more
+-- than twice the seconds of the longest hold, whatever the number of holds. They may
+-- outlive the account, but never go before it: what they hold could not return.
+-- Of each, limit is how its limit was named last, and kept_until, where it stands,
+-- when it may go unless it is used again.
+
+local function expiry_field(expires_at, kind)
+  return kind == 'c' and expires_at .. 'c' or expires_at
 end
 
-local function tell_time()
-  return {attempt, 'time', string.format('%.17g', now)}
+local function expiry_score(expires_at, kind)
+  return kind == 'c' and '-' .. expires_at or expires_at
 end
 
--- An account is a hash: spent, held, and under each second at which holds expire the
--- sum of them. Its expiries are those seconds in order: never more than the longest
--- hold has, whatever the number of holds.
-local function read_account(key, expiries)
-  local row = redis.call('HMGET', key, 'spent', 'held')
+-- What has expired is left out of what is held, as let_expired_go will write it. `field`
+-- is read besides, where there is one.
+local function read_account(key, expiries, field)
+  local row = redis.call('HMGET', key, 'spent', 'held', 'granted', 'warned', 'limit',
+    'kept_until', field or '')
   local account = {
     key = key,
     expiries = expiries,
     is_new = not row[1],
     spent = tonumber(row[1] or '0'),
     held = tonumber(row[2] or '0'),
-    expired = {},
+    granted = tonumber(row[3] or '0'),
+    warned = tonumber(row[4] or '0'),
+    shown = row[5],
+    kept_until = tonumber(row[6] or '0'),
+    in_field = tonumber(row[7] or '0'),
+    expired = redis.call('ZRANGEBYSCORE', expiries, whole(-second), whole(second)),
   }
-  local first = redis.call('ZRANGE', expiries, 0, 0)[1]
-  account.had_expiries = first ~= nil
-  if first and tonumber(first) <= now then
-    account.expired = redis.call('ZRANGEBYSCORE', expiries, '-inf', whole(second))
-    for from = 1, #account.expired, FIELDS_AT_ONCE do
-      local to = math.min(from + FIELDS_AT_ONCE - 1, #account.expired)
-      for _, amount in ipairs(redis.call('HMGET', key, unpack(account.expired, from, to))) do
-        account.held = account.held - tonumber(amount or '0')
+  for from = 1, #account.expired, FIELDS_AT_ONCE do
+    local to = math.min(from + FIELDS_AT_ONCE - 1, #account.expired)
+    local amounts = redis.call('HMGET', key, unpack(account.expired, from, to))
+    for number, amount in ipairs(amounts) do
+      amount = tonumber(amount or '0')
+      account.held = account.held - amount
+      if string.sub(account.expired[from + number - 1], -1) == 'c' then
+        account.spent = math.min(account.spent + amount, MOST)
       end
     end
-    first = redis.call('ZRANGEBYSCORE', expiries, '(' .. whole(second), '+inf', 'LIMIT', 0, 1)[1]
   end
-  account.first_expiry = first and tonumber(first)
   return account
 end
 
--- What has expired counts no more: read_account has left it out already.
+-- Fields and values besides may follow.
+local function write_sums(account, ...)
+  redis.call(
+    'HSET', account.key, 'spent', whole(account.spent), 'held', whole(account.held), ...)
+end
+
 local function let_expired_go(account)
   if #account.expired > 0 then
-    redis.call('ZREMRANGEBYSCORE', account.expiries, '-inf', whole(second))
+    redis.call('ZREMRANGEBYSCORE', account.expiries, whole(-second), whole(second))
     for from = 1, #account.expired, FIELDS_AT_ONCE do
       local to = math.min(from + FIELDS_AT_ONCE - 1, #account.expired)
       redis.call('HDEL', account.key, unpack(account.expired, from, to))
     end
-    redis.call('HSET', account.key, 'held', whole(account.held))
+    write_sums(account)
   end
 end
 
-local function write_account(account)
-  redis.call('HSET', account.key, 'spent', whole(account.spent), 'held', whole(account.held))
+-- What may still be taken. As a difference of differences it is exact below 2^53.
+local function room_in(account, limit)
+  return (limit - account.spent) + (account.granted - account.held)
+end
+
+local function read_rate(key, limit, period)
+  local row = redis.call('HMGET', key, 'level', 'at', 'limit', 'kept_until')
+  local at = tonumber(row[2] or '0')
+  local drained = limit * math.max(0, millisecond - at)
+  return {
+    key = key,
+    expired = {},
+    is_new = not row[1],
+    level = math.max(0, tonumber(row[1] or '0') - drained),
+    at = math.max(at, millisecond),
+    limit = limit,
+    period = period,
+    shown = row[3],
+    kept_until = tonumber(row[4] or '0'),
+  }
+end
+
+-- What an entry's arguments begin with, and how many they are.
+local ENTRY = 5
+
+-- A limit and where it counts. KEYS[key] on: the account, its expiries. ARGV[at] on: where
+-- the window starts, where it ends (empty: never), the kind, the limit, and of a rate the
+-- thousandths of a second in which the limit drains. Nil where the caller computed the
+-- window for another time than this.
+local function read_entry(key, at, expires_at)
+  local ends_at, kind = ARGV[at + 1], ARGV[at + 2]
+  if now < tonumber(ARGV[at]) or (ends_at ~= '' and now >= tonumber(ends_at)) then
+    return nil
+  end
+  local limit = tonumber(ARGV[at + 3])
+  local entry
+  if kind == 'g' then
+    entry = read_rate(KEYS[key], limit, tonumber(ARGV[at + 4]))
+  else
+    entry = read_account(KEYS[key], KEYS[key + 1], expires_at and expiry_field(expires_at, kind))
+    entry.limit = limit
+  end
+  entry.kind, entry.ends_at = kind, ends_at
+  return entry
+end
+
+-- A limit's state: spent, held, when it resets, granted.
+local function show_entry(entry)
+  if entry.kind ~= 'g' then
+    local resets_at = entry.ends_at ~= '' and entry.ends_at or '-'
+    return table.concat({whole(entry.spent), whole(entry.held), resets_at, whole(entry.granted)}, ' ')
+  end
+  if entry.level == 0 then
+    return '0 0 - 0'
+  end
+  -- Apart, as their sum may pass 2^53.
+  local drains = divide_up(entry.level, entry.limit)
+  local over, over_at = math.fmod(drains, 1000), math.fmod(entry.at, 1000)
+  local resets_at = (drains - over) / 1000 + (entry.at - over_at) / 1000
+    + math.ceil((over + over_at) / 1000)
+  return whole(divide_up(entry.level, entry.period)) .. ' 0 ' .. whole(resets_at) .. ' 0'
+end
+
+-- Holds
+
+-- The parts of a hold. ARGV[at] on: of each what was held or charged, and what is asked of
+-- it. Progress is empty until something was settled: then it says of each part what is
+-- still held, what was settled, and what was refunded.
+local function read_parts(progress, at, count)
+  local numbers = {}
+  for number in string.gmatch(progress, '%d+') do
+    table.insert(numbers, tonumber(number))
+  end
+  local parts = {}
+  for number = 1, count do
+    local amount = tonumber(ARGV[at + (number - 1) * 2])
+    parts[number] = {
+      amount = amount,
+      asked = ARGV[at + (number - 1) * 2 + 1],
+      left = numbers[number * 3 - 2] or amount,
+      settled = numbers[number * 3 - 1] or 0,
+      refunded = numbers[number * 3] or 0,
+    }
+  end
+  return parts
+end
+
+local function show_progress(parts)
+  local numbers = {}
+  for _, part in ipairs(parts) do
+    table.insert(numbers, whole(part.left))
+    table.insert(numbers, whole(part.settled))
+    table.insert(numbers, whole(part.refunded))
+  end
+  return table.concat(numbers, ' ')
 end

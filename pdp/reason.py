@@ -46,6 +46,13 @@ class ReasonCode(StrEnum):
     )
     TENANT_SUSPENDED = "tenant_suspended", "The tenant is known and suspended."
 
+    ACTOR_REVOKED = "actor_revoked", "The actor may not act for the tenant any more."
+    TOKEN_REVOKED = "token_revoked", "The token is valid and was revoked."
+    REVOCATIONS_UNAVAILABLE = (
+        "revocations_unavailable",
+        "It can not be told who is revoked.",
+    )
+
     # Authorize
     POLICY_DENIED = "policy_denied", "The policy says no, without a code of its own."
     TOOL_NOT_ALLOWED = (
@@ -128,6 +135,10 @@ class ReasonCode(StrEnum):
     PERMIT_USED = (
         "permit_used",
         "Every use of the permit is spent, or its outcome is reported.",
+    )
+    PERMIT_REVOKED = (
+        "permit_revoked",
+        "The permit's tenant or actor was revoked after it was issued.",
     )
     PERMIT_MISMATCH = (
         "permit_mismatch",

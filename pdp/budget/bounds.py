@@ -13,13 +13,16 @@ from typing import Final
 
 from pdp.budget.ledger import (
     MAX_AMOUNT,
+    MAX_BUCKET,
     Account,
     Charge,
     IdempotencyKey,
     Limit,
+    OnExpiry,
     Scope,
     Window,
 )
+from pdp.budget.windows import is_timezone
 
 MAX_CHARGES: Final = 16
 """Charges in one operation."""
@@ -32,17 +35,40 @@ MAX_HOLD_SECONDS: Final = 3600
 
 MAX_NOTE_BYTES: Final = 16 * 1024
 
-OPERATIONS: Final = frozenset({"authorize", "charge", "reserve", "settle", "release", "outcome"})
+MAX_MEMO_BYTES: Final = 1024
+MAX_WARNINGS: Final = 8
+"""Thresholds of one limit."""
+
+MAX_RATE_SECONDS: Final = 31 * 86_400
+"""The longest time of a rate."""
+
+ENDED_BY: Final = {
+    "settle": "reserve",
+    "release": "reserve",
+    "outcome": "authorize",
+    "lease_settle": "lease",
+}
+"""Which operation finds the holds of which."""
+
+OPERATIONS: Final = frozenset(
+    {*ENDED_BY, *ENDED_BY.values(), "charge", "refund", "grant", "expire"}
+)
 
 _SHA256_HEX: Final = re.compile(r"[0-9a-f]{64}")
 
 
 def check_account(account: Account) -> None:
-    """Tenant and actor are there; the tool may be empty."""
+    """Tenant and actor are there; the rest may be empty."""
     _check_text("tenant", account.tenant, 128)
     _check_text("actor", account.actor, 255)
-    if account.tool != "":
-        _check_text("tool", account.tool, 128)
+    for name, text, longest in (
+        ("tool", account.tool, 128),
+        ("organisation", account.organisation, 128),
+        ("team", account.team, 128),
+        ("session", account.session, 255),
+    ):
+        if text != "":
+            _check_text(name, text, longest)
 
 
 def check_key(key: IdempotencyKey) -> None:
@@ -77,16 +103,61 @@ def check_limits(limits: Sequence[Limit]) -> None:
         _check_text("budget", limit.budget, 64)
         _check_text("unit", limit.unit, 64)
         _check_int("limit", limit.limit, 0, MAX_AMOUNT)
-        if type(limit.window) is not Window or type(limit.scope) is not Scope:
-            raise ValueError("window or scope is not one of the port's")
+        if (
+            type(limit.window) is not Window
+            or type(limit.scope) is not Scope
+            or type(limit.on_expiry) is not OnExpiry
+            or type(limit.enforced) is not bool
+        ):
+            raise ValueError("window, scope, on_expiry or enforced is not one of the port's")
+        if not is_timezone(limit.timezone):
+            raise ValueError("timezone is not one of the IANA database")
+        _check_warn_at(limit.warn_at)
+        _check_rate(limit)
     accounts = {(each.id, each.budget, each.unit, each.window, each.scope) for each in limits}
     if len(accounts) != len(limits):
         raise ValueError("a limit stands twice in limits")
 
 
+def _check_warn_at(warn_at: tuple[int, ...]) -> None:
+    if len(warn_at) > MAX_WARNINGS or list(warn_at) != sorted(set(warn_at)):
+        raise ValueError(f"warn_at is not at most {MAX_WARNINGS} percentages, ascending")
+    for percent in warn_at:
+        _check_int("warn_at", percent, 1, 100)
+
+
+def _check_rate(limit: Limit) -> None:
+    if limit.window is Window.ROLLING:
+        _check_int("limit", limit.limit, 1, MAX_AMOUNT)
+        _check_int("seconds", limit.seconds, 1, MAX_RATE_SECONDS)
+        _check_int("burst", limit.burst, 1, MAX_BUCKET // limit.seconds)
+    elif (limit.seconds, limit.burst) != (0, 0):
+        raise ValueError("seconds and burst are for rates")
+    if not limit.window.is_calendar and limit.on_expiry is not OnExpiry.RELEASE:
+        raise ValueError("on_expiry is for limits that count spend")
+
+
 def check_ttl(ttl_seconds: int) -> None:
     """A hold lives for a second at least."""
     _check_int("ttl_seconds", ttl_seconds, 1, MAX_HOLD_SECONDS)
+
+
+def check_memo(memo: str) -> None:
+    """A memo is not too long."""
+    if type(memo) is not str or len(memo.encode()) > MAX_MEMO_BYTES:
+        raise ValueError(f"memo is not text of at most {MAX_MEMO_BYTES} bytes")
+
+
+def check_most(most: int, *, highest: int = 1000) -> None:
+    """How much is listed."""
+    _check_int("most", most, 1, highest)
+
+
+def check_grant(amount: int) -> None:
+    """A grant is given or taken back."""
+    _check_int("amount", amount, -MAX_AMOUNT, MAX_AMOUNT)
+    if amount == 0:
+        raise ValueError("a grant is not 0")
 
 
 def check_hold_id(hold_id: str) -> None:

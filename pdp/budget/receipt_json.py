@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
-from pdp.budget.ledger import Charge, Limit, LimitState, Receipt, Scope, Window
+from pdp.budget.ledger import Charge, Limit, LimitState, OnExpiry, Receipt, Scope, Window
 
 
 def receipt_to_json(receipt: Receipt) -> str:
     """What is needed to give the receipt again: all but its note, which is kept
-    beside it, and the limits, which are not given again.
+    beside it, and what is not given again.
     """
     return _ENCODER.encode(
         {
@@ -41,37 +41,69 @@ def receipt_from_json(text: str, note: str) -> Receipt:
     )
 
 
-def _state_fields(state: LimitState) -> dict[str, dict[str, str | int] | int | None]:
-    limit = state.limit
+def limit_to_json(limit: Limit) -> str:
+    """A limit, as a store keeps it beside what counts under it."""
+    return _ENCODER.encode(_limit_fields(limit))
+
+
+def limit_from_json(text: str) -> Limit:
+    """The limit again."""
+    return _limit(json.loads(text))
+
+
+def _state_fields(state: LimitState) -> dict[str, Any]:
     return {
-        "limit": {
-            "id": limit.id,
-            "budget": limit.budget,
-            "unit": limit.unit,
-            "window": limit.window,
-            "limit": limit.limit,
-            "scope": limit.scope,
-        },
+        "limit": _limit_fields(state.limit),
         "spent": state.spent,
         "held": state.held,
         "resets_at": state.resets_at,
+        "granted": state.granted,
     }
 
 
 def _state(fields: dict[str, Any]) -> LimitState:
-    limit = fields["limit"]
     return LimitState(
-        limit=Limit(
-            id=limit["id"],
-            budget=limit["budget"],
-            unit=limit["unit"],
-            window=Window(limit["window"]),
-            limit=limit["limit"],
-            scope=Scope(limit["scope"]),
-        ),
+        limit=_limit(fields["limit"]),
         spent=fields["spent"],
         held=fields["held"],
         resets_at=fields["resets_at"],
+        granted=fields["granted"],
+    )
+
+
+def _limit_fields(limit: Limit) -> list[Any]:
+    return [
+        limit.id,
+        limit.budget,
+        limit.unit,
+        limit.window,
+        limit.limit,
+        limit.scope,
+        limit.timezone,
+        limit.seconds,
+        limit.burst,
+        limit.warn_at,
+        limit.enforced,
+        limit.on_expiry,
+    ]
+
+
+def _limit(fields: list[Any]) -> Limit:
+    name, budget, unit, window, most, scope, timezone, seconds, burst, warn_at, *rest = fields
+    enforced, on_expiry = rest
+    return Limit(
+        id=name,
+        budget=budget,
+        unit=unit,
+        window=Window(window),
+        limit=most,
+        scope=Scope(scope),
+        timezone=timezone,
+        seconds=seconds,
+        burst=burst,
+        warn_at=tuple(warn_at),
+        enforced=enforced,
+        on_expiry=OnExpiry(on_expiry),
     )
 
 

@@ -1,11 +1,17 @@
-"""Where the window of a limit begins and ends. Calendar windows, in UTC."""
+"""Where the window of a limit begins and ends, by the calendar of a time zone."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+import functools
+import math
+import zoneinfo
+from datetime import date, datetime, timedelta
 from typing import Final, NamedTuple
 
-from pdp.budget.ledger import Window
+from pdp.budget.ledger import Limit, Window
+
+KNOWN_ZONES: Final = 1024
+"""Time zones that are kept at hand; there are some 600."""
 
 
 class WindowBounds(NamedTuple):
@@ -13,27 +19,95 @@ class WindowBounds(NamedTuple):
 
     starts_at: int
     ends_at: int | None
-    """None for a lifetime window."""
+    """None for a window that does not end."""
 
 
-def window_bounds(window: Window, now: float) -> WindowBounds:
-    """The window that holds the Unix time ``now``."""
-    if window is Window.LIFETIME:
-        return _LIFETIME
+def window_bounds(limit: Limit, now: float) -> WindowBounds:
+    """The window of the limit that holds the Unix time ``now``.
+
+    Days and months begin at midnight in the limit's time zone, or with the first moment
+    of the date where its clocks jump over midnight: on the days on which clocks change
+    they have 23 or 25 hours. Hours begin where clocks there show a full hour, minutes
+    everywhere at once. Rates and concurrency know no windows.
+    """
+    window = limit.window
+    if window is Window.MINUTE:
+        return _even(now, 60, 0)
+    if window is Window.HOUR:
+        offset = 0 if limit.timezone == "UTC" else _zone(limit.timezone).offset_seconds(now)
+        # Where an offset changes by less than an hour, so do the hours around it.
+        return _even(now, 3600, offset % 3600)
+    if window is Window.DAY:
+        if limit.timezone == "UTC":
+            return _even(now, 86_400, 0)
+        return _zone(limit.timezone).day(now)
     if window is Window.MONTH:
-        return _month(now)
-    # Unix time leaves leap seconds out, so UTC minutes, hours and days divide it.
-    length = _LENGTHS[window]
-    starts_at = int(now // length) * length
+        return _zone(limit.timezone).month(now)
+    return _ENDLESS
+
+
+def is_timezone(name: str) -> bool:
+    """Whether a limit can be in that time zone."""
+    try:
+        _zone(name)
+    except (TypeError, ValueError, OSError, zoneinfo.ZoneInfoNotFoundError):
+        return False
+    return True
+
+
+def _even(now: float, length: int, offset: int) -> WindowBounds:
+    """Windows of one length. Unix time leaves leap seconds out, so UTC's divide it."""
+    starts_at = int((now + offset) // length) * length - offset
     return WindowBounds(starts_at, starts_at + length)
 
 
-def _month(now: float) -> WindowBounds:
-    today = datetime.fromtimestamp(now, UTC)
-    first = datetime(today.year, today.month, 1, tzinfo=UTC)
-    after = datetime(today.year + today.month // 12, today.month % 12 + 1, 1, tzinfo=UTC)
-    return WindowBounds(int(first.timestamp()), int(after.timestamp()))
+class _Zone:
+    """One time zone, with the day and the month that were asked for last."""
+
+    def __init__(self, name: str) -> None:
+        self._zone = zoneinfo.ZoneInfo(name)
+        self._day = self._month = WindowBounds(0, 0)
+
+    def offset_seconds(self, now: float) -> int:
+        offset = datetime.fromtimestamp(now, self._zone).utcoffset() or timedelta()
+        return int(offset.total_seconds())
+
+    def day(self, now: float) -> WindowBounds:
+        day = self._day
+        if not _holds(day, now):
+            today = self._date(now)
+            day = self._day = self._between(today, today + timedelta(days=1))
+        return day
+
+    def month(self, now: float) -> WindowBounds:
+        month = self._month
+        if not _holds(month, now):
+            first = self._date(now).replace(day=1)
+            after = date(first.year + first.month // 12, first.month % 12 + 1, 1)
+            month = self._month = self._between(first, after)
+        return month
+
+    def _date(self, now: float) -> date:
+        return datetime.fromtimestamp(now, self._zone).date()
+
+    def _between(self, first: date, after: date) -> WindowBounds:
+        return WindowBounds(self._begin(first), self._begin(after))
+
+    def _begin(self, day: date) -> int:
+        """The first moment of a date. Where clocks show midnight twice it is the first
+        (fold=0), and where they jump over it, fold=0 names the moment of the jump.
+        """
+        midnight = datetime(day.year, day.month, day.day, tzinfo=self._zone)
+        return math.ceil(midnight.timestamp())
 
 
-_LIFETIME: Final = WindowBounds(0, None)
-_LENGTHS: Final = {Window.MINUTE: 60, Window.HOUR: 3600, Window.DAY: 86_400}
+def _holds(bounds: WindowBounds, now: float) -> bool:
+    return bounds.starts_at <= now and bounds.ends_at is not None and now < bounds.ends_at
+
+
+@functools.lru_cache(maxsize=KNOWN_ZONES)
+def _zone(name: str) -> _Zone:
+    return _Zone(name)
+
+
+_ENDLESS: Final = WindowBounds(0, None)

@@ -9,10 +9,13 @@ from typing import TypeVar
 
 from pdp.budget.ledger import (
     Account,
+    AccountState,
     Charge,
+    HoldState,
     IdempotencyKey,
     Limit,
     LimitState,
+    OnExpiry,
     Receipt,
     Scope,
     Window,
@@ -47,8 +50,36 @@ def limit(
     unit: str = "calls",
     window: Window = Window.DAY,
     scope: Scope = Scope.TENANT,
+    timezone: str = "UTC",
+    warn_at: tuple[int, ...] = (),
+    enforced: bool = True,
+    on_expiry: OnExpiry = OnExpiry.RELEASE,
 ) -> Limit:
-    return Limit(id=name, budget="tools", unit=unit, window=window, limit=most, scope=scope)
+    return Limit(
+        id=name,
+        budget="tools",
+        unit=unit,
+        window=window,
+        limit=most,
+        scope=scope,
+        timezone=timezone,
+        warn_at=warn_at,
+        enforced=enforced,
+        on_expiry=on_expiry,
+    )
+
+
+def rate(most: int, *, seconds: int = 60, burst: int = 0, scope: Scope = Scope.TENANT) -> Limit:
+    return Limit(
+        id="rate",
+        budget="tools",
+        unit="calls",
+        window=Window.ROLLING,
+        limit=most,
+        scope=scope,
+        seconds=seconds,
+        burst=burst or most,
+    )
 
 
 TEN = limit(10)
@@ -94,6 +125,7 @@ class Teller:
         account: Account = ALICE,
         key: IdempotencyKey | None = None,
         ttl_seconds: int = 60,
+        memo: str = "",
     ) -> Receipt:
         return self.do(
             self.ledger.reserve(
@@ -102,6 +134,7 @@ class Teller:
                 charges=charges,
                 limits=limits,
                 ttl_seconds=ttl_seconds,
+                memo=memo,
             )
         )
 
@@ -122,12 +155,57 @@ class Teller:
         *charges: Charge,
         account: Account = ALICE,
         key: IdempotencyKey | None = None,
+        final: bool = True,
     ) -> Receipt:
         return self.do(
             self.ledger.settle(
-                account, key or self.key("settle"), hold_id=hold_id, charges=charges or None
+                account,
+                key or self.key("settle"),
+                hold_id=hold_id,
+                charges=charges or None,
+                final=final,
             )
         )
+
+    def refund(
+        self,
+        hold_id: str,
+        *charges: Charge,
+        account: Account = ALICE,
+        key: IdempotencyKey | None = None,
+    ) -> Receipt:
+        return self.do(
+            self.ledger.refund(
+                account, key or self.key("refund"), hold_id=hold_id, charges=charges or None
+            )
+        )
+
+    def expire(
+        self, hold_id: str, *, account: Account = ALICE, key: IdempotencyKey | None = None
+    ) -> Receipt:
+        return self.do(self.ledger.expire(account, key or self.key("expire"), hold_id=hold_id))
+
+    def grant(
+        self,
+        limit_id: str,
+        amount: int,
+        *,
+        account: Account = ALICE,
+        key: IdempotencyKey | None = None,
+    ) -> Receipt:
+        """Grant to the one account of that limit."""
+        [granted] = [each for each in self.accounts(account.tenant) if each.limit.id == limit_id]
+        return self.do(
+            self.ledger.grant(
+                account, key or self.key("grant"), account_id=granted.id, amount=amount
+            )
+        )
+
+    def accounts(self, tenant: str = "acme") -> tuple[AccountState, ...]:
+        return self.do(self.ledger.accounts(tenant, most=1000))
+
+    def holds(self, tenant: str = "acme") -> tuple[HoldState, ...]:
+        return self.do(self.ledger.holds(tenant, most=1000))
 
     def release(
         self, hold_id: str, *, account: Account = ALICE, key: IdempotencyKey | None = None

@@ -9,15 +9,30 @@ from pdp.budget.bounds import (
     MAX_CHARGES,
     MAX_HOLD_SECONDS,
     MAX_LIMITS,
+    MAX_MEMO_BYTES,
     MAX_NOTE_BYTES,
+    MAX_RATE_SECONDS,
     check_account,
     check_charges,
+    check_grant,
     check_hold_id,
     check_key,
     check_limits,
+    check_memo,
+    check_most,
     check_ttl,
 )
-from pdp.budget.ledger import MAX_AMOUNT, Account, Charge, IdempotencyKey, Limit, Scope, Window
+from pdp.budget.ledger import (
+    MAX_AMOUNT,
+    MAX_BUCKET,
+    Account,
+    Charge,
+    IdempotencyKey,
+    Limit,
+    OnExpiry,
+    Scope,
+    Window,
+)
 
 ACCOUNT = Account(tenant="acme", actor="alice@example.com", tool="orders.update")
 KEY = IdempotencyKey(operation="reserve", key="k", content_sha256="0" * 64)
@@ -25,6 +40,7 @@ CHARGE = Charge("tools", "calls", 1)
 LIMIT = Limit(
     id="calls", budget="tools", unit="calls", window=Window.DAY, limit=1, scope=Scope.TENANT
 )
+RATE = replace(LIMIT, window=Window.ROLLING, seconds=60, burst=1)
 TEXTS = ("", "x" * 256, "line\nbreak", "null\0", "\ud800", None, 7, b"bytes")
 """No names: empty, too long, control characters, lone surrogates, other types."""
 
@@ -39,9 +55,15 @@ def test_what_is_within_bounds_passes() -> None:
     check_charges([replace(CHARGE, unit=f"u{n}") for n in range(MAX_CHARGES)], least=1)
     check_limits([replace(LIMIT, id=f"l{n}", limit=0) for n in range(MAX_LIMITS)])
     check_limits([LIMIT, replace(LIMIT, window=Window.HOUR), replace(LIMIT, scope=Scope.TOOL)])
+    check_limits([replace(RATE, seconds=MAX_RATE_SECONDS, burst=MAX_BUCKET // MAX_RATE_SECONDS)])
+    check_limits([replace(LIMIT, timezone="Europe/Berlin", warn_at=(), enforced=False)])
+    check_limits([replace(LIMIT, warn_at=(1, 2, 3, 4, 5, 6, 99, 100))])
     check_ttl(1)
     check_ttl(MAX_HOLD_SECONDS)
     check_hold_id("h" * 255)
+    check_memo("ä" * (MAX_MEMO_BYTES // 2))
+    check_most(1000)
+    check_grant(-MAX_AMOUNT)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -66,10 +88,59 @@ def test_names_are_short_and_printable(check: Callable[[object], None], text: ob
         check(text)
 
 
-@pytest.mark.parametrize("tool", (None, "x" * 129, "line\nbreak"))
-def test_a_tool_is_a_name_or_empty(tool: str) -> None:
-    with pytest.raises(ValueError, match="tool is not"):
-        check_account(replace(ACCOUNT, tool=tool))
+@pytest.mark.parametrize("name", (None, "x" * 256, "line\nbreak"))
+@pytest.mark.parametrize(
+    "check",
+    (
+        lambda name: check_account(replace(ACCOUNT, tool=name)),
+        lambda name: check_account(replace(ACCOUNT, organisation=name)),
+        lambda name: check_account(replace(ACCOUNT, team=name)),
+        lambda name: check_account(replace(ACCOUNT, session=name)),
+    ),
+)
+def test_what_may_be_empty_is_a_name_else(check: Callable[[object], None], name: object) -> None:
+    with pytest.raises(ValueError, match=r" is not "):
+        check(name)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    (
+        replace(RATE, limit=0),
+        replace(RATE, seconds=0),
+        replace(RATE, seconds=MAX_RATE_SECONDS + 1),
+        replace(RATE, burst=0),
+        replace(RATE, burst=MAX_BUCKET // 60 + 1),
+        replace(RATE, burst=True),
+        replace(LIMIT, seconds=1),
+        replace(LIMIT, burst=1),
+        replace(RATE, on_expiry=OnExpiry.CHARGE),
+        replace(LIMIT, window=Window.CONCURRENT, on_expiry=OnExpiry.CHARGE),
+        replace(LIMIT, timezone="Europe/Atlantis"),
+        replace(LIMIT, timezone=""),
+        replace(LIMIT, warn_at=(50, 50)),
+        replace(LIMIT, warn_at=(80, 50)),
+        replace(LIMIT, warn_at=(0,)),
+        replace(LIMIT, warn_at=(101,)),
+        replace(LIMIT, warn_at=tuple(range(1, 10))),
+        replace(LIMIT, enforced=1),  # type: ignore[arg-type]
+        replace(LIMIT, on_expiry="charge"),  # type: ignore[arg-type]
+    ),
+)
+def test_a_limit_out_of_bounds_is_refused(wrong: Limit) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 - each has its own message
+        check_limits([wrong])
+
+
+def test_listings_grants_and_memos_are_bounded() -> None:
+    for most in (0, 1001, True):
+        with pytest.raises(ValueError, match="most is not"):
+            check_most(most)
+    for amount in (0, MAX_AMOUNT + 1, 1.5):
+        with pytest.raises(ValueError, match=r"grant|amount"):
+            check_grant(amount)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="memo is not"):
+        check_memo("x" * (MAX_MEMO_BYTES + 1))
 
 
 @pytest.mark.parametrize("digest", ("0" * 63, "0" * 65, "A" * 64, "0" * 64 + "\n"))
@@ -106,7 +177,7 @@ def test_windows_and_scopes_are_those_of_the_port(change: dict[str, str]) -> Non
         limit=1,
         scope=change.get("scope", Scope.TENANT),  # type: ignore[arg-type]
     )
-    with pytest.raises(ValueError, match="window or scope"):
+    with pytest.raises(ValueError, match="window, scope"):
         check_limits([wrong])
 
 

@@ -155,6 +155,8 @@ class AuthorizeResponse(_message.Message):
     AUDIT_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    SHADOW_REFUSALS_FIELD_NUMBER: _builtins.int
     decision: _builtins.bool
     """True exactly when permit is set."""
     reason_code: _builtins.str
@@ -195,11 +197,13 @@ class AuthorizeResponse(_message.Message):
 
     @_builtins.property
     def refused_by(self) -> _common_pb2.LimitStatus:
-        """On tenant_budget_exceeded: the limit that refused, as it stood."""
+        """On tenant_budget_exceeded, and on rate_limited by a limit of the policy: the
+        limit that refused, as it stood.
+        """
 
     @_builtins.property
     def retry_after(self) -> _duration_pb2.Duration:
-        """On tenant_budget_exceeded: when to ask again, if waiting can help."""
+        """With refused_by: when to ask again, if waiting can help."""
 
     @_builtins.property
     def audit(self) -> _common_pb2.AuditReceipt:
@@ -208,6 +212,14 @@ class AuthorizeResponse(_message.Message):
     @_builtins.property
     def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepDuration]:
         """What each of the steps took inside the sidecar."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.BudgetWarning]:
+        """Thresholds that the hold for this call has crossed."""
+
+    @_builtins.property
+    def shadow_refusals(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.LimitStatus]:
+        """Shadow limits that would have refused, as they stood before."""
 
     def __init__(
         self,
@@ -228,10 +240,12 @@ class AuthorizeResponse(_message.Message):
         audit: _common_pb2.AuditReceipt | None = ...,
         replayed: _builtins.bool = ...,
         steps: _abc.Iterable[Global___StepDuration] | None = ...,
+        warnings: _abc.Iterable[_common_pb2.BudgetWarning] | None = ...,
+        shadow_refusals: _abc.Iterable[_common_pb2.LimitStatus] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit", "hold", b"hold", "permit_expires_at", b"permit_expires_at", "refused_by", b"refused_by", "retry_after", b"retry_after"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor_id", b"actor_id", "audit", b"audit", "decision", b"decision", "decision_id", b"decision_id", "hold", b"hold", "namespace", b"namespace", "permit", b"permit", "permit_expires_at", b"permit_expires_at", "policy_revision", b"policy_revision", "reason_code", b"reason_code", "refused_by", b"refused_by", "replayed", b"replayed", "retry_after", b"retry_after", "scopes", b"scopes", "steps", b"steps", "tenant_id", b"tenant_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor_id", b"actor_id", "audit", b"audit", "decision", b"decision", "decision_id", b"decision_id", "hold", b"hold", "namespace", b"namespace", "permit", b"permit", "permit_expires_at", b"permit_expires_at", "policy_revision", b"policy_revision", "reason_code", b"reason_code", "refused_by", b"refused_by", "replayed", b"replayed", "retry_after", b"retry_after", "scopes", b"scopes", "shadow_refusals", b"shadow_refusals", "steps", b"steps", "tenant_id", b"tenant_id", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from pdp.api.v1 import common_pb2 as pdp_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13pdp/v1/budget.proto\x12\x06pdp.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x13pdp/v1/common.proto\"]\n\x13\x43hargeBudgetRequest\x12\x17\n\x0fidempotency_key\x18\x01 \x01(\t\x12\x1f\n\x07\x63harges\x18\x02 \x03(\x0b\x32\x0e.pdp.v1.Charge\x12\x0c\n\x04tool\x18\x03 \x01(\t\"\xb3\x01\n\x14\x43hargeBudgetResponse\x12\x11\n\tcharge_id\x18\x01 \x01(\t\x12#\n\x06limits\x18\x02 \x03(\x0b\x32\x13.pdp.v1.LimitStatus\x12\x13\n\x0b\x64\x65\x63ision_id\x18\x03 \x01(\t\x12\x17\n\x0fpolicy_revision\x18\x04 \x01(\t\x12#\n\x05\x61udit\x18\x05 \x01(\x0b\x32\x14.pdp.v1.AuditReceipt\x12\x10\n\x08replayed\x18\x06 \x01(\x08\"s\n\x14ReserveBudgetRequest\x12\x17\n\x0fidempotency_key\x18\x01 \x01(\t\x12\x1f\n\x07\x63harges\x18\x02 \x03(\x0b\x32\x0e.pdp.v1.Charge\x12\x0c\n\x04tool\x18\x03 \x01(\t\x12\x13\n\x0bttl_seconds\x18\x04 \x01(\x05\"\xe2\x01\n\x15ReserveBudgetResponse\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12#\n\x06limits\x18\x03 \x03(\x0b\x32\x13.pdp.v1.LimitStatus\x12\x13\n\x0b\x64\x65\x63ision_id\x18\x04 \x01(\t\x12\x17\n\x0fpolicy_revision\x18\x05 \x01(\t\x12#\n\x05\x61udit\x18\x06 \x01(\x0b\x32\x14.pdp.v1.AuditReceipt\x12\x10\n\x08replayed\x18\x07 \x01(\x08\"`\n\x13SettleBudgetRequest\x12\x17\n\x0fidempotency_key\x18\x01 \x01(\t\x12\x0f\n\x07hold_id\x18\x02 \x01(\t\x12\x1f\n\x07\x63harges\x18\x03 \x03(\x0b\x32\x0e.pdp.v1.Charge\"n\n\x14SettleBudgetResponse\x12\x11\n\tover_hold\x18\x01 \x01(\x08\x12\x0c\n\x04late\x18\x02 \x01(\x08\x12#\n\x05\x61udit\x18\x03 \x01(\x0b\x32\x14.pdp.v1.AuditReceipt\x12\x10\n\x08replayed\x18\x04 \x01(\x08\"@\n\x14ReleaseBudgetRequest\x12\x17\n\x0fidempotency_key\x18\x01 \x01(\t\x12\x0f\n\x07hold_id\x18\x02 \x01(\t\"N\n\x15ReleaseBudgetResponse\x12#\n\x05\x61udit\x18\x01 \x01(\x0b\x32\x14.pdp.v1.AuditReceipt\x12\x10\n\x08replayed\x18\x02 \x01(\x08\" \n\x10GetBudgetRequest\x12\x0c\n\x04tool\x18\x01 \x01(\t\"Q\n\x11GetBudgetResponse\x12#\n\x06limits\x18\x01 \x03(\x0b\x32\x13.pdp.v1.LimitStatus\x12\x17\n\x0fpolicy_revision\x18\x02 \x01(\t2\x83\x03\n\rBudgetService\x12I\n\x0c\x43hargeBudget\x12\x1b.pdp.v1.ChargeBudgetRequest\x1a\x1c.pdp.v1.ChargeBudgetResponse\x12L\n\rReserveBudget\x12\x1c.pdp.v1.ReserveBudgetRequest\x1a\x1d.pdp.v1.ReserveBudgetResponse\x12I\n\x0cSettleBudget\x12\x1b.pdp.v1.SettleBudgetRequest\x1a\x1c.pdp.v1.SettleBudgetResponse\x12L\n\rReleaseBudget\x12\x1c.pdp.v1.ReleaseBudgetRequest\x1a\x1d.pdp.v1.ReleaseBudgetResponse\x12@\n\tGetBudget\x12\x18.pdp.v1.GetBudgetRequest\x1a\x19.pdp.v1.GetBudgetResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13pdp/v1/budget.proto\x12\x06pdp.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x13pdp/v1/common.proto\"{\n\x13\x43hargeBudgetRequest\x12\x17\n\x0fidempotency_key\x18\x01 \x01(\t\x12\x1f\n\x07\x63harges\x18\x02 \x03(\x0b\x32\x0e.pdp.v1.Charge\x12\x0c\n\x04tool\x18\x03 \x01(\t\x12\x1c\n\x05usage\x18\x04 \x01(\x0b\x32\r.pdp.v1.Usage\"\xab\x02\n\x14\x43hargeBudgetResponse\x12\x11\n\tcharge_id\x18\x01 \x01(\t\x12#\n\x06limits\x18\x02 \x03(\x0b\x32\x13.pdp.v1.LimitStatus\x12\x13\n\x0b\x64\x65\x63ision_id\x18\x03 \x01(\t\x12\x17\n\x0fpolicy_revision\x18\x04 \x01(\t\x12#\n\x05\x61udit\x18\x05 \x01(\x0b\x32\x14.pdp.v1.AuditReceipt\x12\x10\n\x08replayed\x18\x06 \x01(\x08\x12\x1f\n\x07\x63harges\x18\x07 \x03(\x0b\x32\x0e.pdp.v1.Charge\x12\'\n\x08warnings\x18\x08 \x03(\x0b\x32\x15.pdp.v1.BudgetWarning\x12,\n\x0fshadow_refusals\x18\t \x03(\x0b\x32\x13.pdp.v1.LimitStatus\"\x91\x01\n\x14ReserveBudgetRequest\x12\x17\n\x0fidempotency_key\x18\x01 \x01(\t\x12\x1f\n\x07\x63harges\x18\x02 \x03(\x0b\x32\x0e.pdp.v1.Charge\x12\x0c\n\x04tool\x18\x03 \x01(\t\x12\x13\n\x0bttl_seconds\x18\x04 \x01(\x05\x12\x1c\n\x05usage\x18\x05 \x01(\x0b\x32\r.pdp.v1.Usage\"\xda\x02\n\x15ReserveBudgetResponse\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12#\n\x06limits\x18\x03 \x03(\x0b\x32\x13.pdp.v1.LimitStatus\x12\x13\n\x0b\x64\x65\x63ision_id\x18\x04 \x01(\t\x12\x17\n\x0fpolicy_revision\x18\x05 \x01(\t\x12#\n\x05\x61udit\x18\x06 \x01(\x0b\x32\x14.pdp.v1.AuditReceipt\x12\x10\n\x08replayed\x18\x07 \x01(\x08\x12\x1f\n\x07\x63harges\x18\x08 \x03(\x0b\x32\x0e.pdp.v1.Charge\x12\'\n\x08warnings\x18\t \x03(\x0b\x32\x15.pdp.v1.BudgetWarning\x12,\n\x0fshadow_refusals\x18\n \x03(\x0b\x32\x13.pdp.v1.LimitStatus\"\x97\x01\n\x13SettleBudgetRequest\x12\x17\n\x0fidempotency_key\x18\x01 \x01(\t\x12\x0f\n\x07hold_id\x18\x02 \x01(\t\x12\x1f\n\x07\x63harges\x18\x03 \x03(\x0b\x32\x0e.pdp.v1.Charge\x12$\n\nquantities\x18\x04 \x03(\x0b\x32\x10.pdp.v1.Quantity\x12\x0f\n\x07partial\x18\x05 \x01(\x08\"\x8f\x01\n\x14SettleBudgetResponse\x12\x11\n\tover_hold\x18\x01 \x01(\x08\x12\x0c\n\x04late\x18\x02 \x01(\x08\x12#\n\x05\x61udit\x18\x03 \x01(\x0b\x32\x14.pdp.v1.AuditReceipt\x12\x10\n\x08replayed\x18\x04 \x01(\x08\x12\x1f\n\x07settled\x18\x05 \x03(\x0b\x32\x0e.pdp.v1.Charge\"@\n\x14ReleaseBudgetRequest\x12\x17\n\x0fidempotency_key\x18\x01 \x01(\t\x12\x0f\n\x07hold_id\x18\x02 \x01(\t\"N\n\x15ReleaseBudgetResponse\x12#\n\x05\x61udit\x18\x01 \x01(\x0b\x32\x14.pdp.v1.AuditReceipt\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"`\n\x13RefundBudgetRequest\x12\x17\n\x0fidempotency_key\x18\x01 \x01(\t\x12\x0f\n\x07hold_id\x18\x02 \x01(\t\x12\x1f\n\x07\x63harges\x18\x03 \x03(\x0b\x32\x0e.pdp.v1.Charge\"\x9d\x01\n\x14RefundBudgetResponse\x12 \n\x08refunded\x18\x01 \x03(\x0b\x32\x0e.pdp.v1.Charge\x12\x13\n\x0b\x64\x65\x63ision_id\x18\x02 \x01(\t\x12\x17\n\x0fpolicy_revision\x18\x03 \x01(\t\x12#\n\x05\x61udit\x18\x04 \x01(\x0b\x32\x14.pdp.v1.AuditReceipt\x12\x10\n\x08replayed\x18\x05 \x01(\x08\" \n\x10GetBudgetRequest\x12\x0c\n\x04tool\x18\x01 \x01(\t\"Q\n\x11GetBudgetResponse\x12#\n\x06limits\x18\x01 \x03(\x0b\x32\x13.pdp.v1.LimitStatus\x12\x17\n\x0fpolicy_revision\x18\x02 \x01(\t2\xce\x03\n\rBudgetService\x12I\n\x0c\x43hargeBudget\x12\x1b.pdp.v1.ChargeBudgetRequest\x1a\x1c.pdp.v1.ChargeBudgetResponse\x12L\n\rReserveBudget\x12\x1c.pdp.v1.ReserveBudgetRequest\x1a\x1d.pdp.v1.ReserveBudgetResponse\x12I\n\x0cSettleBudget\x12\x1b.pdp.v1.SettleBudgetRequest\x1a\x1c.pdp.v1.SettleBudgetResponse\x12L\n\rReleaseBudget\x12\x1c.pdp.v1.ReleaseBudgetRequest\x1a\x1d.pdp.v1.ReleaseBudgetResponse\x12I\n\x0cRefundBudget\x12\x1b.pdp.v1.RefundBudgetRequest\x1a\x1c.pdp.v1.RefundBudgetResponse\x12@\n\tGetBudget\x12\x18.pdp.v1.GetBudgetRequest\x1a\x19.pdp.v1.GetBudgetResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,25 +34,29 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pdp.api.v1.budget_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CHARGEBUDGETREQUEST']._serialized_start=85
-  _globals['_CHARGEBUDGETREQUEST']._serialized_end=178
-  _globals['_CHARGEBUDGETRESPONSE']._serialized_start=181
-  _globals['_CHARGEBUDGETRESPONSE']._serialized_end=360
-  _globals['_RESERVEBUDGETREQUEST']._serialized_start=362
-  _globals['_RESERVEBUDGETREQUEST']._serialized_end=477
-  _globals['_RESERVEBUDGETRESPONSE']._serialized_start=480
-  _globals['_RESERVEBUDGETRESPONSE']._serialized_end=706
-  _globals['_SETTLEBUDGETREQUEST']._serialized_start=708
-  _globals['_SETTLEBUDGETREQUEST']._serialized_end=804
-  _globals['_SETTLEBUDGETRESPONSE']._serialized_start=806
-  _globals['_SETTLEBUDGETRESPONSE']._serialized_end=916
-  _globals['_RELEASEBUDGETREQUEST']._serialized_start=918
-  _globals['_RELEASEBUDGETREQUEST']._serialized_end=982
-  _globals['_RELEASEBUDGETRESPONSE']._serialized_start=984
-  _globals['_RELEASEBUDGETRESPONSE']._serialized_end=1062
-  _globals['_GETBUDGETREQUEST']._serialized_start=1064
-  _globals['_GETBUDGETREQUEST']._serialized_end=1096
-  _globals['_GETBUDGETRESPONSE']._serialized_start=1098
-  _globals['_GETBUDGETRESPONSE']._serialized_end=1179
-  _globals['_BUDGETSERVICE']._serialized_start=1182
-  _globals['_BUDGETSERVICE']._serialized_end=1569
+  _globals['_CHARGEBUDGETREQUEST']._serialized_end=208
+  _globals['_CHARGEBUDGETRESPONSE']._serialized_start=211
+  _globals['_CHARGEBUDGETRESPONSE']._serialized_end=510
+  _globals['_RESERVEBUDGETREQUEST']._serialized_start=513
+  _globals['_RESERVEBUDGETREQUEST']._serialized_end=658
+  _globals['_RESERVEBUDGETRESPONSE']._serialized_start=661
+  _globals['_RESERVEBUDGETRESPONSE']._serialized_end=1007
+  _globals['_SETTLEBUDGETREQUEST']._serialized_start=1010
+  _globals['_SETTLEBUDGETREQUEST']._serialized_end=1161
+  _globals['_SETTLEBUDGETRESPONSE']._serialized_start=1164
+  _globals['_SETTLEBUDGETRESPONSE']._serialized_end=1307
+  _globals['_RELEASEBUDGETREQUEST']._serialized_start=1309
+  _globals['_RELEASEBUDGETREQUEST']._serialized_end=1373
+  _globals['_RELEASEBUDGETRESPONSE']._serialized_start=1375
+  _globals['_RELEASEBUDGETRESPONSE']._serialized_end=1453
+  _globals['_REFUNDBUDGETREQUEST']._serialized_start=1455
+  _globals['_REFUNDBUDGETREQUEST']._serialized_end=1551
+  _globals['_REFUNDBUDGETRESPONSE']._serialized_start=1554
+  _globals['_REFUNDBUDGETRESPONSE']._serialized_end=1711
+  _globals['_GETBUDGETREQUEST']._serialized_start=1713
+  _globals['_GETBUDGETREQUEST']._serialized_end=1745
+  _globals['_GETBUDGETRESPONSE']._serialized_start=1747
+  _globals['_GETBUDGETRESPONSE']._serialized_end=1828
+  _globals['_BUDGETSERVICE']._serialized_start=1831
+  _globals['_BUDGETSERVICE']._serialized_end=2293
 # @@protoc_insertion_point(module_scope)

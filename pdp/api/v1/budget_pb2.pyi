@@ -29,6 +29,7 @@ class ChargeBudgetRequest(_message.Message):
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     CHARGES_FIELD_NUMBER: _builtins.int
     TOOL_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
     idempotency_key: _builtins.str
     """As AuthorizeRequest.request_id."""
     tool: _builtins.str
@@ -39,16 +40,23 @@ class ChargeBudgetRequest(_message.Message):
     def charges(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Charge]:
         """1 to 16 charges; a pair of budget and unit at most once."""
 
+    @_builtins.property
+    def usage(self) -> _common_pb2.Usage:
+        """In place of charges: what a model has used, which the policy prices.
+        PERMISSION_DENIED (model_unknown) where it has no price for it.
+        """
+
     def __init__(
         self,
         *,
         idempotency_key: _builtins.str = ...,
         charges: _abc.Iterable[_common_pb2.Charge] | None = ...,
         tool: _builtins.str = ...,
+        usage: _common_pb2.Usage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["charges", b"charges", "idempotency_key", b"idempotency_key", "tool", b"tool"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["charges", b"charges", "idempotency_key", b"idempotency_key", "tool", b"tool", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -66,6 +74,9 @@ class ChargeBudgetResponse(_message.Message):
     POLICY_REVISION_FIELD_NUMBER: _builtins.int
     AUDIT_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
+    CHARGES_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    SHADOW_REFUSALS_FIELD_NUMBER: _builtins.int
     charge_id: _builtins.str
     """Id of the charge. A UUID."""
     decision_id: _builtins.str
@@ -82,6 +93,18 @@ class ChargeBudgetResponse(_message.Message):
     def audit(self) -> _common_pb2.AuditReceipt:
         """The audit record."""
 
+    @_builtins.property
+    def charges(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Charge]:
+        """What was charged."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.BudgetWarning]:
+        """Thresholds that the charge has crossed."""
+
+    @_builtins.property
+    def shadow_refusals(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.LimitStatus]:
+        """Shadow limits that would have refused, as they stood before."""
+
     def __init__(
         self,
         *,
@@ -91,10 +114,13 @@ class ChargeBudgetResponse(_message.Message):
         policy_revision: _builtins.str = ...,
         audit: _common_pb2.AuditReceipt | None = ...,
         replayed: _builtins.bool = ...,
+        charges: _abc.Iterable[_common_pb2.Charge] | None = ...,
+        warnings: _abc.Iterable[_common_pb2.BudgetWarning] | None = ...,
+        shadow_refusals: _abc.Iterable[_common_pb2.LimitStatus] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit", "charge_id", b"charge_id", "decision_id", b"decision_id", "limits", b"limits", "policy_revision", b"policy_revision", "replayed", b"replayed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit", "charge_id", b"charge_id", "charges", b"charges", "decision_id", b"decision_id", "limits", b"limits", "policy_revision", b"policy_revision", "replayed", b"replayed", "shadow_refusals", b"shadow_refusals", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -110,6 +136,7 @@ class ReserveBudgetRequest(_message.Message):
     CHARGES_FIELD_NUMBER: _builtins.int
     TOOL_FIELD_NUMBER: _builtins.int
     TTL_SECONDS_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
     idempotency_key: _builtins.str
     """As AuthorizeRequest.request_id."""
     tool: _builtins.str
@@ -120,6 +147,12 @@ class ReserveBudgetRequest(_message.Message):
     def charges(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Charge]:
         """As ChargeBudgetRequest.charges: the most that may be spent."""
 
+    @_builtins.property
+    def usage(self) -> _common_pb2.Usage:
+        """In place of charges: the most that a model may use. As
+        ChargeBudgetRequest.usage.
+        """
+
     def __init__(
         self,
         *,
@@ -127,10 +160,11 @@ class ReserveBudgetRequest(_message.Message):
         charges: _abc.Iterable[_common_pb2.Charge] | None = ...,
         tool: _builtins.str = ...,
         ttl_seconds: _builtins.int = ...,
+        usage: _common_pb2.Usage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["charges", b"charges", "idempotency_key", b"idempotency_key", "tool", b"tool", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["charges", b"charges", "idempotency_key", b"idempotency_key", "tool", b"tool", "ttl_seconds", b"ttl_seconds", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -149,6 +183,9 @@ class ReserveBudgetResponse(_message.Message):
     POLICY_REVISION_FIELD_NUMBER: _builtins.int
     AUDIT_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
+    CHARGES_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    SHADOW_REFUSALS_FIELD_NUMBER: _builtins.int
     hold_id: _builtins.str
     """Id of the hold. A UUID."""
     decision_id: _builtins.str
@@ -169,6 +206,18 @@ class ReserveBudgetResponse(_message.Message):
     def audit(self) -> _common_pb2.AuditReceipt:
         """The audit record."""
 
+    @_builtins.property
+    def charges(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Charge]:
+        """What is held."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.BudgetWarning]:
+        """Thresholds that the hold has crossed."""
+
+    @_builtins.property
+    def shadow_refusals(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.LimitStatus]:
+        """Shadow limits that would have refused, as they stood before."""
+
     def __init__(
         self,
         *,
@@ -179,10 +228,13 @@ class ReserveBudgetResponse(_message.Message):
         policy_revision: _builtins.str = ...,
         audit: _common_pb2.AuditReceipt | None = ...,
         replayed: _builtins.bool = ...,
+        charges: _abc.Iterable[_common_pb2.Charge] | None = ...,
+        warnings: _abc.Iterable[_common_pb2.BudgetWarning] | None = ...,
+        shadow_refusals: _abc.Iterable[_common_pb2.LimitStatus] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit", "expires_at", b"expires_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit", "decision_id", b"decision_id", "expires_at", b"expires_at", "hold_id", b"hold_id", "limits", b"limits", "policy_revision", b"policy_revision", "replayed", b"replayed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit", "charges", b"charges", "decision_id", b"decision_id", "expires_at", b"expires_at", "hold_id", b"hold_id", "limits", b"limits", "policy_revision", b"policy_revision", "replayed", b"replayed", "shadow_refusals", b"shadow_refusals", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -197,14 +249,24 @@ class SettleBudgetRequest(_message.Message):
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     HOLD_ID_FIELD_NUMBER: _builtins.int
     CHARGES_FIELD_NUMBER: _builtins.int
+    QUANTITIES_FIELD_NUMBER: _builtins.int
+    PARTIAL_FIELD_NUMBER: _builtins.int
     idempotency_key: _builtins.str
     """As AuthorizeRequest.request_id."""
     hold_id: _builtins.str
     """The hold, which must be the caller's own."""
+    partial: _builtins.bool
+    """True: more will follow. What is named now is spent, the rest stays held."""
     @_builtins.property
     def charges(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Charge]:
         """What was spent, each pair of budget and unit one that is held. One that is
         left out was not spent.
+        """
+
+    @_builtins.property
+    def quantities(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Quantity]:
+        """In place of charges, for a hold that was reserved with usage: what the model
+        has really used, priced as it was when the hold was made.
         """
 
     def __init__(
@@ -213,10 +275,12 @@ class SettleBudgetRequest(_message.Message):
         idempotency_key: _builtins.str = ...,
         hold_id: _builtins.str = ...,
         charges: _abc.Iterable[_common_pb2.Charge] | None = ...,
+        quantities: _abc.Iterable[_common_pb2.Quantity] | None = ...,
+        partial: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["charges", b"charges", "hold_id", b"hold_id", "idempotency_key", b"idempotency_key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["charges", b"charges", "hold_id", b"hold_id", "idempotency_key", b"idempotency_key", "partial", b"partial", "quantities", b"quantities"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -232,6 +296,7 @@ class SettleBudgetResponse(_message.Message):
     LATE_FIELD_NUMBER: _builtins.int
     AUDIT_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
+    SETTLED_FIELD_NUMBER: _builtins.int
     over_hold: _builtins.bool
     """True when more was spent than was held."""
     late: _builtins.bool
@@ -242,6 +307,10 @@ class SettleBudgetResponse(_message.Message):
     def audit(self) -> _common_pb2.AuditReceipt:
         """The audit record."""
 
+    @_builtins.property
+    def settled(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Charge]:
+        """What was settled by this call."""
+
     def __init__(
         self,
         *,
@@ -249,10 +318,11 @@ class SettleBudgetResponse(_message.Message):
         late: _builtins.bool = ...,
         audit: _common_pb2.AuditReceipt | None = ...,
         replayed: _builtins.bool = ...,
+        settled: _abc.Iterable[_common_pb2.Charge] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit", "late", b"late", "over_hold", b"over_hold", "replayed", b"replayed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit", "late", b"late", "over_hold", b"over_hold", "replayed", b"replayed", "settled", b"settled"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -311,6 +381,82 @@ class ReleaseBudgetResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReleaseBudgetResponse: _TypeAlias = ReleaseBudgetResponse  # noqa: Y015
+
+@_typing.final
+class RefundBudgetRequest(_message.Message):
+    """Spend to be taken back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    HOLD_ID_FIELD_NUMBER: _builtins.int
+    CHARGES_FIELD_NUMBER: _builtins.int
+    idempotency_key: _builtins.str
+    """As AuthorizeRequest.request_id."""
+    hold_id: _builtins.str
+    """The charge, or the hold that was settled, of any actor of the tenant."""
+    @_builtins.property
+    def charges(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Charge]:
+        """What is taken back, each pair of budget and unit one that was charged. Left
+        empty: all that is left of it.
+        """
+
+    def __init__(
+        self,
+        *,
+        idempotency_key: _builtins.str = ...,
+        hold_id: _builtins.str = ...,
+        charges: _abc.Iterable[_common_pb2.Charge] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["charges", b"charges", "hold_id", b"hold_id", "idempotency_key", b"idempotency_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RefundBudgetRequest: _TypeAlias = RefundBudgetRequest  # noqa: Y015
+
+@_typing.final
+class RefundBudgetResponse(_message.Message):
+    """The spend is taken back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REFUNDED_FIELD_NUMBER: _builtins.int
+    DECISION_ID_FIELD_NUMBER: _builtins.int
+    POLICY_REVISION_FIELD_NUMBER: _builtins.int
+    AUDIT_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    decision_id: _builtins.str
+    """Id of the decision in the audit log."""
+    policy_revision: _builtins.str
+    """Revision of the policy bundle that decided."""
+    replayed: _builtins.bool
+    """True when this is the first answer to an earlier call."""
+    @_builtins.property
+    def refunded(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Charge]:
+        """What was taken back."""
+
+    @_builtins.property
+    def audit(self) -> _common_pb2.AuditReceipt:
+        """The audit record."""
+
+    def __init__(
+        self,
+        *,
+        refunded: _abc.Iterable[_common_pb2.Charge] | None = ...,
+        decision_id: _builtins.str = ...,
+        policy_revision: _builtins.str = ...,
+        audit: _common_pb2.AuditReceipt | None = ...,
+        replayed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit", "decision_id", b"decision_id", "policy_revision", b"policy_revision", "refunded", b"refunded", "replayed", b"replayed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RefundBudgetResponse: _TypeAlias = RefundBudgetResponse  # noqa: Y015
 
 @_typing.final
 class GetBudgetRequest(_message.Message):

@@ -32,8 +32,9 @@ class BudgetServiceStub:
 
     A refusal is a status, never an OK response, so that a caller who reads
     nothing but the status cannot spend what was refused: PERMISSION_DENIED (the
-    policy's reason code) or RESOURCE_EXHAUSTED (tenant_budget_exceeded, with
-    google.rpc.QuotaFailure and, where waiting helps, google.rpc.RetryInfo), or
+    policy's reason code) or RESOURCE_EXHAUSTED (tenant_budget_exceeded, or
+    rate_limited by a rate or a limit of concurrency, with google.rpc.QuotaFailure
+    and, where waiting helps, google.rpc.RetryInfo), or
     UNAVAILABLE when the policy could not answer (policy_timeout, policy_stale,
     policy_unavailable). Other errors are those of AuthorizationService.Authorize.
     """
@@ -64,6 +65,11 @@ class BudgetServiceStub:
                 request_serializer=pdp_dot_v1_dot_budget__pb2.ReleaseBudgetRequest.SerializeToString,
                 response_deserializer=pdp_dot_v1_dot_budget__pb2.ReleaseBudgetResponse.FromString,
                 _registered_method=True)
+        self.RefundBudget = channel.unary_unary(
+                '/pdp.v1.BudgetService/RefundBudget',
+                request_serializer=pdp_dot_v1_dot_budget__pb2.RefundBudgetRequest.SerializeToString,
+                response_deserializer=pdp_dot_v1_dot_budget__pb2.RefundBudgetResponse.FromString,
+                _registered_method=True)
         self.GetBudget = channel.unary_unary(
                 '/pdp.v1.BudgetService/GetBudget',
                 request_serializer=pdp_dot_v1_dot_budget__pb2.GetBudgetRequest.SerializeToString,
@@ -78,8 +84,9 @@ class BudgetServiceServicer:
 
     A refusal is a status, never an OK response, so that a caller who reads
     nothing but the status cannot spend what was refused: PERMISSION_DENIED (the
-    policy's reason code) or RESOURCE_EXHAUSTED (tenant_budget_exceeded, with
-    google.rpc.QuotaFailure and, where waiting helps, google.rpc.RetryInfo), or
+    policy's reason code) or RESOURCE_EXHAUSTED (tenant_budget_exceeded, or
+    rate_limited by a rate or a limit of concurrency, with google.rpc.QuotaFailure
+    and, where waiting helps, google.rpc.RetryInfo), or
     UNAVAILABLE when the policy could not answer (policy_timeout, policy_stale,
     policy_unavailable). Other errors are those of AuthorizationService.Authorize.
     """
@@ -102,8 +109,8 @@ class BudgetServiceServicer:
         """Ends a hold of ReserveBudget with what was really spent; the rest returns. A
         hold of Authorize is ended by ReportOutcome alone. More than was held
         is recorded in full. A hold that has expired is settled all the same (late),
-        since the money is spent. FAILED_PRECONDITION: hold_not_found,
-        hold_already_settled, hold_already_released.
+        since the money is spent. A settlement may come in parts. FAILED_PRECONDITION:
+        hold_not_found, hold_already_settled, hold_already_released.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -112,6 +119,15 @@ class BudgetServiceServicer:
     def ReleaseBudget(self, request, context):
         """Ends a hold of ReserveBudget with nothing spent. FAILED_PRECONDITION: hold_not_found,
         hold_already_settled, hold_already_released, hold_expired.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RefundBudget(self, request, context):
+        """Takes back what was charged or settled, whoever of the tenant did it, if the
+        policy lets the caller refund. FAILED_PRECONDITION: hold_not_found,
+        refund_exceeds_spend.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -147,6 +163,11 @@ def add_BudgetServiceServicer_to_server(servicer, server):
                     request_deserializer=pdp_dot_v1_dot_budget__pb2.ReleaseBudgetRequest.FromString,
                     response_serializer=pdp_dot_v1_dot_budget__pb2.ReleaseBudgetResponse.SerializeToString,
             ),
+            'RefundBudget': grpc.unary_unary_rpc_method_handler(
+                    servicer.RefundBudget,
+                    request_deserializer=pdp_dot_v1_dot_budget__pb2.RefundBudgetRequest.FromString,
+                    response_serializer=pdp_dot_v1_dot_budget__pb2.RefundBudgetResponse.SerializeToString,
+            ),
             'GetBudget': grpc.unary_unary_rpc_method_handler(
                     servicer.GetBudget,
                     request_deserializer=pdp_dot_v1_dot_budget__pb2.GetBudgetRequest.FromString,
@@ -167,8 +188,9 @@ class BudgetService:
 
     A refusal is a status, never an OK response, so that a caller who reads
     nothing but the status cannot spend what was refused: PERMISSION_DENIED (the
-    policy's reason code) or RESOURCE_EXHAUSTED (tenant_budget_exceeded, with
-    google.rpc.QuotaFailure and, where waiting helps, google.rpc.RetryInfo), or
+    policy's reason code) or RESOURCE_EXHAUSTED (tenant_budget_exceeded, or
+    rate_limited by a rate or a limit of concurrency, with google.rpc.QuotaFailure
+    and, where waiting helps, google.rpc.RetryInfo), or
     UNAVAILABLE when the policy could not answer (policy_timeout, policy_stale,
     policy_unavailable). Other errors are those of AuthorizationService.Authorize.
     """
@@ -271,6 +293,33 @@ class BudgetService:
             '/pdp.v1.BudgetService/ReleaseBudget',
             pdp_dot_v1_dot_budget__pb2.ReleaseBudgetRequest.SerializeToString,
             pdp_dot_v1_dot_budget__pb2.ReleaseBudgetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RefundBudget(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdp.v1.BudgetService/RefundBudget',
+            pdp_dot_v1_dot_budget__pb2.RefundBudgetRequest.SerializeToString,
+            pdp_dot_v1_dot_budget__pb2.RefundBudgetResponse.FromString,
             options,
             channel_credentials,
             insecure,

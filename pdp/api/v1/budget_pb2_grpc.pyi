@@ -33,8 +33,9 @@ class BudgetServiceStub:
 
     A refusal is a status, never an OK response, so that a caller who reads
     nothing but the status cannot spend what was refused: PERMISSION_DENIED (the
-    policy's reason code) or RESOURCE_EXHAUSTED (tenant_budget_exceeded, with
-    google.rpc.QuotaFailure and, where waiting helps, google.rpc.RetryInfo), or
+    policy's reason code) or RESOURCE_EXHAUSTED (tenant_budget_exceeded, or
+    rate_limited by a rate or a limit of concurrency, with google.rpc.QuotaFailure
+    and, where waiting helps, google.rpc.RetryInfo), or
     UNAVAILABLE when the policy could not answer (policy_timeout, policy_stale,
     policy_unavailable). Other errors are those of AuthorizationService.Authorize.
     """
@@ -51,12 +52,17 @@ class BudgetServiceStub:
     """Ends a hold of ReserveBudget with what was really spent; the rest returns. A
     hold of Authorize is ended by ReportOutcome alone. More than was held
     is recorded in full. A hold that has expired is settled all the same (late),
-    since the money is spent. FAILED_PRECONDITION: hold_not_found,
-    hold_already_settled, hold_already_released.
+    since the money is spent. A settlement may come in parts. FAILED_PRECONDITION:
+    hold_not_found, hold_already_settled, hold_already_released.
     """
     ReleaseBudget: _grpc.UnaryUnaryMultiCallable[_budget_pb2.ReleaseBudgetRequest, _budget_pb2.ReleaseBudgetResponse]
     """Ends a hold of ReserveBudget with nothing spent. FAILED_PRECONDITION: hold_not_found,
     hold_already_settled, hold_already_released, hold_expired.
+    """
+    RefundBudget: _grpc.UnaryUnaryMultiCallable[_budget_pb2.RefundBudgetRequest, _budget_pb2.RefundBudgetResponse]
+    """Takes back what was charged or settled, whoever of the tenant did it, if the
+    policy lets the caller refund. FAILED_PRECONDITION: hold_not_found,
+    refund_exceeds_spend.
     """
     GetBudget: _grpc.UnaryUnaryMultiCallable[_budget_pb2.GetBudgetRequest, _budget_pb2.GetBudgetResponse]
     """What is spent, held and left of every limit that applies to the caller."""
@@ -69,8 +75,9 @@ class BudgetServiceAsyncStub(BudgetServiceStub):
 
     A refusal is a status, never an OK response, so that a caller who reads
     nothing but the status cannot spend what was refused: PERMISSION_DENIED (the
-    policy's reason code) or RESOURCE_EXHAUSTED (tenant_budget_exceeded, with
-    google.rpc.QuotaFailure and, where waiting helps, google.rpc.RetryInfo), or
+    policy's reason code) or RESOURCE_EXHAUSTED (tenant_budget_exceeded, or
+    rate_limited by a rate or a limit of concurrency, with google.rpc.QuotaFailure
+    and, where waiting helps, google.rpc.RetryInfo), or
     UNAVAILABLE when the policy could not answer (policy_timeout, policy_stale,
     policy_unavailable). Other errors are those of AuthorizationService.Authorize.
     """
@@ -84,12 +91,17 @@ class BudgetServiceAsyncStub(BudgetServiceStub):
     """Ends a hold of ReserveBudget with what was really spent; the rest returns. A
     hold of Authorize is ended by ReportOutcome alone. More than was held
     is recorded in full. A hold that has expired is settled all the same (late),
-    since the money is spent. FAILED_PRECONDITION: hold_not_found,
-    hold_already_settled, hold_already_released.
+    since the money is spent. A settlement may come in parts. FAILED_PRECONDITION:
+    hold_not_found, hold_already_settled, hold_already_released.
     """
     ReleaseBudget: _aio.UnaryUnaryMultiCallable[_budget_pb2.ReleaseBudgetRequest, _budget_pb2.ReleaseBudgetResponse]  # type: ignore[assignment]
     """Ends a hold of ReserveBudget with nothing spent. FAILED_PRECONDITION: hold_not_found,
     hold_already_settled, hold_already_released, hold_expired.
+    """
+    RefundBudget: _aio.UnaryUnaryMultiCallable[_budget_pb2.RefundBudgetRequest, _budget_pb2.RefundBudgetResponse]  # type: ignore[assignment]
+    """Takes back what was charged or settled, whoever of the tenant did it, if the
+    policy lets the caller refund. FAILED_PRECONDITION: hold_not_found,
+    refund_exceeds_spend.
     """
     GetBudget: _aio.UnaryUnaryMultiCallable[_budget_pb2.GetBudgetRequest, _budget_pb2.GetBudgetResponse]  # type: ignore[assignment]
     """What is spent, held and left of every limit that applies to the caller."""
@@ -101,8 +113,9 @@ class BudgetServiceServicer(metaclass=_abc_1.ABCMeta):
 
     A refusal is a status, never an OK response, so that a caller who reads
     nothing but the status cannot spend what was refused: PERMISSION_DENIED (the
-    policy's reason code) or RESOURCE_EXHAUSTED (tenant_budget_exceeded, with
-    google.rpc.QuotaFailure and, where waiting helps, google.rpc.RetryInfo), or
+    policy's reason code) or RESOURCE_EXHAUSTED (tenant_budget_exceeded, or
+    rate_limited by a rate or a limit of concurrency, with google.rpc.QuotaFailure
+    and, where waiting helps, google.rpc.RetryInfo), or
     UNAVAILABLE when the policy could not answer (policy_timeout, policy_stale,
     policy_unavailable). Other errors are those of AuthorizationService.Authorize.
     """
@@ -132,8 +145,8 @@ class BudgetServiceServicer(metaclass=_abc_1.ABCMeta):
         """Ends a hold of ReserveBudget with what was really spent; the rest returns. A
         hold of Authorize is ended by ReportOutcome alone. More than was held
         is recorded in full. A hold that has expired is settled all the same (late),
-        since the money is spent. FAILED_PRECONDITION: hold_not_found,
-        hold_already_settled, hold_already_released.
+        since the money is spent. A settlement may come in parts. FAILED_PRECONDITION:
+        hold_not_found, hold_already_settled, hold_already_released.
         """
 
     @_abc_1.abstractmethod
@@ -144,6 +157,17 @@ class BudgetServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_budget_pb2.ReleaseBudgetResponse, _abc.Awaitable[_budget_pb2.ReleaseBudgetResponse]]:
         """Ends a hold of ReserveBudget with nothing spent. FAILED_PRECONDITION: hold_not_found,
         hold_already_settled, hold_already_released, hold_expired.
+        """
+
+    @_abc_1.abstractmethod
+    def RefundBudget(
+        self,
+        request: _budget_pb2.RefundBudgetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_budget_pb2.RefundBudgetResponse, _abc.Awaitable[_budget_pb2.RefundBudgetResponse]]:
+        """Takes back what was charged or settled, whoever of the tenant did it, if the
+        policy lets the caller refund. FAILED_PRECONDITION: hold_not_found,
+        refund_exceeds_spend.
         """
 
     @_abc_1.abstractmethod

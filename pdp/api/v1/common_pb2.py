@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13pdp/v1/common.proto\x12\x06pdp.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"6\n\x06\x43harge\x12\x0e\n\x06\x62udget\x18\x01 \x01(\t\x12\x0c\n\x04unit\x18\x02 \x01(\t\x12\x0e\n\x06\x61mount\x18\x03 \x01(\x03\"\xca\x01\n\x0bLimitStatus\x12\x10\n\x08limit_id\x18\x01 \x01(\t\x12\x0e\n\x06\x62udget\x18\x02 \x01(\t\x12\x0c\n\x04unit\x18\x03 \x01(\t\x12\x0e\n\x06window\x18\x04 \x01(\t\x12\r\n\x05scope\x18\x05 \x01(\t\x12\r\n\x05limit\x18\x06 \x01(\x03\x12\r\n\x05spent\x18\x07 \x01(\x03\x12\x0c\n\x04held\x18\x08 \x01(\x03\x12\x11\n\tremaining\x18\t \x01(\x03\x12-\n\tresets_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\".\n\x0c\x41uditReceipt\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04hash\x18\x02 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13pdp/v1/common.proto\x12\x06pdp.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"6\n\x06\x43harge\x12\x0e\n\x06\x62udget\x18\x01 \x01(\t\x12\x0c\n\x04unit\x18\x02 \x01(\t\x12\x0e\n\x06\x61mount\x18\x03 \x01(\x03\"\x9d\x02\n\x0bLimitStatus\x12\x10\n\x08limit_id\x18\x01 \x01(\t\x12\x0e\n\x06\x62udget\x18\x02 \x01(\t\x12\x0c\n\x04unit\x18\x03 \x01(\t\x12\x0e\n\x06window\x18\x04 \x01(\t\x12\r\n\x05scope\x18\x05 \x01(\t\x12\r\n\x05limit\x18\x06 \x01(\x03\x12\r\n\x05spent\x18\x07 \x01(\x03\x12\x0c\n\x04held\x18\x08 \x01(\x03\x12\x11\n\tremaining\x18\t \x01(\x03\x12-\n\tresets_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07granted\x18\x0b \x01(\x03\x12\x10\n\x08timezone\x18\x0c \x01(\t\x12\x0f\n\x07seconds\x18\r \x01(\x03\x12\r\n\x05\x62urst\x18\x0e \x01(\x03\x12\x0e\n\x06shadow\x18\x0f \x01(\x08\"2\n\rBudgetWarning\x12\x10\n\x08limit_id\x18\x01 \x01(\t\x12\x0f\n\x07percent\x18\x02 \x01(\x05\"<\n\x05Usage\x12\r\n\x05model\x18\x01 \x01(\t\x12$\n\nquantities\x18\x02 \x03(\x0b\x32\x10.pdp.v1.Quantity\"(\n\x08Quantity\x12\x0c\n\x04unit\x18\x01 \x01(\t\x12\x0e\n\x06\x61mount\x18\x02 \x01(\x03\".\n\x0c\x41uditReceipt\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04hash\x18\x02 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,7 +35,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHARGE']._serialized_start=64
   _globals['_CHARGE']._serialized_end=118
   _globals['_LIMITSTATUS']._serialized_start=121
-  _globals['_LIMITSTATUS']._serialized_end=323
-  _globals['_AUDITRECEIPT']._serialized_start=325
-  _globals['_AUDITRECEIPT']._serialized_end=371
+  _globals['_LIMITSTATUS']._serialized_end=406
+  _globals['_BUDGETWARNING']._serialized_start=408
+  _globals['_BUDGETWARNING']._serialized_end=458
+  _globals['_USAGE']._serialized_start=460
+  _globals['_USAGE']._serialized_end=520
+  _globals['_QUANTITY']._serialized_start=522
+  _globals['_QUANTITY']._serialized_end=562
+  _globals['_AUDITRECEIPT']._serialized_start=564
+  _globals['_AUDITRECEIPT']._serialized_end=610
 # @@protoc_insertion_point(module_scope)

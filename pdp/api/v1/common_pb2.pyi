@@ -9,9 +9,11 @@ a call comes from the verified bearer token in the metadata key
 PDP itself signed). A tenant id written anywhere else is data.
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -74,6 +76,11 @@ class LimitStatus(_message.Message):
     HELD_FIELD_NUMBER: _builtins.int
     REMAINING_FIELD_NUMBER: _builtins.int
     RESETS_AT_FIELD_NUMBER: _builtins.int
+    GRANTED_FIELD_NUMBER: _builtins.int
+    TIMEZONE_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    BURST_FIELD_NUMBER: _builtins.int
+    SHADOW_FIELD_NUMBER: _builtins.int
     limit_id: _builtins.str
     """The limit's id in the policy."""
     budget: _builtins.str
@@ -81,22 +88,43 @@ class LimitStatus(_message.Message):
     unit: _builtins.str
     """The unit of every amount in this message."""
     window: _builtins.str
-    """"minute", "hour", "day", "month" (calendar windows in UTC) or "lifetime"."""
+    """"minute", "hour", "day", "month" (calendar windows in the limit's time zone),
+    "lifetime", "rolling" (a rate) or "concurrent" (what is held at the moment).
+    """
     scope: _builtins.str
-    """What one account of the limit covers: "tenant", "actor" or "tool"."""
+    """What counts together under the limit: "organisation", "tenant", "team",
+    "actor", "session" or "tool".
+    """
     limit: _builtins.int
-    """The most that holds and spend together may reach within the window."""
+    """The most that holds and spend together may reach within the window. Of a
+    rate: what drains in "seconds".
+    """
     spent: _builtins.int
-    """Settled in this window."""
+    """Settled in this window. Of a rate: what has not drained yet."""
     held: _builtins.int
     """Held in this window by live holds."""
     remaining: _builtins.int
-    """limit - spent - held. Negative after a limit was lowered below what is
-    spent, or after a settlement above what was held.
+    """limit + granted - spent - held; of a rate burst - spent. Negative after a
+    limit was lowered below what is spent, or after a settlement above what was
+    held.
     """
+    granted: _builtins.int
+    """What an operator has granted beyond the limit, for this window."""
+    timezone: _builtins.str
+    """Whose clock and calendar windows follow: a name of the IANA time zone
+    database.
+    """
+    seconds: _builtins.int
+    """Of a rate: the seconds in which "limit" units drain."""
+    burst: _builtins.int
+    """Of a rate: the most at one moment."""
+    shadow: _builtins.bool
+    """True for a limit that is counted and reported, and refuses nothing."""
     @_builtins.property
     def resets_at(self) -> _timestamp_pb2.Timestamp:
-        """When the window ends. Unset for "lifetime"."""
+        """When the window ends. Unset for "lifetime" and "concurrent". Of a rate: when
+        all has drained.
+        """
 
     def __init__(
         self,
@@ -111,14 +139,107 @@ class LimitStatus(_message.Message):
         held: _builtins.int = ...,
         remaining: _builtins.int = ...,
         resets_at: _timestamp_pb2.Timestamp | None = ...,
+        granted: _builtins.int = ...,
+        timezone: _builtins.str = ...,
+        seconds: _builtins.int = ...,
+        burst: _builtins.int = ...,
+        shadow: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resets_at", b"resets_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "held", b"held", "limit", b"limit", "limit_id", b"limit_id", "remaining", b"remaining", "resets_at", b"resets_at", "scope", b"scope", "spent", b"spent", "unit", b"unit", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "burst", b"burst", "granted", b"granted", "held", b"held", "limit", b"limit", "limit_id", b"limit_id", "remaining", b"remaining", "resets_at", b"resets_at", "scope", b"scope", "seconds", b"seconds", "shadow", b"shadow", "spent", b"spent", "timezone", b"timezone", "unit", b"unit", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LimitStatus: _TypeAlias = LimitStatus  # noqa: Y015
+
+@_typing.final
+class BudgetWarning(_message.Message):
+    """A threshold of a limit that spend and holds have crossed, for the first time
+    in the limit's window.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LIMIT_ID_FIELD_NUMBER: _builtins.int
+    PERCENT_FIELD_NUMBER: _builtins.int
+    limit_id: _builtins.str
+    """The limit's id in the policy."""
+    percent: _builtins.int
+    """Percent of the limit."""
+    def __init__(
+        self,
+        *,
+        limit_id: _builtins.str = ...,
+        percent: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit_id", b"limit_id", "percent", b"percent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BudgetWarning: _TypeAlias = BudgetWarning  # noqa: Y015
+
+@_typing.final
+class Usage(_message.Message):
+    """What a model is asked for, or has used: the policy's price table makes charges
+    of it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    QUANTITIES_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model, as the price table names it: 1 to 128 characters of
+    [A-Za-z0-9._:/-], the first a letter or digit.
+    """
+    @_builtins.property
+    def quantities(self) -> _containers.RepeatedCompositeFieldContainer[Global___Quantity]:
+        """1 to 8 quantities, each unit at most once."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        quantities: _abc.Iterable[Global___Quantity] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "quantities", b"quantities"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Usage: _TypeAlias = Usage  # noqa: Y015
+
+@_typing.final
+class Quantity(_message.Message):
+    """A number of one unit."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UNIT_FIELD_NUMBER: _builtins.int
+    AMOUNT_FIELD_NUMBER: _builtins.int
+    unit: _builtins.str
+    """"tokens_in", "tokens_out", or a unit that the policy's price table names. As
+    Charge.unit.
+    """
+    amount: _builtins.int
+    """0 to 9007199254740991 (2^53 - 1)."""
+    def __init__(
+        self,
+        *,
+        unit: _builtins.str = ...,
+        amount: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "unit", b"unit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Quantity: _TypeAlias = Quantity  # noqa: Y015
 
 @_typing.final
 class AuditReceipt(_message.Message):

@@ -42,6 +42,9 @@ def serve(
     policy = loader.submit(_load_policy, settings)
     loader.shutdown(wait=False)
 
+    # Read when gRPC is imported. Its handlers would otherwise run in each OPA that is begun
+    # while calls are under way, before that becomes OPA, and crash it now and then.
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
     import uvloop  # noqa: PLC0415
 
     from pdp.server import sidecar  # noqa: PLC0415

@@ -23,7 +23,7 @@ from pdp.reason import ReasonCode
 
 MAX_TENANTS: Final = 10_000
 """Tenants whose class is kept; the one that was not seen for longest is forgotten."""
-RETRY_SECONDS: Final = 60.0
+RETRY_SECONDS: Final = 10.0
 """When a question is asked again that the engine could not take or not finish."""
 MOST: Final = 100_000
 """Largest number that an answer may hold, as in the configuration."""

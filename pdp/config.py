@@ -131,9 +131,7 @@ class Listen(_Section):
 
 
 class TenantLimits(_Section):
-    """What a tenant may use of the sidecar. The policy may give it less, and another
-    priority (pdp/sidecar/service_class); it can never give it more.
-    """
+    """What a tenant may use of the sidecar. The policy may lower it, and set another priority."""
 
     priority: Annotated[Priority, Field(strict=False)] = Priority.NORMAL
     """high, normal or low: while calls wait, four of a high tenant are let in for two of

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 
-from pdp.canonical import JsonObject, canonical_bytes
+from pdp.canonical import JsonObject, JsonValue, canonical_bytes
 from pdp.policy.archive import MAX_ARCHIVE_BYTES, read_archive, read_directory, refused
 from pdp.policy.compile import compile_rego
+from pdp.policy.engine import Entrypoint
 from pdp.policy.manifest import REVISION, WASM
 from pdp.policy.part import Part, is_test, read_part
-from pdp.policy.roots import overlap
+from pdp.policy.roots import overlap, segments
 from pdp.policy.signature import Verifier
 
 __all__ = ["Bundle", "Part", "assemble", "joint_revision", "load_bundle", "read_part"]
@@ -36,9 +37,14 @@ class Bundle:
 
 
 def assemble(parts: Sequence[Part]) -> Bundle:
-    """The bundles of a policy as one. Raises BundleError where two claim the same root, or
-    can not be compiled together.
+    """The bundles of a policy as one. Raises BundleError where two claim the same root, can
+    not be compiled together, or hold data where a rule is asked for.
     """
+    for part in parts:
+        for entrypoint in Entrypoint:
+            # An OPA server would answer with the data, and the embedded engine would not.
+            if _stands_in(part.data, segments(entrypoint)):
+                raise refused(part.name, f"has data at {entrypoint}, where a rule is asked for")
     for one, other in combinations(parts, 2):
         for root in one.manifest.roots:
             for claimed in other.manifest.roots:
@@ -106,6 +112,14 @@ def _joint_data(parts: Sequence[Part]) -> JsonObject:
     for part in parts:
         _add(document, part.data)
     return document
+
+
+def _stands_in(value: JsonValue, path: Sequence[str]) -> bool:
+    for key in path:
+        if not isinstance(value, dict) or key not in value:
+            return False
+        value = value[key]
+    return True
 
 
 def _add(document: JsonObject, more: JsonObject) -> None:

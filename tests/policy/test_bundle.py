@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pdp.policy.archive import Files, pack
 from pdp.policy.bundle import Bundle, Part, assemble, load_bundle, read_part
-from pdp.policy.engine import BundleError
+from pdp.policy.engine import BundleError, Entrypoint
 from pdp.policy.part import content_revision
 from tests.policy.bundles import FILES, REGO, WASM, manifest, message_of, write_files
 
@@ -370,6 +370,20 @@ def test_where_rules_of_several_bundles_meet_all_are_compiled_anew() -> None:
 
     assert bundle.wasm is None
     assert bundle.rego.keys() == {*(f"platform/{name}" for name in REGO), "tenants/tenants/x.rego"}
+
+
+@pytest.mark.parametrize("entrypoint", tuple(Entrypoint))
+def test_data_where_a_rule_is_asked_for_is_refused(entrypoint: Entrypoint) -> None:
+    data: object = None
+    for key in reversed(entrypoint.split("/")):
+        data = {key: data}
+
+    with pytest.raises(BundleError) as refusal:
+        joint({"only": {**FILES, "data.json": json.dumps(data).encode()}})
+
+    assert message_of(refusal) == (
+        f"The policy bundle only has data at {entrypoint}, where a rule is asked for."
+    )
 
 
 def test_a_module_without_its_rego_can_not_be_joined_with_rules() -> None:

@@ -75,6 +75,23 @@ def test_a_limit_out_of_another_tenants_data_is_found(build_policy: Build) -> No
     assert {leak.entrypoint for leak in found.leaks} == {"pdp/budget/limits"}
 
 
+def test_a_service_class_out_of_another_tenants_data_is_found(build_policy: Build) -> None:
+    shared = """package pdp.sidecar
+
+service_class := {"priority": "low"} if {
+	some other in data.tenants
+	input.subject.properties.tenant in other.slowed
+}
+"""
+    data: dict[str, Any] = {
+        "tenants": {"acme": {"limits": []}, "globex": {"limits": [], "slowed": ["acme"]}},
+        "tools": {},
+    }
+    edits = {"pdp/sidecar/sidecar.rego": shared, "data.json": data}
+    found = searched(build_policy(leaky(**edits)))
+    assert {leak.entrypoint for leak in found.leaks} == {"pdp/sidecar/service_class"}
+
+
 def test_a_budget_decision_out_of_another_tenants_data_is_found(build_policy: Build) -> None:
     budget = LEAKY["pdp/budget/budget.rego"]
     assert isinstance(budget, str)

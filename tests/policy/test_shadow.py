@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from pdp.canonical import JsonObject, JsonValue
 from pdp.policy.engine import Entrypoint
 from pdp.policy.live import LivePolicy
@@ -44,9 +46,9 @@ class Scene:
         self.differences.append(difference)
         self.more.set()
 
-    async def ask(self) -> JsonValue:
+    async def ask(self, entrypoint: Entrypoint = Entrypoint.AUTHZ_DECISION) -> JsonValue:
         with self.policy.pin() as engine:
-            return await engine.evaluate(Entrypoint.AUTHZ_DECISION, {})
+            return await engine.evaluate(entrypoint, {})
 
 
 def test_answers_are_compared_on_after_a_failure_of_the_candidate() -> None:
@@ -71,5 +73,22 @@ def test_questions_do_not_pile_up_behind_a_slow_candidate() -> None:
         for _ in range(MAX_WAITING + 2):
             await scene.ask()
         assert scene.counts == ["missed"] * 2
+
+    asyncio.run(run())
+
+
+def test_a_service_class_is_of_no_call_and_is_not_compared() -> None:
+    async def run() -> None:
+        scene = Scene()
+        assert await scene.ask(Entrypoint.SERVICE_CLASS) == {"allow": False, "reason_code": "no"}
+        scene.active.failure = ValueError("of its own")
+        with pytest.raises(ValueError, match="of its own"):
+            await scene.ask(Entrypoint.SERVICE_CLASS)
+        comparing = asyncio.create_task(scene.policy.compare())
+        await scene.ask()
+        await asyncio.wait_for(scene.more.wait(), 5)
+        assert scene.counts == ["differs"]
+        comparing.cancel()
+        await asyncio.gather(comparing, return_exceptions=True)
 
     asyncio.run(run())

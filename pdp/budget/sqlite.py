@@ -1,38 +1,40 @@
 """The ledger in one SQLite file, for one sidecar.
 
-An *account* is what one limit counts for one tenant, actor or tool in one
-window. Spend stands on the account. What is held stands apart, in parts that
-each have a deadline and know the account, and so the window, in which they were
-reserved.
+An *account* is what one limit counts together in one window: see sqlite_accounts.
+A *hold* knows the accounts, and so the windows, in which it was made.
 """
 
 from __future__ import annotations
 
 import hmac
-import json
 import math
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, TypeVar
 
 import apsw
 
 from pdp.budget.bounds import (
+    ENDED_BY,
     MAX_HOLD_SECONDS,
     check_account,
     check_charges,
+    check_grant,
     check_hold_id,
     check_key,
     check_limits,
+    check_memo,
+    check_most,
     check_ttl,
 )
 from pdp.budget.ledger import (
-    MAX_AMOUNT,
     Account,
+    AccountState,
     Charge,
+    HoldState,
     IdempotencyKey,
     LedgerError,
     Limit,
@@ -40,7 +42,20 @@ from pdp.budget.ledger import (
     Receipt,
 )
 from pdp.budget.receipt_json import receipt_from_json, receipt_to_json
-from pdp.budget.windows import window_bounds
+from pdp.budget.sqlite_accounts import Entry, accounts_of, grant, read_entry, take, uncountable
+from pdp.budget.sqlite_holds import (
+    Hold,
+    Part,
+    add_hold,
+    expire,
+    find_hold,
+    forget,
+    list_holds,
+    post,
+    save,
+    take_back,
+)
+from pdp.budget.sqlite_schema import SCHEMA, SCHEMA_VERSION
 from pdp.reason import ReasonCode
 from pdp.storage import Durability, SqliteWriter, StorageError
 
@@ -48,73 +63,6 @@ T = TypeVar("T")
 
 PRUNE_BATCH: Final = 8
 """Rows of each table that one operation clears away at most."""
-
-_SCHEMA: Final = """
--- The highest time seen, so that the store's clock never runs backwards.
-CREATE TABLE clock (
-    id INTEGER PRIMARY KEY CHECK (id = 1),
-    highest INTEGER NOT NULL
-) STRICT;
-INSERT INTO clock VALUES (1, 0);
-
-CREATE TABLE account (
-    id INTEGER PRIMARY KEY,
-    tenant TEXT NOT NULL,
-    limit_id TEXT NOT NULL,
-    budget TEXT NOT NULL,
-    unit TEXT NOT NULL,
-    scope TEXT NOT NULL,
-    scope_value TEXT NOT NULL,
-    window_kind TEXT NOT NULL,
-    window_start INTEGER NOT NULL,
-    window_end INTEGER,
-    spent INTEGER NOT NULL DEFAULT 0 CHECK (spent BETWEEN 0 AND 9007199254740991),
-    held INTEGER NOT NULL DEFAULT 0 CHECK (held BETWEEN 0 AND 9007199254740991),
-    UNIQUE (tenant, limit_id, budget, unit, scope, scope_value, window_kind, window_start)
-) STRICT;
-CREATE INDEX account_by_end ON account (window_end) WHERE window_end IS NOT NULL;
-
-CREATE TABLE hold (
-    id TEXT PRIMARY KEY,
-    tenant TEXT NOT NULL,
-    actor TEXT NOT NULL,
-    backs_permit INTEGER NOT NULL, -- 1: made by "authorize", and only "outcome" ends it
-    expires_at INTEGER NOT NULL,
-    state TEXT NOT NULL CHECK (state IN ('open', 'settled', 'released')),
-    parts TEXT NOT NULL -- JSON: [[budget, unit, amount, [account id, ...]], ...]
-) STRICT, WITHOUT ROWID;
-
--- What counts in account.held: parts of holds neither ended nor expired.
-CREATE TABLE live_part (
-    account INTEGER NOT NULL,
-    expires_at INTEGER NOT NULL,
-    hold TEXT NOT NULL,
-    amount INTEGER NOT NULL,
-    PRIMARY KEY (account, expires_at, hold)
-) STRICT, WITHOUT ROWID;
-CREATE TRIGGER live_part_added AFTER INSERT ON live_part BEGIN
-    UPDATE account SET held = held + NEW.amount WHERE id = NEW.account;
-END;
-CREATE TRIGGER live_part_gone AFTER DELETE ON live_part BEGIN
-    UPDATE account SET held = held - OLD.amount WHERE id = OLD.account;
-END;
-
--- First answers, for those who try again. A hold is as old as its answer, and is
--- cleared away with it.
-CREATE TABLE answer (
-    sequence INTEGER PRIMARY KEY, -- in the order of the store's clock
-    tenant TEXT NOT NULL,
-    actor TEXT NOT NULL,
-    operation TEXT NOT NULL,
-    key TEXT NOT NULL,
-    content_sha256 TEXT NOT NULL,
-    created_at INTEGER NOT NULL,
-    note TEXT NOT NULL,
-    receipt TEXT NOT NULL,
-    hold TEXT,
-    UNIQUE (tenant, actor, operation, key)
-) STRICT;
-"""
 
 
 class SqliteLedger:
@@ -140,7 +88,9 @@ class SqliteLedger:
         # will do for answers, for holds and for the windows that they count in.
         self._kept_seconds = retention_seconds + MAX_HOLD_SECONDS
         self._prune_at = 0.0
-        self._writer = SqliteWriter(path, schema=_SCHEMA, durability=durability)
+        self._writer = SqliteWriter(
+            path, schema=SCHEMA, schema_version=SCHEMA_VERSION, durability=durability
+        )
 
     async def reserve(
         self,
@@ -150,34 +100,11 @@ class SqliteLedger:
         charges: Sequence[Charge],
         limits: Sequence[Limit],
         ttl_seconds: int,
+        memo: str = "",
     ) -> Receipt:
         """See Ledger.reserve."""
-        check_account(account)
-        check_key(key)
-        check_charges(charges, least=1)
-        check_limits(limits)
         check_ttl(ttl_seconds)
-
-        def operation(db: apsw.Connection, now: float) -> Receipt:
-            entries = _match(db, account, charges, limits, now)
-            if not entries:
-                return Receipt(replayed=False, note=key.note)
-            if refusal := _refuse(entries, key.note, now):
-                return refusal
-            hold_id = self._new_id()
-            expires_at = math.ceil(now + ttl_seconds)
-            parts = _parts(db, account, charges, entries)
-            _add_hold(db, account, key, hold_id, expires_at, parts)
-            return Receipt(
-                replayed=False,
-                note=key.note,
-                id=hold_id,
-                expires_at=expires_at,
-                charges=tuple(charges),
-                limits=tuple(entry.state(held=entry.amount) for entry in entries),
-            )
-
-        return await self._once(account, key, operation)
+        return await self._take(account, key, charges, limits, ttl_seconds, memo)
 
     async def charge(
         self,
@@ -186,30 +113,82 @@ class SqliteLedger:
         *,
         charges: Sequence[Charge],
         limits: Sequence[Limit],
+        memo: str = "",
     ) -> Receipt:
         """See Ledger.charge."""
+        return await self._take(account, key, charges, limits, None, memo)
+
+    async def _take(
+        self,
+        account: Account,
+        key: IdempotencyKey,
+        charges: Sequence[Charge],
+        limits: Sequence[Limit],
+        ttl_seconds: int | None,
+        memo: str,
+    ) -> Receipt:
+        """Hold the charges or, with no time to live, spend them."""
         check_account(account)
         check_key(key)
         check_charges(charges, least=1)
         check_limits(limits)
+        check_memo(memo)
+        is_held = ttl_seconds is not None
 
         def operation(db: apsw.Connection, now: float) -> Receipt:
             entries = _match(db, account, charges, limits, now)
-            if not entries:
+            if not charges:
                 return Receipt(replayed=False, note=key.note)
-            if refusal := _refuse(entries, key.note, now):
-                return refusal
-            for entry in entries:
-                _spend(db, _account_id(db, account, entry), entry.amount)
+            over = [entry for entry in entries if not entry.has_room()]
+            for entry in over:
+                if entry.limit.enforced:
+                    return Receipt(
+                        replayed=False,
+                        note=key.note,
+                        limits=tuple(each.state for each in entries),
+                        refused_by=entry.state,
+                        retry_after_seconds=entry.retry_after_seconds(db, now),
+                    )
+            if not all(entry.can_be_counted() for entry in entries):
+                raise uncountable()
+            counted = [take(db, entry, now, is_held=is_held) for entry in entries]
+            hold = Hold(
+                id=self._new_id(),
+                actor=account.actor,
+                tool=account.tool,
+                operation=key.operation,
+                made_at=int(now),
+                expires_at=0 if ttl_seconds is None else math.ceil(now + ttl_seconds),
+                state="open" if is_held else "settled",
+                memo=memo,
+                parts=[
+                    Part(
+                        charge,
+                        left=charge.amount if is_held else 0,
+                        settled=0 if is_held else charge.amount,
+                        refunded=0,
+                        accounts=[
+                            (taken.account_id, entry.mode)
+                            for entry, taken in zip(entries, counted, strict=True)
+                            if entry.mode is not None and entry.counts_charge(charge)
+                        ],
+                    )
+                    for charge in charges
+                ],
+            )
+            add_hold(db, account.tenant, hold)
             return Receipt(
                 replayed=False,
                 note=key.note,
-                id=self._new_id(),
+                id=hold.id,
+                expires_at=hold.expires_at,
                 charges=tuple(charges),
-                limits=tuple(entry.state(spent=entry.amount) for entry in entries),
+                limits=tuple(taken.state for taken in counted),
+                shadow_refusals=tuple(entry.state for entry in over),
+                warnings=tuple(each for taken in counted for each in taken.warnings),
             )
 
-        return await self._once(account, key, operation)
+        return await self._once(account, key, operation, makes_hold=True)
 
     async def settle(
         self,
@@ -218,6 +197,7 @@ class SqliteLedger:
         *,
         hold_id: str,
         charges: Sequence[Charge] | None,
+        final: bool = True,
     ) -> Receipt:
         """See Ledger.settle."""
         check_account(account)
@@ -227,28 +207,30 @@ class SqliteLedger:
             check_charges(charges, least=0)
 
         def operation(db: apsw.Connection, now: float) -> Receipt:
-            hold = _find_hold(db, account, key, hold_id)
-            parts = {(part.charge.budget, part.charge.unit): part for part in hold.parts}
-            spent = tuple(part.charge for part in hold.parts) if charges is None else charges
-            if any((charge.budget, charge.unit) not in parts for charge in spent):
-                raise LedgerError(
-                    ReasonCode.CHARGE_NOT_HELD,
-                    "The hold holds nothing of that budget and unit: settle only what is held.",
-                )
+            hold = _own_hold(db, account, key, hold_id)
+            if not (hold.state == "settled" and key.operation == "lease_settle"):
+                _refuse_ended(hold)
+            spent = charges
+            if spent is None:
+                spent = [replace(part.charge, amount=part.left) for part in hold.parts]
+            amounts = _amounts(hold, spent)
             over_hold = False
-            for charge in spent:
-                part = parts[charge.budget, charge.unit]
-                over_hold = over_hold or charge.amount > part.charge.amount
-                for account_id in part.account_ids:
-                    _spend(db, account_id, charge.amount)
-            _end_hold(db, hold, "settled")
+            parts = []
+            for part in hold.parts:
+                amount = amounts.get(part.pair, 0)
+                dropped = part.left if final else min(part.left, amount)
+                after = post(db, hold, part, now, spent=amount, dropped=dropped)
+                parts.append(after)
+                if part.pair in amounts and after.settled > part.charge.amount:
+                    over_hold = True
+            save(db, hold, "settled" if final else hold.state, parts)
             return Receipt(
                 replayed=False,
                 note=key.note,
                 id=hold_id,
                 charges=tuple(spent),
                 over_hold=over_hold,
-                late=hold.expires_at <= now,
+                late=not hold.is_live(now),
             )
 
         return await self._once(account, key, operation)
@@ -260,19 +242,50 @@ class SqliteLedger:
         check_hold_id(hold_id)
 
         def operation(db: apsw.Connection, now: float) -> Receipt:
-            hold = _find_hold(db, account, key, hold_id)
-            if hold.expires_at <= now:
+            hold = _own_hold(db, account, key, hold_id)
+            _refuse_ended(hold)
+            _refuse_expired(hold, now)
+            parts = [post(db, hold, part, now, spent=0, dropped=part.left) for part in hold.parts]
+            save(db, hold, "released", parts)
+            return Receipt(replayed=False, note=key.note, id=hold_id, charges=_left(hold))
+
+        return await self._once(account, key, operation)
+
+    async def refund(
+        self,
+        account: Account,
+        key: IdempotencyKey,
+        *,
+        hold_id: str,
+        charges: Sequence[Charge] | None,
+    ) -> Receipt:
+        """See Ledger.refund."""
+        check_account(account)
+        check_key(key)
+        check_hold_id(hold_id)
+        if charges is not None:
+            check_charges(charges, least=1)
+
+        def operation(db: apsw.Connection, now: float) -> Receipt:
+            hold = _found(find_hold(db, account.tenant, hold_id))
+            refunded = charges
+            if refunded is None:
+                refunded = [
+                    replace(part.charge, amount=part.to_refund)
+                    for part in hold.parts
+                    if part.to_refund
+                ]
+            amounts = _amounts(hold, refunded)
+            if not amounts or any(
+                amounts.get(part.pair, 0) > part.to_refund for part in hold.parts
+            ):
                 raise LedgerError(
-                    ReasonCode.HOLD_EXPIRED,
-                    "The hold has expired and its amounts have returned: nothing is left to do.",
+                    ReasonCode.REFUND_EXCEEDS_SPEND,
+                    "No more can be refunded than was settled and not refunded before.",
                 )
-            _end_hold(db, hold, "released")
-            return Receipt(
-                replayed=False,
-                note=key.note,
-                id=hold_id,
-                charges=tuple(part.charge for part in hold.parts),
-            )
+            parts = [take_back(db, part, amounts.get(part.pair, 0), now) for part in hold.parts]
+            save(db, hold, hold.state, parts)
+            return Receipt(replayed=False, note=key.note, id=hold_id, charges=tuple(refunded))
 
         return await self._once(account, key, operation)
 
@@ -280,16 +293,78 @@ class SqliteLedger:
         """See Ledger.state."""
         check_account(account)
         check_limits(limits)
-
-        def operation(db: apsw.Connection) -> tuple[LimitState, ...]:
-            now = self._now(db)
-            return tuple(
-                _read_entry(db, account, limit, 0, now).state()
+        return await self._look(
+            lambda db, now: tuple(
+                read_entry(db, account, limit, 0, now).state
                 for limit in limits
                 if limit.applies_to(account)
             )
+        )
+
+    async def hold(self, tenant: str, hold_id: str) -> HoldState | None:
+        """See Ledger.hold."""
+        check_hold_id(hold_id)
+
+        def operation(db: apsw.Connection, _now: float) -> HoldState | None:
+            hold = find_hold(db, tenant, hold_id)
+            return None if hold is None else hold.shown()
+
+        return await self._look(operation)
+
+    async def holds(self, tenant: str, *, most: int) -> tuple[HoldState, ...]:
+        """See Ledger.holds."""
+        check_most(most)
+        return await self._look(lambda db, now: list_holds(db, tenant, most, now))
+
+    async def accounts(self, tenant: str, *, most: int) -> tuple[AccountState, ...]:
+        """See Ledger.accounts."""
+        check_most(most)
+        return await self._look(lambda db, now: accounts_of(db, tenant, most, now))
+
+    async def tenants(self, *, most: int) -> tuple[str, ...]:
+        """See Ledger.tenants."""
+        check_most(most, highest=10_000)
+
+        def operation(db: apsw.Connection) -> tuple[str, ...]:
+            names: list[str] = []
+            name = ""  # stands for no tenant, and sorts before all of them
+            while len(names) < most:
+                name = db.execute(_NEXT_TENANT, (name,)).get
+                if name is None:
+                    break
+                names.append(name)
+            return tuple(names)
 
         return await self._run(operation)
+
+    async def grant(
+        self, account: Account, key: IdempotencyKey, *, account_id: str, amount: int
+    ) -> Receipt:
+        """See Ledger.grant."""
+        check_account(account)
+        check_key(key)
+        check_grant(amount)
+
+        def operation(db: apsw.Connection, now: float) -> Receipt:
+            state = grant(db, account.tenant, account_id, amount, now)
+            return Receipt(replayed=False, note=key.note, limits=(state,))
+
+        return await self._once(account, key, operation)
+
+    async def expire(self, account: Account, key: IdempotencyKey, *, hold_id: str) -> Receipt:
+        """See Ledger.expire."""
+        check_account(account)
+        check_key(key)
+        check_hold_id(hold_id)
+
+        def operation(db: apsw.Connection, now: float) -> Receipt:
+            hold = _found(find_hold(db, account.tenant, hold_id))
+            _refuse_ended(hold)
+            _refuse_expired(hold, now)
+            expire(db, hold, now)
+            return Receipt(replayed=False, note=key.note, id=hold_id, charges=_left(hold))
+
+        return await self._once(account, key, operation)
 
     async def close(self) -> None:
         """See Ledger.close."""
@@ -300,6 +375,8 @@ class SqliteLedger:
         account: Account,
         key: IdempotencyKey,
         operation: Callable[[apsw.Connection, float], Receipt],
+        *,
+        makes_hold: bool = False,
     ) -> Receipt:
         """Do it and remember the answer, or give the first answer again."""
         names = (account.tenant, account.actor, key.operation, key.key)
@@ -324,7 +401,7 @@ class SqliteLedger:
                     int(now),
                     key.note,
                     receipt_to_json(answer),
-                    answer.id if answer.expires_at else None,
+                    (answer.id or None) if makes_hold else None,
                 ),
             )
             self._prune(db, now)
@@ -346,6 +423,9 @@ class SqliteLedger:
             db.execute("UPDATE clock SET highest = ?", (int(now),))
         return now
 
+    async def _look(self, operation: Callable[[apsw.Connection, float], T]) -> T:
+        return await self._run(lambda db: operation(db, self._now(db)))
+
     def _prune(self, db: apsw.Connection, now: float) -> None:
         """Clear away a little of what is out of retention, oldest first."""
         if now < self._prune_at:
@@ -355,12 +435,9 @@ class SqliteLedger:
         pruned = len(holds)
         for (hold_id,) in holds:
             if hold_id is not None:
-                expires_at, parts = db.execute(
-                    "DELETE FROM hold WHERE id = ? RETURNING expires_at, parts", (hold_id,)
-                ).get
-                _end_parts(db, _Hold(hold_id, expires_at, _decode_parts(parts)))
+                forget(db, hold_id, now)
         if pruned < PRUNE_BATCH:
-            # No hold is left that was made in one of these windows.
+            # No hold is left that counts in one of these accounts.
             db.execute(_PRUNE_ACCOUNTS, due)
             pruned += db.changes()
         if not pruned:
@@ -376,21 +453,6 @@ INSERT INTO answer
     (tenant, actor, operation, key, content_sha256, created_at, note, receipt, hold)
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
-_FIND_ACCOUNT: Final = """
-SELECT id, spent, held, (SELECT min(expires_at) FROM live_part WHERE account = account.id)
-FROM account
-WHERE tenant = ? AND limit_id = ? AND budget = ? AND unit = ? AND scope = ? AND scope_value = ?
-    AND window_kind = ? AND window_start = ?
-"""
-_ADD_ACCOUNT: Final = """
-INSERT INTO account
-    (tenant, limit_id, budget, unit, scope, scope_value, window_kind, window_start, window_end)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
-"""
-_ADD_HOLD: Final = """
-INSERT INTO hold (id, tenant, actor, backs_permit, expires_at, state, parts)
-VALUES (?, ?, ?, ?, ?, 'open', ?)
-"""
 _PRUNE_ANSWERS: Final = """
 DELETE FROM answer WHERE created_at <= ?
     AND sequence IN (SELECT sequence FROM answer ORDER BY sequence LIMIT ?)
@@ -398,55 +460,16 @@ RETURNING hold
 """
 _PRUNE_ACCOUNTS: Final = """
 DELETE FROM account WHERE id IN
-    (SELECT id FROM account WHERE window_end <= ? ORDER BY window_end LIMIT ?)
+    (SELECT id FROM account WHERE over_at <= ? ORDER BY over_at LIMIT ?)
 """
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """A limit, the amount that is asked of it, and the account where it counts."""
-
-    limit: Limit
-    amount: int
-    starts_at: int
-    ends_at: int | None
-    account_id: int | None
-    """None until something is held or spent there."""
-    spent: int
-    held: int
-    first_expiry: int | None
-    """When the earliest of the holds that count here expires."""
-
-    def state(self, *, spent: int = 0, held: int = 0) -> LimitState:
-        """The limit's state, with what was spent or held since this was read."""
-        return LimitState(
-            limit=self.limit,
-            spent=self.spent + spent,
-            held=self.held + held,
-            resets_at=self.ends_at,
-        )
-
-    def retry_after_seconds(self, now: float) -> int | None:
-        """How long until there could be room for the amount, by waiting alone."""
-        times = []
-        if self.ends_at is not None and self.amount <= self.limit.limit:
-            times.append(self.ends_at)
-        if self.first_expiry is not None and self.spent + self.amount <= self.limit.limit:
-            times.append(self.first_expiry)
-        return math.ceil(min(times) - now) if times else None
-
-
-class _Part(NamedTuple):
-    """A charge of a hold, and the accounts in which it counts."""
-
-    charge: Charge
-    account_ids: list[int]
-
-
-class _Hold(NamedTuple):
-    id: str
-    expires_at: int
-    parts: list[_Part]
+# Every hold is the tenant's of an answer that is kept as long.
+_NEXT_TENANT: Final = """
+SELECT min(tenant) FROM (
+    SELECT min(tenant) AS tenant FROM answer WHERE tenant > ?1
+    UNION ALL
+    SELECT min(tenant) FROM account WHERE tenant > ?1
+)
+"""
 
 
 def _match(
@@ -455,7 +478,7 @@ def _match(
     charges: Sequence[Charge],
     limits: Sequence[Limit],
     now: float,
-) -> list[_Entry]:
+) -> list[Entry]:
     """The limits that apply to the charges, in their order. Raises budget_unlimited."""
     amounts = {(charge.budget, charge.unit): charge.amount for charge in charges}
     unlimited = set(amounts)
@@ -463,8 +486,9 @@ def _match(
     for limit in limits:
         bounded = (limit.budget, limit.unit)
         if bounded in amounts and limit.applies_to(account):
-            unlimited.discard(bounded)
-            entries.append(_read_entry(db, account, limit, amounts[bounded], now))
+            if limit.enforced:
+                unlimited.discard(bounded)
+            entries.append(read_entry(db, account, limit, amounts[bounded], now))
     if unlimited:
         raise LedgerError(
             ReasonCode.BUDGET_UNLIMITED,
@@ -473,163 +497,50 @@ def _match(
     return entries
 
 
-def _read_entry(
-    db: apsw.Connection, account: Account, limit: Limit, amount: int, now: float
-) -> _Entry:
-    """Where a limit stands now; what has expired there is let go first."""
-    starts_at, ends_at = window_bounds(limit.window, now)
-    names = _account_names(account, limit, starts_at)
-    row = db.execute(_FIND_ACCOUNT, names).fetchone()
-    if row is not None and row[3] is not None and row[3] <= now:
-        db.execute(
-            "DELETE FROM live_part WHERE account = ? AND expires_at <= ?", (row[0], int(now))
-        )
-        row = db.execute(_FIND_ACCOUNT, names).fetchone()
-    account_id, spent, held, first_expiry = row or (None, 0, 0, None)
-    return _Entry(limit, amount, starts_at, ends_at, account_id, spent, held, first_expiry)
-
-
-def _account_names(account: Account, limit: Limit, starts_at: int) -> tuple[str | int, ...]:
-    return (
-        account.tenant,
-        limit.id,
-        limit.budget,
-        limit.unit,
-        limit.scope.value,
-        limit.counts_for(account),
-        limit.window.value,
-        starts_at,
-    )
-
-
-def _refuse(entries: Sequence[_Entry], note: str, now: float) -> Receipt | None:
-    """A refusal by the first limit that would be passed, if there is one."""
-    for entry in entries:
-        if entry.spent + entry.held + entry.amount > entry.limit.limit:
-            return Receipt(
-                replayed=False,
-                note=note,
-                limits=tuple(each.state() for each in entries),
-                refused_by=entry.state(),
-                retry_after_seconds=entry.retry_after_seconds(now),
-            )
-    return None
-
-
-def _account_id(db: apsw.Connection, account: Account, entry: _Entry) -> int:
-    """The id of the entry's account, which is opened if need be."""
-    if entry.account_id is not None:
-        return entry.account_id
-    names = _account_names(account, entry.limit, entry.starts_at)
-    db.execute(_ADD_ACCOUNT, (*names, entry.ends_at))
-    return db.last_insert_rowid()
-
-
-def _spend(db: apsw.Connection, account_id: int, amount: int) -> None:
-    db.execute(
-        "UPDATE account SET spent = spent + ?1 WHERE id = ?2 AND spent <= ?3 - ?1",
-        (amount, account_id, MAX_AMOUNT),
-    )
-    if not db.changes():
+def _amounts(hold: Hold, charges: Sequence[Charge]) -> dict[tuple[str, str], int]:
+    """The charges by budget and unit, all of them of the hold. Raises charge_not_held."""
+    amounts = {(charge.budget, charge.unit): charge.amount for charge in charges}
+    if amounts.keys() - {part.pair for part in hold.parts}:
         raise LedgerError(
-            ReasonCode.BUDGET_UNAVAILABLE,
-            "The sum of what is spent would pass 2^53 - 1, which no ledger can count.",
+            ReasonCode.CHARGE_NOT_HELD,
+            "The hold holds nothing of that budget and unit: name only what is held.",
         )
+    return amounts
 
 
-def _parts(
-    db: apsw.Connection, account: Account, charges: Sequence[Charge], entries: Sequence[_Entry]
-) -> list[_Part]:
-    parts = {(charge.budget, charge.unit): _Part(charge, []) for charge in charges}
-    for entry in entries:
-        part = parts[entry.limit.budget, entry.limit.unit]
-        part.account_ids.append(_account_id(db, account, entry))
-    return list(parts.values())
+def _left(hold: Hold) -> tuple[Charge, ...]:
+    return tuple(replace(part.charge, amount=part.left) for part in hold.parts if part.left)
 
 
-def _add_hold(
-    db: apsw.Connection,
-    account: Account,
-    key: IdempotencyKey,
-    hold_id: str,
-    expires_at: int,
-    parts: Sequence[_Part],
-) -> None:
-    db.execute(
-        _ADD_HOLD,
-        (
-            hold_id,
-            account.tenant,
-            account.actor,
-            key.operation == "authorize",
-            expires_at,
-            _encode_parts(parts),
-        ),
-    )
-    db.executemany(
-        "INSERT INTO live_part (account, expires_at, hold, amount) VALUES (?, ?, ?, ?)",
-        [
-            (account_id, expires_at, hold_id, part.charge.amount)
-            for part in parts
-            for account_id in part.account_ids
-        ],
-    )
+def _own_hold(db: apsw.Connection, account: Account, key: IdempotencyKey, hold_id: str) -> Hold:
+    """The actor's own hold of that id, which this operation may end. Raises hold_not_found."""
+    hold = find_hold(db, account.tenant, hold_id)
+    asked = (account.actor, ENDED_BY.get(key.operation))
+    return _found(hold if hold and (hold.actor, hold.operation) == asked else None)
 
 
-def _find_hold(db: apsw.Connection, account: Account, key: IdempotencyKey, hold_id: str) -> _Hold:
-    """The open hold of that id, if it is this actor's own. Raises LedgerError."""
-    row = db.execute(
-        "SELECT expires_at, parts, state FROM hold WHERE id = ?"
-        " AND tenant = ? AND actor = ? AND backs_permit = ?",
-        (hold_id, account.tenant, account.actor, key.operation == "outcome"),
-    ).fetchone()
-    if row is None:
+def _found(hold: Hold | None) -> Hold:
+    if hold is None:
         raise LedgerError(
-            ReasonCode.HOLD_NOT_FOUND, "There is no such hold of this actor: check its id."
+            ReasonCode.HOLD_NOT_FOUND, "There is no such hold for this caller: check its id."
         )
-    expires_at, parts, state = row
-    if state == "settled":
+    return hold
+
+
+def _refuse_ended(hold: Hold) -> None:
+    if hold.state == "settled":
         raise LedgerError(
             ReasonCode.HOLD_ALREADY_SETTLED, "The hold was settled before: nothing is left to do."
         )
-    if state == "released":
+    if hold.state == "released":
         raise LedgerError(
             ReasonCode.HOLD_ALREADY_RELEASED, "The hold was released before: make a new charge."
         )
-    return _Hold(hold_id, expires_at, _decode_parts(parts))
 
 
-def _end_hold(db: apsw.Connection, hold: _Hold, state: str) -> None:
-    _end_parts(db, hold)
-    db.execute("UPDATE hold SET state = ? WHERE id = ?", (state, hold.id))
-
-
-def _end_parts(db: apsw.Connection, hold: _Hold) -> None:
-    """What the hold holds counts no more. Parts that have expired are gone already."""
-    db.executemany(
-        "DELETE FROM live_part WHERE account = ? AND expires_at = ? AND hold = ?",
-        [
-            (account_id, hold.expires_at, hold.id)
-            for part in hold.parts
-            for account_id in part.account_ids
-        ],
-    )
-
-
-def _encode_parts(parts: Sequence[_Part]) -> str:
-    return _ENCODER.encode(
-        [
-            [part.charge.budget, part.charge.unit, part.charge.amount, part.account_ids]
-            for part in parts
-        ]
-    )
-
-
-def _decode_parts(text: str) -> list[_Part]:
-    return [
-        _Part(Charge(budget, unit, amount), account_ids)
-        for budget, unit, amount, account_ids in json.loads(text)
-    ]
-
-
-_ENCODER: Final = json.JSONEncoder(separators=(",", ":"))
+def _refuse_expired(hold: Hold, now: float) -> None:
+    if hold.expires_at <= now:
+        raise LedgerError(
+            ReasonCode.HOLD_EXPIRED,
+            "The hold has expired and nothing is held under it: nothing is left to do.",
+        )

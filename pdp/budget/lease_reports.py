@@ -26,6 +26,7 @@ from pdp.budget.ledger import (
     Scope,
     Window,
 )
+from pdp.budget.local_ledger import LocalLedger
 from pdp.reason import ReasonCode
 
 T = TypeVar("T")
@@ -71,7 +72,7 @@ class LeaseReports:
         self,
         *,
         line: SharedLine,
-        local: Ledger,
+        local: LocalLedger,
         journal: LeaseJournal,
         memo: str,
         clock: Callable[[], float],
@@ -136,6 +137,7 @@ class LeaseReports:
         before = int(self._clock()) - KEPT_SECONDS
         for record in await self._journal.asked_before(before, PRUNE_BATCH):
             if record.name not in self._leases:
+                await self._local.forget(record.account.tenant, Lease(record=record).limit.id)
                 await self._journal.forget(record)
 
     async def _ask_for(self, lease: Lease) -> Receipt:

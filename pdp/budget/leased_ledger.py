@@ -59,7 +59,7 @@ from pdp.budget.ledger import (
     LimitState,
     Receipt,
 )
-from pdp.budget.sqlite import SqliteLedger
+from pdp.budget.local_ledger import LocalLedger, SqliteLocalLedger
 from pdp.config import OnOutage
 from pdp.reason import ReasonCode
 from pdp.storage import Durability, StorageError
@@ -93,7 +93,7 @@ class LeasedLedger:
         self,
         *,
         shared: Ledger,
-        local: Ledger,
+        local: LocalLedger,
         journal: LeaseJournal,
         terms: LeaseTerms,
         holder: str,
@@ -132,7 +132,7 @@ class LeasedLedger:
         cls,
         *,
         shared: Ledger,
-        local: Ledger,
+        local: LocalLedger,
         journal: LeaseJournal,
         terms: LeaseTerms,
         holder: str,
@@ -627,7 +627,7 @@ async def open_leased(
     shared: Ledger, folder: Path, *, durability: Durability, terms: LeaseTerms, holder: str
 ) -> LeasedLedger:
     """A leased ledger with its files in the folder. Raises StorageError."""
-    local = SqliteLedger(
+    local = SqliteLocalLedger(
         folder / "leases.db",
         durability=durability,
         new_id=lambda: f"{LOCAL_ID_PREFIX}{uuid.uuid4()}",

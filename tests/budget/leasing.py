@@ -12,6 +12,7 @@ from pdp.budget.lease_journal import LeaseJournal
 from pdp.budget.lease_pool import LeaseTerms
 from pdp.budget.leased_ledger import LOCAL_ID_PREFIX, LeasedLedger
 from pdp.budget.ledger import Account, Charge, IdempotencyKey, Ledger, LedgerError, Limit, Receipt
+from pdp.budget.local_ledger import SqliteLocalLedger
 from pdp.storage import Durability
 from tests.budget.memory import MemoryLedger
 from tests.budget.teller import ALICE, NOON, SAME, calls
@@ -59,19 +60,20 @@ class Sidecar:
         self.line = Line(town.shared)
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.local_ledger = MemoryLedger(
-            clock=lambda: town.now,
-            new_id=lambda: f"{LOCAL_ID_PREFIX}{name}-{next(town.ids)}",
-        )
         self.open()
 
     def open(self) -> None:
-        self.local_ledger.closed = False
-        self.journal = LeaseJournal(self.folder / "leases.db", durability=Durability.PROCESS)
+        self.local = SqliteLocalLedger(
+            self.folder / "leases.db",
+            durability=Durability.PROCESS,
+            clock=lambda: self.town.now,
+            new_id=lambda: f"{LOCAL_ID_PREFIX}{self.name}-{next(self.town.ids)}",
+        )
+        self.journal = LeaseJournal(self.folder / "lease-journal.db", durability=Durability.PROCESS)
         self.ledger = self.town.do(
             LeasedLedger.open(
                 shared=self.line,  # type: ignore[arg-type]
-                local=self.local_ledger,
+                local=self.local,
                 journal=self.journal,
                 terms=self.terms,
                 holder=self.name,
@@ -85,6 +87,7 @@ class Sidecar:
     def crash(self) -> None:
         """What was not written is gone; the files are there again for the next run."""
         self.town.do(self.journal.close())
+        self.town.do(self.local.close())
         self.open()
 
     def close(self) -> None:

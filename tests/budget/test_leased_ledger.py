@@ -574,3 +574,4 @@ def test_old_leases_are_forgotten(town: Town) -> None:
     town.now += 26 * 3600
     one.tend()
     assert town.do(one.journal.asked_before(int(town.now), 10)) == []
+    assert town.do(one.local.accounts("acme", most=10)) == ()

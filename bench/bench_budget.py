@@ -25,6 +25,8 @@ from pathlib import Path
 
 from redis.asyncio import BlockingConnectionPool, Redis, UnixDomainSocketConnection
 
+from pdp.budget.lease_pool import LeaseTerms
+from pdp.budget.leased_ledger import open_leased
 from pdp.budget.ledger import Account, Charge, IdempotencyKey, Ledger, Limit, Scope, Window
 from pdp.budget.redis_ledger import RedisLedger
 from pdp.budget.sqlite import SqliteLedger
@@ -37,6 +39,8 @@ ACCOUNT = Account(tenant="acme", actor="alice", tool="orders.update")
 CONTENT = "0" * 64
 CAP = 50
 BURST = 1000
+LEASED_CAP = 500
+"""Far enough from nothing that sidecars lease."""
 CLIENTS = 8
 TOOL_SECONDS = 0.005
 """How long the call takes that is paid for, in a burst."""
@@ -113,10 +117,16 @@ async def throughput(call: Call, callers: int, operations: int) -> str:
     return f"{len(seconds) / elapsed:7.0f}/s  p50 {p50:6.2f} ms  p99 {p99:6.2f} ms"
 
 
-async def overspend(calls: list[Call]) -> int:
+async def overspend(calls: list[Call], cap: int = CAP) -> int:
     """How many more than the cap get in, of a burst spread over several clients."""
-    admitted = await asyncio.gather(*(calls[number % len(calls)]() for number in range(BURST)))
-    return sum(admitted) - CAP
+    burst = BURST * cap // CAP
+    turns = asyncio.Semaphore(BURST)
+
+    async def one(number: int) -> bool:
+        async with turns:
+            return await calls[number % len(calls)]()
+
+    return sum(await asyncio.gather(*map(one, range(burst)))) - cap
 
 
 @asynccontextmanager
@@ -152,6 +162,40 @@ async def measure_redis(server: RedisServer, name: str, operations: int) -> None
         show_overspend(
             await overspend([on_ledger(ledger, CAP, TOOL_SECONDS) for ledger in ledgers])
         )
+
+
+@asynccontextmanager
+async def leased_ledgers(
+    server: RedisServer, folder: Path, number: int
+) -> AsyncIterator[list[Ledger]]:
+    async with redis_ledgers(server, number) as shared, AsyncExitStack() as stack:
+        ledgers: list[Ledger] = []
+        for each, ledger in enumerate(shared):
+            own = folder / f"sidecar-{each}"
+            own.mkdir(exist_ok=True)
+            leased = await open_leased(
+                ledger,
+                own,
+                durability=Durability.PROCESS,
+                terms=LeaseTerms(),
+                holder=own.name,
+            )
+            stack.push_async_callback(leased.close)
+            ledgers.append(leased)
+        yield ledgers
+
+
+async def measure_leased(server: RedisServer, name: str, folder: Path, operations: int) -> None:
+    server.command("FLUSHALL")
+    async with leased_ledgers(server, folder, CLIENTS) as ledgers:
+        for callers in (1, 32):
+            figures = await throughput(on_ledger(ledgers[0], 10**9), callers, operations)
+            show(name, callers, figures)
+    for cap in (CAP, LEASED_CAP):
+        server.command("FLUSHALL")
+        async with leased_ledgers(server, folder, CLIENTS) as ledgers:
+            calls = [on_ledger(ledger, cap, TOOL_SECONDS) for ledger in ledgers]
+            show_overspend(await overspend(calls, cap), cap)
 
 
 async def measure_check_then_record(server: RedisServer, operations: int) -> None:
@@ -232,7 +276,7 @@ def measure_limits(server: RedisServer, folder: Path, operations: int) -> None:
         )
     except subprocess.CalledProcessError as error:
         said = error.stderr if isinstance(error.stderr, str) else error.stderr.decode()
-        print(f"limits                   not measured: {said.strip().splitlines()[-1]}")
+        print(f"limits                       not measured: {said.strip().splitlines()[-1]}")
         return
     elapsed, seconds, admitted = json.loads(done.stdout)
     p50, p99 = (seconds[len(seconds) * percent // 100] * 1e3 for percent in (50, 99))
@@ -245,11 +289,13 @@ def measure_limits(server: RedisServer, folder: Path, operations: int) -> None:
 
 
 def show(name: str, callers: int, figures: str) -> None:
-    print(f"{name:24} {callers:3} callers  {figures}", flush=True)
+    print(f"{name:28} {callers:3} callers  {figures}", flush=True)
 
 
-def show_overspend(number: int) -> None:
-    print(f"{'':24} overspends of {BURST} at once against {CAP}: {number}", flush=True)
+def show_overspend(number: int, cap: int = CAP) -> None:
+    burst = BURST * cap // CAP
+    left = f", and {-number} left for later" if number < 0 else ""
+    print(f"{'':28} overspends of {burst} against {cap}: {max(0, number)}{left}", flush=True)
 
 
 def main() -> None:
@@ -263,6 +309,8 @@ def main() -> None:
             server = RedisServer(folder / appendfsync, f"appendfsync {appendfsync}").start()
             try:
                 asyncio.run(measure_redis(server, f"Redis, {appendfsync}", operations))
+                leases = f"leased from Redis, {appendfsync}"
+                asyncio.run(measure_leased(server, leases, folder, operations))
                 if appendfsync == "everysec":
                     asyncio.run(measure_check_then_record(server, operations))
                     measure_limits(server, folder, operations)

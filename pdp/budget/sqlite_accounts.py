@@ -1,15 +1,14 @@
 """Accounts in SQLite: what counts together under one limit, in one window.
 
 Spend stands on the account. What is held stands apart, in live parts of holds that
-know the account and their deadline; the account keeps their sum. Whoever reads or
-changes an account first lets go what has expired there.
+know the account and their deadline; triggers keep their sum on the account. Whoever
+reads or changes an account first lets go what has expired there.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -68,6 +67,8 @@ class Entry:
     ends_at: int | None
     account_id: int | None
     """None until something is held or spent there."""
+    named_as: str | None
+    """The limit as it was named last."""
     counts: Counts
 
     @property
@@ -154,19 +155,19 @@ def read_entry(
     if row is not None and row[1] is not None and row[1] <= now:
         let_expired_go(db, row[0], now)
         row = db.execute(_FIND_ACCOUNT, names).fetchone()
-    if row is None:
-        account_id, counts = None, _NOTHING
-    else:
-        account_id, counts = row[0], Counts(*row[2:])
+    account_id, _, named_as, *numbers = row or (None, None, None, *_NOTHING)
+    counts = Counts(*numbers)
     if limit.window is Window.ROLLING:
         counts = _drained(limit, counts, now)
-    return Entry(limit, amount, names, ends_at, account_id, counts)
+    return Entry(limit, amount, names, ends_at, account_id, named_as, counts)
 
 
 def take(db: apsw.Connection, entry: Entry, now: float, *, is_held: bool) -> Taken:
-    """Count the entry's amount, held or spent. There must be room for it."""
-    limit, amount, counts = entry.limit, entry.amount, entry.counts
-    spent, held, granted, warned, level, drained_at = counts
+    """Count the entry's amount, for which there must be room, unless it is held: the hold
+    that is added next does that.
+    """
+    limit, amount = entry.limit, entry.amount
+    spent, held, granted, warned, level, drained_at = entry.counts
     if limit.window is Window.ROLLING:
         level = min(level + amount * _period(limit), MAX_AMOUNT)
     elif is_held:
@@ -180,42 +181,16 @@ def take(db: apsw.Connection, entry: Entry, now: float, *, is_held: bool) -> Tak
     ]
     if warnings:
         warned = warnings[-1].percent
-    state = _limit_state(
-        limit, entry.ends_at, Counts(spent, held, granted, warned, level, drained_at)
-    )
-    # Whatever is held somewhere is let go before an account goes: it outlives its end for
-    # longer than any hold lasts.
-    over_at = entry.ends_at if limit.window.is_calendar else state.resets_at or math.ceil(now)
-    account_id = entry.account_id
-    named_as = _named_as(limit)
-    if account_id is None:
-        db.execute(
-            _ADD_ACCOUNT,
-            (
-                *entry.names,
-                entry.ends_at,
-                over_at,
-                named_as,
-                spent,
-                held,
-                warned,
-                level,
-                drained_at,
-            ),
-        )
-        account_id = db.last_insert_rowid()
-    elif limit.window.is_calendar:
-        db.execute(_COUNT_IN_WINDOW, (spent, held, warned, named_as, account_id))
-    else:
-        db.execute(_COUNT_NOW, (held, level, drained_at, named_as, over_at, account_id))
-    return Taken(account_id, state, warnings)
+    counts = Counts(spent, held, granted, warned, level, drained_at)
+    state = _limit_state(limit, entry.ends_at, counts)
+    return Taken(_write(db, entry, counts, state, now), state, warnings)
 
 
-def move(db: apsw.Connection, account_id: int, now: float, *, spent: int, held: int) -> None:
-    """Add to what counts in an account. Raises budget_unavailable."""
-    if not spent and not held:
+def move(db: apsw.Connection, account_id: int, now: float, *, spent: int) -> None:
+    """Add to what was spent in an account. Raises budget_unavailable."""
+    if not spent:
         return
-    change = (spent, held, account_id, MAX_AMOUNT, int(now))
+    change = (spent, account_id, MAX_AMOUNT, int(now))
     db.execute(_MOVE, change)
     if db.changes():
         return
@@ -228,37 +203,12 @@ def move(db: apsw.Connection, account_id: int, now: float, *, spent: int, held: 
 def let_expired_go(db: apsw.Connection, account_id: int, now: float) -> None:
     """What has expired in an account is held no more; some of it is spent instead."""
     gone = db.execute(_LET_EXPIRED_GO, (account_id, int(now))).fetchall()
-    if gone:
-        held = sum(amount for amount, _ in gone)
-        charged = sum(amount for amount, mode in gone if mode == CHARGED)
+    charged = sum(amount for amount, mode in gone if mode == CHARGED)
+    if charged:
         db.execute(
-            "UPDATE account SET held = held - ?, spent = min(spent + ?, ?) WHERE id = ?",
-            (held, charged, MAX_AMOUNT, account_id),
+            "UPDATE account SET spent = min(spent + ?, ?) WHERE id = ?",
+            (charged, MAX_AMOUNT, account_id),
         )
-
-
-def hold_parts(
-    db: apsw.Connection, hold_id: str, expires_at: int, held: Iterable[tuple[int, str, int]]
-) -> None:
-    """Note until when what a hold holds counts: (account id, mode, amount), amounts above 0."""
-    db.executemany(
-        "INSERT INTO live_part (account, expires_at, hold, mode, amount) VALUES (?, ?, ?, ?, ?)",
-        [(account_id, expires_at, hold_id, mode, amount) for account_id, mode, amount in held],
-    )
-
-
-def let_part_go(
-    db: apsw.Connection, account_id: int, hold_id: str, expires_at: int, left: int
-) -> None:
-    """Keep only ``left`` of what a hold holds in an account; move() tells the account."""
-    place = (account_id, expires_at, hold_id)
-    if left:
-        db.execute(
-            "UPDATE live_part SET amount = ?4 WHERE account = ?1 AND expires_at = ?2 AND hold = ?3",
-            (*place, left),
-        )
-    else:
-        db.execute("DELETE FROM live_part WHERE account = ? AND expires_at = ? AND hold = ?", place)
 
 
 def grant(db: apsw.Connection, tenant: str, account_id: str, amount: int, now: float) -> LimitState:
@@ -306,7 +256,7 @@ _LONGEST_ID: Final = 18
 """Digits of an id that surely fits into 64 bits."""
 
 _FIND_ACCOUNT: Final = """
-SELECT id, (SELECT min(expires_at) FROM live_part WHERE account = account.id),
+SELECT id, (SELECT min(expires_at) FROM live_part WHERE account = account.id), named_as,
     spent, held, granted, warned, level, drained_at
 FROM account
 WHERE tenant = ? AND limit_id = ? AND counts_for = ? AND window_start = ?
@@ -315,19 +265,18 @@ WHERE tenant = ? AND limit_id = ? AND counts_for = ? AND window_start = ?
 _ADD_ACCOUNT: Final = """
 INSERT INTO account (
     tenant, limit_id, counts_for, window_start, budget, unit, scope, window_kind,
-    window_end, over_at, named_as, spent, held, warned, level, drained_at
-) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    window_end, over_at, named_as, spent, warned, level, drained_at
+) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
-_COUNT_IN_WINDOW: Final = """
-UPDATE account SET spent = ?, held = ?, warned = ?, named_as = ? WHERE id = ?
+_COUNT_SPENT: Final = """
+UPDATE account SET spent = ?, warned = ?, named_as = ? WHERE id = ?
 """
 _COUNT_NOW: Final = """
-UPDATE account SET held = ?, level = ?, drained_at = ?, named_as = ?, over_at = ? WHERE id = ?
+UPDATE account SET level = ?, drained_at = ?, named_as = ?, over_at = ? WHERE id = ?
 """
 _MOVE: Final = """
-UPDATE account SET spent = max(0, spent + ?1), held = held + ?2
-WHERE id = ?3 AND spent + ?1 <= ?4
-    AND NOT EXISTS (SELECT 1 FROM live_part WHERE account = ?3 AND expires_at <= ?5)
+UPDATE account SET spent = max(0, spent + ?1) WHERE id = ?2 AND spent + ?1 <= ?3
+    AND NOT EXISTS (SELECT 1 FROM live_part WHERE account = ?2 AND expires_at <= ?4)
 """
 _LET_EXPIRED_GO: Final = """
 DELETE FROM live_part WHERE account = ? AND expires_at <= ? RETURNING amount, mode
@@ -345,6 +294,26 @@ SELECT id FROM account
 WHERE tenant = ? AND (window_end IS NULL OR window_end > ?)
 ORDER BY limit_id, counts_for, window_start, budget, unit, scope, window_kind LIMIT ?
 """
+
+
+def _write(db: apsw.Connection, entry: Entry, counts: Counts, state: LimitState, now: float) -> int:
+    """Keep what was counted, all but what is held. Returns the id of the account."""
+    before, is_calendar = entry.counts, entry.limit.window.is_calendar
+    named_as = _named_as(entry.limit)
+    # Whatever is held somewhere is let go before an account goes: it outlives its end for
+    # longer than any hold lasts.
+    over_at = entry.ends_at if is_calendar else state.resets_at or math.ceil(now)
+    if entry.account_id is None:
+        numbers = (counts.spent, counts.warned, counts.level, counts.drained_at)
+        db.execute(_ADD_ACCOUNT, (*entry.names, entry.ends_at, over_at, named_as, *numbers))
+        return db.last_insert_rowid()
+    if not is_calendar:
+        db.execute(
+            _COUNT_NOW, (counts.level, counts.drained_at, named_as, over_at, entry.account_id)
+        )
+    elif (counts.spent, counts.warned, named_as) != (before.spent, before.warned, entry.named_as):
+        db.execute(_COUNT_SPENT, (counts.spent, counts.warned, named_as, entry.account_id))
+    return entry.account_id
 
 
 def _account_state(

@@ -14,9 +14,7 @@ from pdp.budget.sqlite_accounts import (
     CHARGED,
     HELD,
     RETURNS,
-    hold_parts,
     let_expired_go,
-    let_part_go,
     move,
 )
 
@@ -98,12 +96,10 @@ def add_hold(db: apsw.Connection, tenant: str, hold: Hold) -> None:
         ),
     )
     if hold.state == "open":
-        hold_parts(
-            db,
-            hold.id,
-            hold.expires_at,
+        db.executemany(
+            _ADD_LIVE_PART,
             [
-                (account_id, mode, part.left)
+                (account_id, hold.expires_at, hold.id, part.left, mode)
                 for part in hold.parts
                 for account_id, mode in part.accounts
             ],
@@ -131,13 +127,15 @@ def post(
     is_live = hold.is_live(now)
     left = part.left - dropped
     for account_id, mode in part.accounts:
-        counted = 0 if mode == HELD else spent
-        if mode == CHARGED and not is_live:
-            # All that was left was spent when it expired.
-            counted -= dropped
-        move(db, account_id, now, spent=counted, held=-dropped if is_live else 0)
-        if is_live and dropped:
-            let_part_go(db, account_id, hold.id, hold.expires_at, left)
+        # All that was left of what is charged on expiry was spent then.
+        charged = dropped if mode == CHARGED and not is_live else 0
+        move(db, account_id, now, spent=0 if mode == HELD else spent - charged)
+    if is_live and dropped:
+        places = [(account_id, hold.expires_at, hold.id) for account_id, _ in part.accounts]
+        if left:
+            db.executemany(_KEEP_LIVE_PART, [(*place, left) for place in places])
+        else:
+            db.executemany(_DROP_LIVE_PART, places)
     return Part(part.charge, left, part.settled + spent, part.refunded, part.accounts)
 
 
@@ -145,7 +143,7 @@ def take_back(db: apsw.Connection, part: Part, amount: int, now: float) -> Part:
     """Refund some of what was settled of a part."""
     for account_id, mode in part.accounts:
         if mode != HELD:
-            move(db, account_id, now, spent=-amount, held=0)
+            move(db, account_id, now, spent=-amount)
     return Part(part.charge, part.left, part.settled, part.refunded + amount, part.accounts)
 
 
@@ -188,6 +186,15 @@ def forget(db: apsw.Connection, hold_id: str, now: float) -> None:
                 let_expired_go(db, account_id, now)
 
 
+_ADD_LIVE_PART: Final = """
+INSERT INTO live_part (account, expires_at, hold, amount, mode) VALUES (?, ?, ?, ?, ?)
+"""
+_KEEP_LIVE_PART: Final = """
+UPDATE live_part SET amount = ?4 WHERE account = ?1 AND expires_at = ?2 AND hold = ?3
+"""
+_DROP_LIVE_PART: Final = """
+DELETE FROM live_part WHERE account = ? AND expires_at = ? AND hold = ?
+"""
 _FIND_HOLD: Final = """
 SELECT id, actor, tool, operation, made_at, expires_at, state, memo, parts FROM hold
 WHERE id = ? AND tenant = ?

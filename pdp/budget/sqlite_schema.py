@@ -28,7 +28,7 @@ CREATE TABLE account (
     over_at INTEGER, -- from when on nothing counts here; NULL for a lifetime
     named_as TEXT NOT NULL, -- the limit as it was named last, see receipt_json
     spent INTEGER NOT NULL CHECK (spent BETWEEN 0 AND 9007199254740991),
-    held INTEGER NOT NULL CHECK (held BETWEEN 0 AND 9007199254740991),
+    held INTEGER NOT NULL DEFAULT 0 CHECK (held BETWEEN 0 AND 9007199254740991),
     granted INTEGER NOT NULL DEFAULT 0 CHECK (granted BETWEEN 0 AND 9007199254740991),
     warned INTEGER NOT NULL, -- the highest percent that was warned of
     level INTEGER NOT NULL CHECK (level BETWEEN 0 AND 9007199254740991),
@@ -64,6 +64,15 @@ CREATE TABLE live_part (
     mode TEXT NOT NULL, -- what becomes of it on expiry: see sqlite_accounts
     PRIMARY KEY (account, expires_at, hold)
 ) STRICT, WITHOUT ROWID;
+CREATE TRIGGER live_part_added AFTER INSERT ON live_part BEGIN
+    UPDATE account SET held = held + NEW.amount WHERE id = NEW.account;
+END;
+CREATE TRIGGER live_part_less AFTER UPDATE OF amount ON live_part BEGIN
+    UPDATE account SET held = held - OLD.amount + NEW.amount WHERE id = NEW.account;
+END;
+CREATE TRIGGER live_part_gone AFTER DELETE ON live_part BEGIN
+    UPDATE account SET held = held - OLD.amount WHERE id = OLD.account;
+END;
 
 -- First answers, for those who try again. A hold is as old as its answer, and is
 -- cleared away with it.

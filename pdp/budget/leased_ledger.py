@@ -59,15 +59,13 @@ from pdp.budget.ledger import (
     LimitState,
     Receipt,
 )
-from pdp.budget.local_ledger import LocalLedger, SqliteLocalLedger
+from pdp.budget.local_ledger import LocalLedger, SqliteLocalLedger, is_local, local_id
 from pdp.config import OnOutage
 from pdp.reason import ReasonCode
 from pdp.storage import Durability, StorageError
 
 T = TypeVar("T")
 
-LOCAL_ID_PREFIX: Final = "leased-"
-"""With what ids of the local ledger begin, and no others."""
 TEND_SECONDS: Final = 1.0
 LONGEST_MEMO: Final = MAX_MEMO_BYTES - 16 * 33
 """Bytes: leaves room for the names of as many leases as an operation can have."""
@@ -84,8 +82,8 @@ class LeasedLedger:
     """The Ledger port on a shared ledger, a local one and a journal, all of which it
     closes when it is closed. Made by :meth:`open`.
 
-    The local ledger's ids begin with LOCAL_ID_PREFIX, and nobody else uses it. A key, and
-    a hold under a lease, is known to this sidecar alone. ``never_stops`` is a clock, in
+    Nobody else uses the local ledger, and its ids are made by local_id. A key, and a hold
+    under a lease, is known to this sidecar alone. ``never_stops`` is a clock, in
     seconds, that goes on while the machine sleeps.
     """
 
@@ -438,7 +436,7 @@ class LeasedLedger:
     ) -> Receipt:
         """See Ledger.settle."""
         check_hold_id(hold_id)
-        if not _is_local(hold_id):
+        if not is_local(hold_id):
             return await self._line.hear(
                 self._line.ledger.settle(
                     account, key, hold_id=hold_id, charges=charges, final=final
@@ -459,7 +457,7 @@ class LeasedLedger:
     async def release(self, account: Account, key: IdempotencyKey, *, hold_id: str) -> Receipt:
         """See Ledger.release."""
         check_hold_id(hold_id)
-        if _is_local(hold_id):
+        if is_local(hold_id):
             return await self._local.release(account, key, hold_id=hold_id)
         try:
             return await self._line.hear(self._line.ledger.release(account, key, hold_id=hold_id))
@@ -481,7 +479,7 @@ class LeasedLedger:
     ) -> Receipt:
         """See Ledger.refund."""
         check_hold_id(hold_id)
-        if not _is_local(hold_id):
+        if not is_local(hold_id):
             return await self._line.hear(
                 self._line.ledger.refund(account, key, hold_id=hold_id, charges=charges)
             )
@@ -511,7 +509,7 @@ class LeasedLedger:
     async def hold(self, tenant: str, hold_id: str) -> HoldState | None:
         """See Ledger.hold."""
         check_hold_id(hold_id)
-        if not _is_local(hold_id):
+        if not is_local(hold_id):
             return await self._line.hear(self._line.ledger.hold(tenant, hold_id))
         hold = await self._local.hold(tenant, hold_id)
         return hold and _without_names(hold)
@@ -548,7 +546,7 @@ class LeasedLedger:
     async def expire(self, account: Account, key: IdempotencyKey, *, hold_id: str) -> Receipt:
         """See Ledger.expire."""
         check_hold_id(hold_id)
-        if _is_local(hold_id):
+        if is_local(hold_id):
             return await self._local.expire(account, key, hold_id=hold_id)
         return await self._line.hear(self._line.ledger.expire(account, key, hold_id=hold_id))
 
@@ -630,7 +628,7 @@ async def open_leased(
     local = SqliteLocalLedger(
         folder / "leases.db",
         durability=durability,
-        new_id=lambda: f"{LOCAL_ID_PREFIX}{uuid.uuid4()}",
+        new_id=lambda: local_id(uuid.uuid4()),
     )
     try:
         # Written once for many calls: it can always wait for the disk.
@@ -641,10 +639,6 @@ async def open_leased(
     return await LeasedLedger.open(
         shared=shared, local=local, journal=journal, terms=terms, holder=holder
     )
-
-
-def _is_local(hold_id: str) -> bool:
-    return hold_id.startswith(LOCAL_ID_PREFIX)
 
 
 def _is_exact(first: Receipt) -> bool:

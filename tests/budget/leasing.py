@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from pdp.budget.lease_journal import LeaseJournal
 from pdp.budget.lease_pool import LeaseTerms
-from pdp.budget.leased_ledger import LOCAL_ID_PREFIX, LeasedLedger
+from pdp.budget.leased_ledger import LeasedLedger
 from pdp.budget.ledger import Account, Charge, IdempotencyKey, Ledger, LedgerError, Limit, Receipt
-from pdp.budget.local_ledger import SqliteLocalLedger
+from pdp.budget.local_ledger import SqliteLocalLedger, local_id
 from pdp.storage import Durability
 from tests.budget.memory import MemoryLedger
 from tests.budget.teller import ALICE, NOON, SAME, calls
@@ -67,7 +68,7 @@ class Sidecar:
             self.folder / "leases.db",
             durability=Durability.PROCESS,
             clock=lambda: self.town.now,
-            new_id=lambda: f"{LOCAL_ID_PREFIX}{self.name}-{next(self.town.ids)}",
+            new_id=lambda: local_id(uuid.UUID(int=next(self.town.ids))),
         )
         self.journal = LeaseJournal(self.folder / "lease-journal.db", durability=Durability.PROCESS)
         self.ledger = self.town.do(

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pdp.budget.lease_pool import LeaseTerms
-from pdp.budget.leased_ledger import LOCAL_ID_PREFIX
 from pdp.budget.ledger import LedgerError, Limit, OnExpiry, Warned, Window
+from pdp.budget.local_ledger import is_local
 from pdp.config import OnOutage
 from tests.budget.leasing import Town
 from tests.budget.teller import ALICE, BOB, MALLORY, OTHER, calls, limit, money, rate
@@ -30,7 +30,7 @@ def test_after_a_few_calls_a_lease_covers_the_next(town: Town) -> None:
     one.warm_up(MANY)
     one.line.asked.clear()
     held = one.reserve(calls(2), limits=(MANY,))
-    assert held.id.startswith(LOCAL_ID_PREFIX)
+    assert is_local(held.id)
     assert held.charges == (calls(2),)
     one.settle(held.id, calls(1))
     assert one.line.asked == []
@@ -105,7 +105,7 @@ def test_a_hold_that_is_charged_on_expiry_is_charged_under_a_lease(town: Town) -
     one.warm_up(charging)
     spent, _ = town.count(charging)
     hold = one.reserve(calls(5), limits=(charging,), ttl_seconds=60)
-    assert hold.id.startswith(LOCAL_ID_PREFIX)
+    assert is_local(hold.id)
     town.now += 61
     one.tend()
     assert town.count(charging) == (spent + 5, 0)
@@ -185,7 +185,7 @@ def test_several_charges_are_under_a_lease_each(town: Town) -> None:
         one.charge(calls(1), money(1000), limits=both)
     one.line.asked.clear()
     hold = one.reserve(calls(1), money(700), limits=both)
-    assert hold.id.startswith(LOCAL_ID_PREFIX)
+    assert is_local(hold.id)
     assert [state.limit for state in hold.limits] == list(both)
     one.settle(hold.id, calls(1), money(600))
     assert one.line.asked == []
@@ -232,7 +232,7 @@ def test_what_can_not_be_leased_is_done_on_the_shared_ledger(
 ) -> None:
     one = town.sidecar()
     for _ in range(20):
-        assert not one.charge(calls(1), limits=bound).id.startswith(LOCAL_ID_PREFIX)
+        assert not is_local(one.charge(calls(1), limits=bound).id)
 
 
 def test_shadow_limits_are_reported_as_if_nothing_was_leased(town: Town) -> None:
@@ -250,24 +250,24 @@ def test_shadow_limits_are_reported_as_if_nothing_was_leased(town: Town) -> None
 def test_holds_that_may_outlive_a_lease_are_made_on_the_shared_ledger(town: Town) -> None:
     one = town.sidecar()
     one.warm_up(MANY)
-    assert not one.reserve(calls(1), limits=(MANY,), ttl_seconds=121).id.startswith(LOCAL_ID_PREFIX)
+    assert not is_local(one.reserve(calls(1), limits=(MANY,), ttl_seconds=121).id)
 
 
 def test_accounts_share_leases_only_where_they_count_together(town: Town) -> None:
     one = town.sidecar()
     one.warm_up(MANY)
-    assert one.charge(calls(1), limits=(MANY,), account=BOB).id.startswith(LOCAL_ID_PREFIX)
+    assert is_local(one.charge(calls(1), limits=(MANY,), account=BOB).id)
     other = one.charge(calls(1), limits=(MANY,), account=MALLORY)
-    assert not other.id.startswith(LOCAL_ID_PREFIX)
+    assert not is_local(other.id)
 
 
 def test_no_lease_is_spent_past_the_end_of_its_window(town: Town) -> None:
     one = town.sidecar()
     town.now += 43_200 - 10
     one.warm_up(MANY)
-    assert one.charge(calls(1), limits=(MANY,)).id.startswith(LOCAL_ID_PREFIX)
+    assert is_local(one.charge(calls(1), limits=(MANY,)).id)
     town.now += 9
-    assert not one.charge(calls(1), limits=(MANY,)).id.startswith(LOCAL_ID_PREFIX)
+    assert not is_local(one.charge(calls(1), limits=(MANY,)).id)
     town.now += 1
     one.charge(calls(1), limits=(MANY,))
     one.tend()
@@ -290,7 +290,7 @@ def test_a_key_gets_its_first_answer_whatever_is_leased_by_then(town: Town) -> N
     first = one.charge(calls(1), limits=(MANY,), key=early)
     one.warm_up(MANY)
     second = one.charge(calls(2), limits=(MANY,), key=late)
-    assert second.id.startswith(LOCAL_ID_PREFIX)
+    assert is_local(second.id)
     for happens in ("nothing", "crash", "new lease"):
         if happens == "crash":
             one.crash()
@@ -350,7 +350,7 @@ def test_after_a_crash_leases_are_reported_and_new_ones_are_drawn(town: Town) ->
     one.crash()
     one.tend()
     assert town.count(MANY) == (spent + 3, 2)
-    assert not one.charge(calls(1), limits=(MANY,)).id.startswith(LOCAL_ID_PREFIX)
+    assert not is_local(one.charge(calls(1), limits=(MANY,)).id)
     one.settle(hold.id)
     one.tend()
     assert town.count(MANY) == (spent + 6, 0)
@@ -387,7 +387,7 @@ def test_a_sidecar_that_stood_still_spends_nothing_under_its_old_lease(town: Tow
     one = town.sidecar()
     one.warm_up(MANY)
     town.now += 1000
-    assert not one.charge(calls(1), limits=(MANY,)).id.startswith(LOCAL_ID_PREFIX)
+    assert not is_local(one.charge(calls(1), limits=(MANY,)).id)
     one.tend()
     assert town.count(MANY) == (4, 0)
 
@@ -407,7 +407,7 @@ def test_while_the_store_is_away_leases_are_spent_where_that_is_wanted(
             one.charge(calls(1), limits=(MANY,))
         assert caught.value.reason_code == "budget_unavailable"
     else:
-        assert one.charge(calls(1), limits=(MANY,)).id.startswith(LOCAL_ID_PREFIX)
+        assert is_local(one.charge(calls(1), limits=(MANY,)).id)
         town.now += 30
         with pytest.raises(LedgerError) as caught:
             one.charge(calls(1), limits=(MANY,))
@@ -463,7 +463,7 @@ def test_a_store_that_has_lost_leases_is_charged_and_leased_from_no_more_for_a_w
     assert town.count(MANY) == (7, 0)
     assert one.ledger.lost_leases == 1
     for _ in range(10):
-        assert not one.charge(calls(1), limits=(MANY,)).id.startswith(LOCAL_ID_PREFIX)
+        assert not is_local(one.charge(calls(1), limits=(MANY,)).id)
     town.now += 30
     one.warm_up(MANY)
 

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from pdp.budget.lease_pool import LeaseTerms
-from pdp.budget.leased_ledger import LOCAL_ID_PREFIX, LeasedLedger, open_leased
+from pdp.budget.leased_ledger import LeasedLedger, open_leased
 from pdp.budget.ledger import IdempotencyKey, Ledger, LedgerError, Limit, Receipt, Scope, Window
+from pdp.budget.local_ledger import is_local
 from pdp.budget.redis_ledger import RedisLedger
 from pdp.config import OnOutage, RedisSettings
 from pdp.redis_store import open_redis
@@ -118,7 +119,7 @@ def test_leases_let_no_more_in_than_the_limit_says_and_lose_none_of_it(
             callers = [let_in(ledgers[number % 8], limits) for number in range(32)]
             got_in = [each for ids in await asyncio.gather(*callers) for each in ids]
             assert len(got_in) <= most
-            leased = [each for each in got_in if each.startswith(LOCAL_ID_PREFIX)]
+            leased = [each for each in got_in if is_local(each)]
             assert len(leased) > most / 3
         assert await counts(redis_server, limits) == [(len(got_in), 0)] * 2
         async with sidecars(redis_server, tmp_path, 1) as [ledger]:
@@ -134,7 +135,7 @@ async def until(done: Callable[[], Coroutine[Any, Any, bool]]) -> None:
 
 
 async def is_leasing(ledger: LeasedLedger, limits: Sequence[Limit]) -> bool:
-    return (await reserve(ledger, limits)).id.startswith(LOCAL_ID_PREFIX)
+    return is_local((await reserve(ledger, limits)).id)
 
 
 @pytest.mark.parametrize("on_outage", OnOutage)

@@ -151,7 +151,23 @@ async def _open_budget(
 
     store = await open_redis(settings.store)
     stack.push_async_callback(store.close)
-    return RedisLedger(store), RedisPermitUses(store), store.id
+    if settings.lease is None:
+        return RedisLedger(store), RedisPermitUses(store), store.id
+    from pdp.budget.lease_pool import LeaseTerms  # noqa: PLC0415
+    from pdp.budget.leased_ledger import open_leased  # noqa: PLC0415
+
+    leased = await open_leased(
+        RedisLedger(store),
+        state,
+        durability=settings.durability,
+        terms=LeaseTerms.of(settings.lease, hold_ttl_seconds=settings.hold_ttl_seconds),
+        holder=config.instance or socket.gethostname(),
+    )
+    stack.push_async_callback(leased.close)
+    # Holds under leases are known here alone, and so are the permits that they pay for.
+    permit_uses = PermitUses(state / "permits.db", durability=settings.durability)
+    stack.push_async_callback(permit_uses.close)
+    return leased, permit_uses, ledger_id(digest_key)
 
 
 def identity_from(config: Config) -> IdentityResolver:

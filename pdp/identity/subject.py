@@ -20,6 +20,12 @@ class Subject:
     """The user or service that acts: 1 to 255 printable characters."""
     roles: tuple[str, ...] = ()
     scopes: tuple[str, ...] = ()
+    organisation: str = ""
+    """The customer organisation that the tenant belongs to; empty where none is known."""
+    team: str = ""
+    """The actor's team within the tenant; empty where none is known."""
+    session: str = ""
+    """The session that the token is of; empty where none is known."""
     issuer: str = ""
     """Who vouches for it: the token's issuer, empty in single-tenant mode."""
     token_id: str = ""

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from pdp.budget.ledger import Charge
 from pdp.canonical import JsonObject, JsonValue
 from pdp.identity.subject import Subject
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a model is to be used for, or was, which the policy prices."""
+
+    model: str
+    quantities: tuple[tuple[str, int], ...]
+    """Units, each at most once, and how many of them."""
 
 
 def authorize_input(
@@ -39,10 +49,14 @@ def budget_input(
     tool: str,
     time: float,
     request_id: str,
+    usage: Usage | None = None,
+    price_version: str = "",
 ) -> JsonObject:
     """The input for pdp/budget/decision and pdp/budget/limits.
 
-    ``operation`` is "charge", "reserve" or "get". ``tool`` is empty when the spend is for none.
+    ``operation`` is "charge", "reserve", "settle", "refund" or "get". ``tool`` is empty when
+    the spend is for none. ``usage`` is what the policy is to price, for a settlement at the
+    ``price_version`` that was answered when the hold was made.
     """
     listed: list[JsonValue] = [
         {"budget": charge.budget, "unit": charge.unit, "amount": charge.amount}
@@ -58,6 +72,10 @@ def budget_input(
         tool=tool,
     )
     document["charges"] = listed
+    if usage is not None:
+        document["usage"] = {"model": usage.model, "quantities": dict(usage.quantities)}
+    if price_version:
+        document["price_version"] = price_version
     return document
 
 
@@ -71,16 +89,20 @@ def _document(
     context: JsonObject,
     tool: str,
 ) -> JsonObject:
+    properties: JsonObject = {
+        "tenant": subject.tenant,
+        "roles": list(subject.roles),
+        "scopes": list(subject.scopes),
+    }
+    for name, value in (
+        ("organisation", subject.organisation),
+        ("team", subject.team),
+        ("session", subject.session),
+    ):
+        if value:
+            properties[name] = value
     document: JsonObject = {
-        "subject": {
-            "type": "user",
-            "id": subject.actor,
-            "properties": {
-                "tenant": subject.tenant,
-                "roles": list(subject.roles),
-                "scopes": list(subject.scopes),
-            },
-        },
+        "subject": {"type": "user", "id": subject.actor, "properties": properties},
         "action": action,
         "context": {
             "time": datetime.fromtimestamp(time, UTC).isoformat(timespec="milliseconds"),

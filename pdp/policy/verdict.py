@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
-from pdp.budget.ledger import MAX_AMOUNT, Charge, Limit, Scope, Window
+from pdp.budget.bounds import MAX_RATE_SECONDS, MAX_WARNINGS
+from pdp.budget.ledger import (
+    DEFAULT_WARN_AT,
+    MAX_AMOUNT,
+    MAX_BUCKET,
+    Charge,
+    Limit,
+    OnExpiry,
+    Scope,
+    Window,
+)
+from pdp.budget.windows import is_timezone
 from pdp.canonical import JsonObject, JsonValue
 from pdp.policy.engine import PolicyError
 from pdp.reason import REASON_CODE_PATTERN, ReasonCode
@@ -23,7 +35,7 @@ _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _SCOPE: Final = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]{1,255}")
 """A scope-token of RFC 6749 3.3."""
 _BINDS: Final[JsonValue] = ["tool", "arguments"]
-_E = TypeVar("_E", Window, Scope)
+_E = TypeVar("_E", Window, Scope, OnExpiry)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,10 +55,14 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BudgetVerdict:
-    """Whether the actor may charge what it asks to charge."""
+    """Whether the actor may spend, or take back, what it asks to."""
 
     allow: bool
     reason_code: str
+    charges: tuple[Charge, ...] | None = None
+    """What usage costs; None where the policy put no price on anything."""
+    price_version: str = ""
+    """Which prices they are; empty where the policy does not say."""
 
 
 def parse_verdict(value: JsonValue) -> Verdict:
@@ -67,41 +83,34 @@ def parse_verdict(value: JsonValue) -> Verdict:
             ttl_seconds = _integer(
                 permit["ttl_seconds"], "permit.ttl_seconds", least=1, most=MAX_TTL_SECONDS
             )
-    charges = [_charge(item) for item in _list(answer.get("charge", []), "charge", MAX_CHARGES)]
-    if len({(charge.budget, charge.unit) for charge in charges}) != len(charges):
-        raise _invalid("charge names a budget and unit twice")
     return Verdict(
         allow=allow,
         reason_code=reason_code,
         # In an order of their own: the engines list the members of a set in different ones.
         scopes=tuple(sorted(_scopes(answer.get("scopes", [])))),
         permit_ttl_seconds=ttl_seconds,
-        charges=tuple(sorted(charges, key=lambda charge: (charge.budget, charge.unit))),
+        charges=_charges(answer.get("charge", []), "charge"),
     )
 
 
 def parse_budget_verdict(value: JsonValue) -> BudgetVerdict:
     """The value of pdp/budget/decision. Raises PolicyError (policy_invalid)."""
-    answer = _object(value, required={"allow", "reason_code"}, optional=set())
+    answer = _object(value, required={"allow", "reason_code"}, optional=_PRICED)
     allow, reason_code = _ruling(answer)
-    return BudgetVerdict(allow=allow, reason_code=reason_code)
+    charges: tuple[Charge, ...] | None = None
+    if "charges" in answer:
+        charges = _charges(answer["charges"], "charges")
+    price_version = ""
+    if "price_version" in answer:
+        price_version = _text(answer["price_version"], "price_version", _PRICE_VERSION)
+    return BudgetVerdict(
+        allow=allow, reason_code=reason_code, charges=charges, price_version=price_version
+    )
 
 
 def parse_limits(value: JsonValue) -> tuple[Limit, ...]:
     """The value of pdp/budget/limits, by id. Raises PolicyError (policy_invalid)."""
-    limits = []
-    for item in _list(value, "limits", MAX_LIMITS):
-        limit = _object(item, required=_LIMIT, optional=set())
-        limits.append(
-            Limit(
-                id=_text(limit["id"], "limit.id", _NAME),
-                budget=_text(limit["budget"], "limit.budget", _NAME),
-                unit=_text(limit["unit"], "limit.unit", _NAME),
-                window=_member(limit["window"], "limit.window", Window),
-                limit=_integer(limit["limit"], "limit.limit", least=0, most=MAX_AMOUNT),
-                scope=_member(limit["scope"], "limit.scope", Scope),
-            )
-        )
+    limits = [_limit(item) for item in _list(value, "limits", MAX_LIMITS)]
     if len({limit.id for limit in limits}) != len(limits):
         raise _invalid("a limit's id stands twice")
     return tuple(sorted(limits, key=lambda limit: limit.id))
@@ -110,7 +119,20 @@ def parse_limits(value: JsonValue) -> tuple[Limit, ...]:
 _VERDICT_OPTIONS: Final = {"scopes", "permit", "charge", "approval"}
 _APPROVAL: Final = {"roles", "expires_seconds", "four_eyes"}
 _PERMIT: Final = {"binds", "ttl_seconds", "max_uses"}
+_PRICED: Final = {"charges", "price_version"}
+_PRICE_VERSION: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LIMIT: Final = {"id", "budget", "unit", "window", "limit", "scope"}
+_ONLY_FOR_RATES: Final = {"seconds", "burst"}
+_ONLY_FOR_CALENDARS: Final = {"timezone", "warn_at", "on_expiry"}
+_LIMIT_OPTIONS: Final = _ONLY_FOR_RATES | _ONLY_FOR_CALENDARS | {"enforced"}
+
+
+def _charges(value: JsonValue, field: str) -> tuple[Charge, ...]:
+    """Charges, in an order of their own, as the engines list a set in different ones."""
+    charges = [_charge(item) for item in _list(value, field, MAX_CHARGES)]
+    if len({(charge.budget, charge.unit) for charge in charges}) != len(charges):
+        raise _invalid(f"{field} names a budget and unit twice")
+    return tuple(sorted(charges, key=lambda charge: (charge.budget, charge.unit)))
 
 
 def _ruling(answer: JsonObject) -> tuple[bool, str]:
@@ -130,6 +152,67 @@ def _scopes(value: JsonValue) -> tuple[str, ...]:
     if sum(map(len, scopes)) > MAX_SCOPES_LENGTH:
         raise _invalid(f"scopes must be at most {MAX_SCOPES_LENGTH} characters together")
     return tuple(scopes)
+
+
+def _limit(value: JsonValue) -> Limit:
+    limit = _object(value, required=_LIMIT, optional=_LIMIT_OPTIONS)
+    window = _member(limit["window"], "limit.window", Window)
+    is_rate = window is Window.ROLLING
+    most = _integer(limit["limit"], "limit.limit", least=int(is_rate), most=MAX_AMOUNT)
+    seconds, burst = _rate(limit, most) if is_rate else (0, 0)
+    if not is_rate and not _ONLY_FOR_RATES.isdisjoint(limit):
+        raise _invalid('limit.seconds and limit.burst are for window "rolling" only')
+    if not window.is_calendar and not _ONLY_FOR_CALENDARS.isdisjoint(limit):
+        raise _invalid(
+            "limit.timezone, limit.warn_at and limit.on_expiry are for limits that count spend:"
+            ' not for window "rolling" or "concurrent"'
+        )
+    return Limit(
+        id=_text(limit["id"], "limit.id", _NAME),
+        budget=_text(limit["budget"], "limit.budget", _NAME),
+        unit=_text(limit["unit"], "limit.unit", _NAME),
+        window=window,
+        limit=most,
+        scope=_member(limit["scope"], "limit.scope", Scope),
+        timezone=_timezone(limit["timezone"]) if "timezone" in limit else "UTC",
+        seconds=seconds,
+        burst=burst,
+        warn_at=_warn_at(limit["warn_at"]) if "warn_at" in limit else DEFAULT_WARN_AT,
+        enforced=_flag(limit["enforced"], "limit.enforced") if "enforced" in limit else True,
+        on_expiry=_member(limit["on_expiry"], "limit.on_expiry", OnExpiry)
+        if "on_expiry" in limit
+        else OnExpiry.RELEASE,
+    )
+
+
+def _rate(limit: JsonObject, most: int) -> tuple[int, int]:
+    if "seconds" not in limit:
+        raise _invalid('window "rolling" needs limit.seconds')
+    seconds = _integer(limit["seconds"], "limit.seconds", least=1, most=MAX_RATE_SECONDS)
+    burst = limit.get("burst", most)
+    return seconds, _integer(burst, "limit.burst", least=1, most=MAX_BUCKET // seconds)
+
+
+def _timezone(value: JsonValue) -> str:
+    if not isinstance(value, str) or not is_timezone(value):
+        raise _invalid("limit.timezone is no name of the IANA time zone database")
+    return value
+
+
+def _warn_at(value: JsonValue) -> tuple[int, ...]:
+    percents = tuple(
+        _integer(each, "limit.warn_at", least=1, most=100)
+        for each in _list(value, "limit.warn_at", MAX_WARNINGS)
+    )
+    if list(percents) != sorted(set(percents)):
+        raise _invalid("limit.warn_at must ascend")
+    return percents
+
+
+def _flag(value: JsonValue, field: str) -> bool:
+    if not isinstance(value, bool):
+        raise _invalid(f"{field} must be true or false")
+    return value
 
 
 def _charge(value: JsonValue) -> Charge:
@@ -175,9 +258,10 @@ def _integer(value: JsonValue, field: str, *, least: int, most: int) -> int:
 
 
 def _member(value: JsonValue, field: str, kind: type[_E]) -> _E:
-    if not isinstance(value, str) or value not in set(kind):
-        raise _invalid(f"{field} must be one of {_listed(kind)}")
-    return kind(value)
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return kind(value)
+    raise _invalid(f"{field} must be one of {_listed(kind)}")
 
 
 def _listed(names: Iterable[str]) -> str:

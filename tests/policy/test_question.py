@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pdp.budget.ledger import Charge
 from pdp.canonical import check
 from pdp.identity.subject import Subject
-from pdp.policy.question import authorize_input, budget_input
+from pdp.policy.question import Usage, authorize_input, budget_input
 
 ALICE = Subject(
     tenant="tenant_acme",
@@ -93,3 +95,59 @@ def test_a_charge_is_put_with_what_is_asked_for() -> None:
         ],
     }
     check(document)
+
+
+def test_what_the_token_says_of_organisation_team_and_session_stands_with_the_subject() -> None:
+    bob = replace(ALICE, organisation="acme-group", team="returns", session="s-1")
+
+    call = authorize_input(
+        bob,
+        tool="orders.read",
+        arguments={},
+        resource=None,
+        time=0,
+        request_id="req-1",
+        context={},
+    )
+    spend = budget_input(bob, operation="get", charges=(), tool="", time=0, request_id="")
+
+    told = {"organisation": "acme-group", "team": "returns", "session": "s-1"}
+    for document in (call, spend):
+        assert document["subject"] == {**SUBJECT, "properties": SUBJECT["properties"] | told}  # type: ignore[operator]
+
+
+def test_usage_is_put_in_place_of_charges() -> None:
+    document = budget_input(
+        ALICE,
+        operation="reserve",
+        charges=(),
+        usage=Usage(model="gpt-x", quantities=(("tokens_in", 1200), ("tokens_out", 4000))),
+        tool="",
+        time=0,
+        request_id="req-3",
+    )
+
+    assert document["action"] == {"name": "budget.reserve"}
+    assert document["charges"] == []
+    assert document["usage"] == {
+        "model": "gpt-x",
+        "quantities": {"tokens_in": 1200, "tokens_out": 4000},
+    }
+    assert "price_version" not in document
+    check(document)
+
+
+def test_a_settlement_is_put_with_the_prices_that_the_hold_was_made_at() -> None:
+    document = budget_input(
+        ALICE,
+        operation="settle",
+        charges=(),
+        usage=Usage(model="gpt-x", quantities=(("tokens_in", 1199),)),
+        price_version="2026-11-01",
+        tool="",
+        time=0,
+        request_id="req-4",
+    )
+
+    assert document["action"] == {"name": "budget.settle"}
+    assert document["price_version"] == "2026-11-01"

@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdp.budget.ledger import MAX_AMOUNT, Charge, Limit, Scope, Window
+from pdp.budget.bounds import check_limits
+from pdp.budget.ledger import (
+    DEFAULT_WARN_AT,
+    MAX_AMOUNT,
+    MAX_BUCKET,
+    Charge,
+    Limit,
+    OnExpiry,
+    Scope,
+    Window,
+)
 from pdp.canonical import JsonObject, JsonValue
 from pdp.policy.engine import PolicyError
 from pdp.policy.verdict import (
@@ -27,6 +37,7 @@ LIMIT: JsonObject = {
     "limit": 10,
     "scope": "tenant",
 }
+RATE: JsonObject = {**LIMIT, "window": "rolling", "seconds": 60}
 SECRET = "s3cret-argument"
 
 ODD_VALUES: list[JsonValue] = [None, True, 1, 1.5, "text", [], {}]
@@ -156,6 +167,12 @@ def test_a_verdict_of_another_form_is_invalid(answer: JsonValue) -> None:
         {"allow": True, "reason_code": "budget_not_allowed"},
         {"allow": False, "reason_code": "ok"},
         {**ALLOW, "charge": []},
+        *(ALLOW | odd for odd in each("charges", None, True, 1, "tools", {}, CHARGE)),
+        {**ALLOW, "charges": [CHARGE, CHARGE]},
+        {**ALLOW, "charges": [{**CHARGE, "amount": 0}]},
+        {**ALLOW, "charges": [{**CHARGE, "budget": f"b{n}"} for n in range(17)]},
+        *(ALLOW | odd for odd in each("price_version", None, True, 1, "", [], {})),
+        *(ALLOW | odd for odd in each("price_version", "a b", "a\n", "a" * 65, "caf\u00e9")),
     ),
     ids=repr,
 )
@@ -172,6 +189,23 @@ def test_a_budget_verdict_is_read() -> None:
     assert parse_budget_verdict(denial) == BudgetVerdict(
         allow=False, reason_code="budget_not_allowed"
     )
+
+
+def test_a_price_is_read_with_its_version() -> None:
+    dollars: JsonObject = {"budget": "llm", "unit": "usd_micros", "amount": 7.0}
+    tokens: JsonObject = {"budget": "llm", "unit": "tokens_in", "amount": 1200}
+
+    verdict = parse_budget_verdict(
+        {**ALLOW, "charges": [dollars, tokens], "price_version": "2026-11-01"}
+    )
+
+    assert verdict.charges == (Charge("llm", "tokens_in", 1200), Charge("llm", "usd_micros", 7))
+    assert verdict.price_version == "2026-11-01"
+
+
+def test_a_price_of_nothing_is_not_the_want_of_a_price() -> None:
+    assert parse_budget_verdict({**ALLOW, "charges": []}).charges == ()
+    assert parse_budget_verdict(ALLOW).charges is None
 
 
 def test_limits_are_read_in_an_order_of_their_own() -> None:
@@ -206,8 +240,32 @@ def test_limits_are_read_in_an_order_of_their_own() -> None:
         [{**LIMIT, "tenant": "tenant_globex"}],
         *([{**LIMIT, "limit": odd}] for odd in (-1, MAX_AMOUNT + 1, 0.5, "10", True, None)),
         *([LIMIT | odd] for odd in each("window", "week", "DAY", "", 1, None, ["day"])),
-        *([LIMIT | odd] for odd in each("scope", "organisation", "", 1, None, {})),
+        *([LIMIT | odd] for odd in each("scope", "organization", "", 1, None, {})),
         *([{**LIMIT, "id": odd}] for odd in ("", "Tools", "a" * 65, 1, None)),
+        *([LIMIT | odd] for odd in each("timezone", "", "CET/", "../UTC", "/etc/localtime")),
+        *([LIMIT | odd] for odd in each("timezone", "Europe", "a" * 999, "\0", "\ud800", 1, None)),
+        *([LIMIT | odd] for odd in each("warn_at", 80, None, {}, [0], [101], [50.5], ["80"])),
+        *([LIMIT | odd] for odd in each("warn_at", [80, 50], [80, 80], list(range(1, 10)))),
+        *([LIMIT | odd] for odd in each("enforced", None, 0, 1, "false", [], {})),
+        *([LIMIT | odd] for odd in each("on_expiry", None, 1, "", "keep", "RELEASE", [])),
+        *([LIMIT | odd] for odd in each("seconds", 0, 60, None)),
+        *([LIMIT | odd] for odd in each("burst", 0, 60, None)),
+        *([without(RATE, key)] for key in RATE),
+        *([{**RATE, "limit": odd}] for odd in (0, -1, MAX_AMOUNT + 1)),
+        *([RATE | odd] for odd in each("seconds", 0, -1, 31 * 86_400 + 1, 0.5, "60", True, None)),
+        *([RATE | odd] for odd in each("burst", 0, -1, 0.5, "60", True, None)),
+        *([RATE | odd] for odd in each("burst", MAX_BUCKET // 60 + 1)),
+        [{**RATE, "limit": MAX_AMOUNT}],
+        *(
+            [{**limit, **odd}]
+            for limit in (RATE, {**LIMIT, "window": "concurrent"})
+            for odd in (
+                {"timezone": "Europe/Berlin"},
+                {"warn_at": [80]},
+                {"on_expiry": "charge"},
+                {"on_expiry": "release"},
+            )
+        ),
     ),
     ids=repr,
 )
@@ -216,6 +274,95 @@ def test_limits_of_another_form_are_invalid(answer: JsonValue) -> None:
         parse_limits(answer)
 
     assert refusal.value.reason_code == "policy_invalid"
+
+
+def test_a_limit_is_read_in_full() -> None:
+    said: JsonObject = {
+        "timezone": "America/New_York",
+        "warn_at": [1, 99.0, 100],
+        "enforced": False,
+        "on_expiry": "charge",
+        "scope": "organisation",
+    }
+
+    (limit,) = parse_limits([{**LIMIT, **said}])
+
+    assert limit == Limit(
+        id="tools-per-day",
+        budget="tools",
+        unit="calls",
+        window=Window.DAY,
+        limit=10,
+        scope=Scope.ORGANISATION,
+        timezone="America/New_York",
+        warn_at=(1, 99, 100),
+        enforced=False,
+        on_expiry=OnExpiry.CHARGE,
+    )
+
+
+def test_a_limit_that_says_no_more_is_enforced_in_utc_and_warns_at_the_usual_marks() -> None:
+    (limit,) = parse_limits([LIMIT])
+
+    assert (limit.timezone, limit.warn_at, limit.enforced) == ("UTC", DEFAULT_WARN_AT, True)
+    assert limit.on_expiry is OnExpiry.RELEASE
+
+
+def test_warnings_can_be_left_out() -> None:
+    assert parse_limits([{**LIMIT, "warn_at": []}])[0].warn_at == ()
+
+
+def test_a_rate_holds_as_much_at_once_as_drains_in_its_time_unless_it_says_otherwise() -> None:
+    usual, bounded = parse_limits([{**RATE, "id": "a"}, {**RATE, "id": "b", "burst": 3}])
+
+    assert (usual.window, usual.limit, usual.seconds, usual.burst) == (Window.ROLLING, 10, 60, 10)
+    assert (bounded.limit, bounded.seconds, bounded.burst) == (10, 60, 3)
+
+
+@pytest.mark.parametrize("scope", list(Scope))
+@pytest.mark.parametrize("window", list(Window))
+def test_every_window_goes_with_every_scope(window: Window, scope: Scope) -> None:
+    said: JsonObject = {**LIMIT, "window": window.value, "scope": scope.value}
+    if window is Window.ROLLING:
+        said["seconds"] = 1
+
+    limits = parse_limits([said])
+
+    assert [(limit.window, limit.scope) for limit in limits] == [(window, scope)]
+    check_limits(limits)
+
+
+def test_a_time_zone_that_is_not_known_is_called_that() -> None:
+    with pytest.raises(PolicyError, match="timezone is no name of the IANA time zone database"):
+        parse_limits([{**LIMIT, "timezone": "Mars/Olympus_Mons"}])
+
+
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {key: st.just(value) for key, value in LIMIT.items() if key not in ("window", "limit")}
+            | {
+                "window": st.sampled_from([window.value for window in Window]),
+                "limit": st.integers(-1, MAX_AMOUNT + 1),
+            },
+            optional={
+                "timezone": st.sampled_from(["UTC", "Asia/Kathmandu", "Moon"]),
+                "seconds": st.integers(0, 31 * 86_400 + 1),
+                "burst": st.integers(0, MAX_BUCKET + 1),
+                "warn_at": st.lists(st.integers(0, 101), max_size=9),
+                "enforced": st.booleans(),
+                "on_expiry": st.sampled_from([each.value for each in OnExpiry]),
+            },
+        ),
+        max_size=2,
+    )
+)
+def test_a_limit_that_is_read_is_one_that_every_ledger_takes(answer: list[JsonValue]) -> None:
+    try:
+        limits = parse_limits(answer)
+    except PolicyError:
+        return
+    check_limits(limits)
 
 
 @pytest.mark.parametrize(
@@ -231,17 +378,25 @@ def test_limits_of_another_form_are_invalid(answer: JsonValue) -> None:
         {**ALLOW, "approval": {SECRET: 1}},
         {"allow": SECRET, "reason_code": "ok"},
         {"allow": False, "reason_code": SECRET},
+        {**ALLOW, "charges": [{**CHARGE, "unit": SECRET + "/"}]},
+        {**ALLOW, "price_version": SECRET + "/"},
+        [{**LIMIT, "timezone": SECRET}],
+        [{**LIMIT, "window": SECRET}],
+        [{**LIMIT, "on_expiry": SECRET}],
+        [{**LIMIT, "warn_at": [SECRET]}],
+        [{**RATE, "seconds": SECRET}],
         SECRET,
         [SECRET],
     ),
     ids=repr,
 )
 def test_a_message_never_holds_what_the_policy_said(answer: JsonValue) -> None:
-    with pytest.raises(PolicyError) as refusal:
-        parse_verdict(answer)
+    for parse in (parse_verdict, parse_budget_verdict, parse_limits):
+        with pytest.raises(PolicyError) as refusal:
+            parse(answer)
 
-    assert SECRET not in str(refusal.value)
-    assert SECRET not in repr(refusal.value)
+        assert SECRET not in str(refusal.value)
+        assert SECRET not in repr(refusal.value)
 
 
 json_values = st.recursive(

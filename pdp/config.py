@@ -28,7 +28,7 @@ from pydantic import (
 
 from pdp.admission import Priority, ServiceClass
 from pdp.errors import PdpError
-from pdp.identity.subject import TENANT_PATTERN
+from pdp.identity.subject import MAX_ORGANISATION_LENGTH, TENANT_PATTERN
 from pdp.reason import ReasonCode
 from pdp.storage import Durability
 
@@ -187,11 +187,16 @@ class TenantClaim(_Section):
     claim: Name = "tenant_id"
     """The claim that holds the tenant id or, with organisations, the organisation id."""
     organisations: Annotated[dict[Name, str], Field(min_length=1, max_length=100_000)] | None = None
-    """Organisation id to tenant id. Null: the claim is the tenant id itself."""
+    """Organisation id, of at most 128 characters, to tenant id. Null: the claim is the tenant
+    id itself."""
 
     @model_validator(mode="after")
     def _tenant_ids(self) -> Self:
-        for tenant in (self.organisations or {}).values():
+        for organisation, tenant in (self.organisations or {}).items():
+            if len(organisation) > MAX_ORGANISATION_LENGTH:
+                raise ValueError(
+                    f"an organisation id is longer than {MAX_ORGANISATION_LENGTH} characters"
+                )
             if not TENANT_PATTERN.fullmatch(tenant):
                 raise ValueError(f"{tenant!r} is not a tenant id ({TENANT_PATTERN.pattern})")
         return self
@@ -220,8 +225,24 @@ class JwtIssuer(_Section):
     """The claim with the roles: a list, or a text with spaces between."""
     scopes_claim: Name = "scope"
     """The claim with the scopes: a list, or a text with spaces between."""
+    organisation_claim: Name | None = None
+    """The claim that names the tenant's organisation, for limits that its tenants share. Null:
+    the one that tenant.organisations maps, if any."""
+    team_claim: Name | None = None
+    """The claim that names the actor's team, for limits that a team shares. Null: none does."""
+    session_claim: Name | None = None
+    """The claim that names the session, for limits of one session. Null: none does."""
     leeway_seconds: Annotated[int, Field(ge=0, le=300)] = 30
     """How far the issuer's clock may differ."""
+
+    @model_validator(mode="after")
+    def _one_organisation(self) -> Self:
+        if self.organisation_claim is not None and self.tenant.organisations is not None:
+            raise ValueError(
+                "organisation_claim can not stand beside tenant.organisations: the organisation is"
+                " the one that is mapped there"
+            )
+        return self
 
 
 class JwtIdentity(_Section):

@@ -121,6 +121,22 @@ def test_what_kubernetes_sets_for_a_service_named_pdp_is_passed_over(tmp_path: P
             GOOD.replace("  bundle: /etc/pdp/bundle.tar.gz", "  {}"),
             "policy: set either bundle or bundles",
         ),
+        (
+            GOOD.replace(
+                "      jwks_file",
+                "      organisation_claim: org\n"
+                "      tenant: {organisations: {org-1: tenant_acme}}\n"
+                "      jwks_file",
+            ),
+            "issuers.0: organisation_claim can not stand beside tenant.organisations",
+        ),
+        (
+            GOOD.replace(
+                "      jwks_file",
+                f"      tenant: {{organisations: {{{'o' * 129}: tenant_acme}}}}\n      jwks_file",
+            ),
+            "an organisation id is longer than 128 characters",
+        ),
         (GOOD + "listen: {unix_mode: '0666'}\n", "must be an octal mode without access for others"),
         (GOOD + "listen: {unix: null}\n", "set unix or tcp, or nobody can ask"),
         (GOOD + "listen: {metrics: '9464'}\n", "must be HOST:PORT"),

@@ -9,6 +9,10 @@ from typing import Final
 TENANT_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """What a tenant id looks like; it is used in namespaces and ledger accounts."""
 
+MAX_ORGANISATION_LENGTH: Final = 128
+MAX_TEAM_LENGTH: Final = 128
+MAX_SESSION_LENGTH: Final = 255
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
@@ -21,11 +25,12 @@ class Subject:
     roles: tuple[str, ...] = ()
     scopes: tuple[str, ...] = ()
     organisation: str = ""
-    """The customer organisation that the tenant belongs to; empty where none is known."""
+    """The customer organisation that the tenant belongs to: printable, as are team and
+    session; each is empty where the token names none."""
     team: str = ""
-    """The actor's team within the tenant; empty where none is known."""
+    """The actor's team within the tenant."""
     session: str = ""
-    """The session that the token is of; empty where none is known."""
+    """The session that the token is of, within the tenant."""
     issuer: str = ""
     """Who vouches for it: the token's issuer, empty in single-tenant mode."""
     token_id: str = ""

@@ -18,7 +18,13 @@ from pdp import base64url
 from pdp.canonical import JsonObject, JsonValue, parse_object
 from pdp.identity.keys import IssuerKey
 from pdp.identity.resolver import Credentials, IdentityError
-from pdp.identity.subject import TENANT_PATTERN, Subject
+from pdp.identity.subject import (
+    MAX_ORGANISATION_LENGTH,
+    MAX_SESSION_LENGTH,
+    MAX_TEAM_LENGTH,
+    TENANT_PATTERN,
+    Subject,
+)
 from pdp.reason import ReasonCode
 
 MAX_TOKEN_LENGTH: Final = 8192
@@ -57,6 +63,11 @@ class Issuer:
     actor_claim: str = "sub"
     roles_claim: str = "roles"
     scopes_claim: str = "scope"
+    organisation_claim: str | None = None
+    """None where tokens name none, and where the tenant rule maps organisations: the
+    organisation is then the one that was mapped."""
+    team_claim: str | None = None
+    session_claim: str | None = None
     leeway_seconds: int = 30
     """How far clocks may differ."""
 
@@ -186,6 +197,15 @@ def _subject(claims: JsonObject, issuer: Issuer) -> Subject:
         actor=str(actor),
         roles=_names(claims, issuer.roles_claim),
         scopes=_names(claims, issuer.scopes_claim),
+        organisation=_optional_name(
+            claims,
+            issuer.organisation_claim
+            if issuer.tenant.organisations is None
+            else issuer.tenant.claim,
+            MAX_ORGANISATION_LENGTH,
+        ),
+        team=_optional_name(claims, issuer.team_claim, MAX_TEAM_LENGTH),
+        session=_optional_name(claims, issuer.session_claim, MAX_SESSION_LENGTH),
         issuer=issuer.issuer,
         token_id=str(token_id),
     )
@@ -214,6 +234,15 @@ def _tenant(claims: JsonObject, issuer: Issuer, actor: str) -> str:
     return named
 
 
+def _optional_name(claims: JsonObject, claim: str | None, longest: int) -> str:
+    value = claims.get(claim) if claim is not None else None
+    if value is None or value == "":
+        return ""
+    if not _is_name(value, longest):
+        raise _invalid(f"has a {claim} that is not a text of at most {longest} characters")
+    return str(value)
+
+
 def _names(claims: JsonObject, claim: str) -> tuple[str, ...]:
     """A list of texts, or one text with spaces between (RFC 8693 4.2)."""
     value = claims.get(claim)
@@ -230,8 +259,8 @@ def _names(claims: JsonObject, claim: str) -> tuple[str, ...]:
     return tuple(sorted({str(name) for name in names}))
 
 
-def _is_name(value: JsonValue) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= MAX_NAME_LENGTH and value.isprintable()
+def _is_name(value: JsonValue, longest: int = MAX_NAME_LENGTH) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= longest and value.isprintable()
 
 
 def _time(claims: JsonObject, name: str) -> float | None:

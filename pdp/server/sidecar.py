@@ -191,6 +191,9 @@ def identity_from(config: Config) -> IdentityResolver:
                 actor_claim=issuer.actor_claim,
                 roles_claim=issuer.roles_claim,
                 scopes_claim=issuer.scopes_claim,
+                organisation_claim=issuer.organisation_claim,
+                team_claim=issuer.team_claim,
+                session_claim=issuer.session_claim,
                 leeway_seconds=issuer.leeway_seconds,
             )
             for issuer in identity.issuers

@@ -13,11 +13,13 @@ import pytest
 from joserfc import jwk, jws
 
 from pdp import base64url
+from pdp.budget.bounds import check_account
 from pdp.canonical import JsonObject
 from pdp.identity.keys import IssuerKey, KeyFileError, load_jwks_file
 from pdp.identity.resolver import Credentials, IdentityError, SingleTenant
 from pdp.identity.subject import Subject
 from pdp.identity.tokens import Issuer, TenantRule, TokenIdentity
+from pdp.rooms import isolate
 from pdp.testing import TokenIssuer
 
 NOW = 1_800_000_000.0
@@ -273,6 +275,84 @@ def test_organisations_are_mapped_to_tenants(
     error = refused(identity, idp.token(None, "u", org_id="org-2"), "tenant_unknown")
     assert error.actor == "u"
     refused(identity, idp.token("tenant_acme", "u"), "tenant_missing")
+
+
+BELONGING: dict[str, Any] = {
+    "organisation_claim": "org",
+    "team_claim": "team",
+    "session_claim": "sid",
+}
+"""Which claims say to whom an actor belongs, where an issuer is trusted to say so."""
+
+
+def test_a_token_may_name_organisation_team_and_session(
+    keys: dict[str, IssuerKey], idp: TokenIssuer, clock: Clock
+) -> None:
+    identity = TokenIdentity([trusted(keys, **BELONGING)], clock=clock)
+    token = idp.token("tenant_acme", "u", org="ACME Group", team="Rücksendungen", sid="s" * 255)
+    subject = resolve(identity, token)
+    assert subject.organisation == "ACME Group"
+    assert subject.team == "Rücksendungen"
+    assert subject.session == "s" * 255
+
+
+@pytest.mark.parametrize("nothing", ({}, {"org": "", "team": "", "sid": ""}))
+def test_a_token_need_not_name_them(
+    nothing: dict[str, Any], keys: dict[str, IssuerKey], idp: TokenIssuer, clock: Clock
+) -> None:
+    identity = TokenIdentity([trusted(keys, **BELONGING)], clock=clock)
+    subject = resolve(identity, idp.token("tenant_acme", "u", **nothing))
+    assert (subject.organisation, subject.team, subject.session) == ("", "", "")
+
+
+def test_claims_that_are_not_configured_name_nothing(
+    identity: TokenIdentity, idp: TokenIssuer
+) -> None:
+    told: dict[str, Any] = {
+        "org": "acme",
+        "organisation": "acme",
+        "team": "a",
+        "sid": "s",
+        "session": "s",
+    }
+    subject = resolve(identity, idp.token("tenant_acme", "u", **told))
+    assert (subject.organisation, subject.team, subject.session) == ("", "", "")
+
+
+@pytest.mark.parametrize(
+    "odd", (7, 0, True, False, 1.5, ["a"], [], {"id": "a"}, "a\nb", "a\u202eb")
+)
+@pytest.mark.parametrize("claim", ("org", "team", "sid"))
+def test_a_team_that_is_no_short_text_refuses_the_token(
+    claim: str, odd: Any, keys: dict[str, IssuerKey], idp: TokenIssuer, clock: Clock
+) -> None:
+    identity = TokenIdentity([trusted(keys, **BELONGING)], clock=clock)
+    refused(identity, idp.token("tenant_acme", "u", **{claim: odd}), "token_invalid")
+
+
+@pytest.mark.parametrize(("claim", "longest"), (("org", 128), ("team", 128), ("sid", 255)))
+def test_what_is_named_is_no_longer_than_ledgers_take(
+    claim: str, longest: int, keys: dict[str, IssuerKey], idp: TokenIssuer, clock: Clock
+) -> None:
+    identity = TokenIdentity([trusted(keys, **BELONGING)], clock=clock)
+    named: Any = "x" * longest
+    subject = resolve(identity, idp.token("tenant_acme", "u", **{claim: named}))
+    check_account(isolate(subject, tool=""))
+    error = refused(
+        identity, idp.token("tenant_acme", "u", **{claim: named + "x"}), "token_invalid"
+    )
+    assert "xxx" not in error.message
+
+
+def test_a_mapped_organisation_is_the_organisation(
+    keys: dict[str, IssuerKey], idp: TokenIssuer, clock: Clock
+) -> None:
+    rule = TenantRule(claim="org_id", organisations={"org-1": "tenant_acme"})
+    identity = TokenIdentity([trusted(keys, tenant=rule, **BELONGING)], clock=clock)
+    # What the token says of an organisation elsewhere does not count beside it.
+    subject = resolve(identity, idp.token(None, "u", org_id="org-1", org="org-2", team="returns"))
+    assert (subject.tenant, subject.organisation) == ("tenant_acme", "org-1")
+    assert subject.team == "returns"
 
 
 def test_a_key_of_one_issuer_does_not_sign_for_another(

@@ -16,11 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdp.budget.ledger import Charge, Scope, Window
+from pdp.budget.ledger import MAX_BUCKET, Charge, Scope, Window
+from pdp.budget.windows import is_timezone
 from pdp.identity.subject import TENANT_PATTERN, Subject
 from pdp.policy.authoring.schemas import schema_names, schema_text
 from pdp.policy.engine import PolicyError
-from pdp.policy.question import authorize_input, budget_input
+from pdp.policy.question import Usage, authorize_input, budget_input
 from pdp.policy.service_class import parse_service_class, service_class_input
 from pdp.policy.verdict import (
     MAX_SCOPES_LENGTH,
@@ -73,6 +74,9 @@ subjects = st.builds(
     actor=texts,
     roles=st.lists(texts, max_size=3).map(tuple),
     scopes=st.lists(texts, max_size=3).map(tuple),
+    organisation=st.just("") | texts,
+    team=st.just("") | texts,
+    session=st.just("") | texts,
 )
 times = st.floats(0, 4e9)
 budgets = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,20}", fullmatch=True)
@@ -94,11 +98,20 @@ calls = st.builds(
 spends = st.builds(
     budget_input,
     subjects,
-    operation=st.sampled_from(["charge", "reserve", "get"]),
+    operation=st.sampled_from(["charge", "reserve", "settle", "refund", "get"]),
     charges=st.lists(charges, max_size=3),
     tool=st.just("") | names,
     time=times,
     request_id=names,
+    usage=st.none()
+    | st.builds(
+        Usage,
+        model=names,
+        quantities=st.dictionaries(budgets, st.integers(0, 2**53 - 1), max_size=3).map(
+            lambda quantities: tuple(quantities.items())
+        ),
+    ),
+    price_version=st.just("") | st.from_regex(r"[A-Za-z0-9._-]{1,20}", fullmatch=True),
 )
 
 
@@ -170,6 +183,7 @@ sound = st.fixed_dictionaries(
         "charge": charge_lists,
     },
 )
+percents = st.sampled_from([0, 1, 50, 80.0, 100, 101, 0.5, "50"])
 limit_like = st.fixed_dictionaries(
     {
         "id": budgets | odd,
@@ -177,9 +191,28 @@ limit_like = st.fixed_dictionaries(
         "unit": budgets,
         "window": st.sampled_from([*map(str, Window), "week", 1]),
         "limit": amount_like,
-        "scope": st.sampled_from([*map(str, Scope), "team"]),
+        "scope": st.sampled_from([*map(str, Scope), "department"]),
     },
     optional={"more": st.just(1)},
+)
+any_limit = st.fixed_dictionaries(
+    {
+        "id": budgets,
+        "budget": st.just("llm"),
+        "unit": st.just("calls"),
+        "window": st.sampled_from(list(map(str, Window))),
+        "limit": st.sampled_from([0, 1, 100]),
+        "scope": st.sampled_from(list(map(str, Scope))),
+    },
+    optional={
+        "timezone": st.sampled_from(["UTC", "Etc/GMT+5", "America/Argentina/Buenos_Aires"])
+        | st.sampled_from(["", "Mars/Base", "../UTC", "UTC\n", 1]),
+        "seconds": st.sampled_from([0, 1, 60.0, 31 * 86_400, 31 * 86_400 + 1, 0.5, "1", True]),
+        "burst": st.sampled_from([0, 1, 60.0, MAX_BUCKET, MAX_BUCKET + 1, 0.5, "1", True]),
+        "warn_at": st.lists(percents, max_size=3) | st.just(list(range(1, 10))) | odd,
+        "enforced": st.booleans() | odd,
+        "on_expiry": st.sampled_from(["release", "charge", "keep"]) | odd,
+    },
 )
 
 
@@ -195,10 +228,20 @@ def odd_names() -> list[Any]:
     return ["a", "a" * 64, "a" * 65, "A", "", "-a", "9", "a b", "a\n", "\u00e9", 1, None]
 
 
-def pairs_are_unique(decision: Any) -> bool:
+def pairs_are_unique(decision: Any, key: str = "charge") -> bool:
     """What a schema can not say: each pair of budget and unit once."""
-    pairs = [(each["budget"], each["unit"]) for each in decision.get("charge", [])]
+    pairs = [(each["budget"], each["unit"]) for each in decision.get(key, [])]
     return len(set(pairs)) == len(pairs)
+
+
+def keeps_what_a_schema_can_not_say(limit: Any) -> bool:
+    warn_at = limit.get("warn_at", [])
+    burst = limit.get("burst", limit["limit"]) if "seconds" in limit else 0
+    return (
+        is_timezone(limit.get("timezone", "UTC"))
+        and warn_at == sorted(warn_at)
+        and burst * limit.get("seconds", 0) <= MAX_BUCKET
+    )
 
 
 CHARGE: dict[str, Any] = {"budget": "llm", "unit": "calls", "amount": 1}
@@ -240,24 +283,38 @@ def test_the_decision_schema_takes_just_what_is_accepted(documents: list[Any]) -
         assert accepted(parse_verdict, document) is expected, document
 
 
+spend_decisions = st.fixed_dictionaries(
+    {
+        "allow": st.booleans(),
+        "reason_code": st.sampled_from(["ok", "model_unknown"]),
+    },
+    optional={
+        "charges": charge_lists | odd,
+        "price_version": st.sampled_from(["2026-11-01", "v1_B", "a" * 64, "a" * 65, "a b", "a\n"])
+        | odd,
+    },
+)
+
+
 @FEW
-@given(st.lists(decisions | sound | odd, min_size=1, max_size=MANY))
+@given(st.lists(decisions | spend_decisions | odd, min_size=1, max_size=MANY))
 def test_the_schema_of_budget_decisions_takes_just_what_is_accepted(documents: list[Any]) -> None:
-    documents += [
-        {key: document[key] for key in ("allow", "reason_code")}
-        for document in documents
-        if isinstance(document, dict) and "allow" in document
-    ]
     for document, fit in zip(documents, fits("budget_decision", documents), strict=True):
-        assert accepted(parse_budget_verdict, document) is fit, document
+        expected = fit and pairs_are_unique(document, "charges")
+        assert accepted(parse_budget_verdict, document) is expected, document
 
 
 @FEW
-@given(st.lists(st.lists(limit_like, max_size=2) | odd, min_size=1, max_size=MANY))
+@given(st.lists(st.lists(limit_like | any_limit, max_size=2) | odd, min_size=1, max_size=MANY))
 def test_the_schema_of_limits_takes_just_what_is_accepted(documents: list[Any]) -> None:
     for document, fit in zip(documents, fits("budget_limits", documents), strict=True):
         ids = [limit["id"] for limit in document] if fit else []
-        assert accepted(parse_limits, document) is (fit and len(set(ids)) == len(ids)), document
+        expected = (
+            fit
+            and len(set(ids)) == len(ids)
+            and all(map(keeps_what_a_schema_can_not_say, document))
+        )
+        assert accepted(parse_limits, document) is expected, document
 
 
 class_like = st.fixed_dictionaries(

@@ -73,10 +73,17 @@ class CallError(PdpError):
     """
 
     def __init__(
-        self, reason_code: str, message: str, *, retry_after_seconds: float | None = None
+        self,
+        reason_code: str,
+        message: str,
+        *,
+        retry_after_seconds: float | None = None,
+        refused_by: str = "",
     ) -> None:
         super().__init__(reason_code, message)
         self.retry_after_seconds = retry_after_seconds
+        self.refused_by = refused_by
+        """Id of the limit that refused, where one did."""
 
 
 def connect(target: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.Channel:
@@ -199,15 +206,23 @@ class AsyncConnection(_Connection):
 
 
 def _methods(channel: Any) -> Mapping[str, Callable[..., Any]]:  # noqa: ANN401 - of either kind
-    from pdp.api.v1 import authorization_pb2_grpc, execution_pb2_grpc  # noqa: PLC0415
+    from pdp.api.v1 import (  # noqa: PLC0415
+        authorization_pb2_grpc,
+        budget_pb2_grpc,
+        execution_pb2_grpc,
+    )
 
     authorization = authorization_pb2_grpc.AuthorizationServiceStub(channel)
+    budget = budget_pb2_grpc.BudgetServiceStub(channel)
     execution = execution_pb2_grpc.ExecutionServiceStub(channel)
     return {
         "Authorize": authorization.Authorize,
         "GetPermitKeys": execution.GetPermitKeys,
         "RedeemPermit": execution.RedeemPermit,
+        "ReleaseBudget": budget.ReleaseBudget,
         "ReportOutcome": execution.ReportOutcome,
+        "ReserveBudget": budget.ReserveBudget,
+        "SettleBudget": budget.SettleBudget,
     }
 
 
@@ -241,12 +256,14 @@ def _own_error(details: bytes) -> CallError | None:
 
     info = error_details_pb2.ErrorInfo()
     retry = error_details_pb2.RetryInfo()
+    quota = error_details_pb2.QuotaFailure()
     try:
         status: Status = status_pb2.Status.FromString(details)
         for detail in status.details:
-            # Each fills the message that it is of, and leaves the other.
+            # Each fills the message that it is of, and leaves the others.
             detail.Unpack(info)
             detail.Unpack(retry)
+            detail.Unpack(quota)
     except DecodeError:
         return None
     if info.domain != ERROR_DOMAIN or not REASON_CODE_PATTERN.fullmatch(info.reason):
@@ -257,4 +274,5 @@ def _own_error(details: bytes) -> CallError | None:
         retry_after_seconds=seconds_of(retry.retry_delay)
         if retry.HasField("retry_delay")
         else None,
+        refused_by=quota.violations[0].subject.removeprefix("limit:") if quota.violations else "",
     )

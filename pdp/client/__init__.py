@@ -20,8 +20,21 @@ from __future__ import annotations
 
 from pdp.client.acting import current_permit
 from pdp.client.decision import Decision
-from pdp.client.errors import PermitDenied
+from pdp.client.errors import BudgetRefused, PermitDenied
 from pdp.client.guard import AsyncGuard, Guard
+from pdp.client.hold import Hold
+from pdp.client.spend import Reservation, Usage
 from pdp.permit.claims import Permit
 
-__all__ = ["AsyncGuard", "Decision", "Guard", "Permit", "PermitDenied", "current_permit"]
+__all__ = [
+    "AsyncGuard",
+    "BudgetRefused",
+    "Decision",
+    "Guard",
+    "Hold",
+    "Permit",
+    "PermitDenied",
+    "Reservation",
+    "Usage",
+    "current_permit",
+]

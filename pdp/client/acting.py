@@ -13,7 +13,7 @@ from types import FrameType, TracebackType
 from typing import Final
 
 from pdp.canonical import JsonError, JsonObject, check
-from pdp.client.errors import PermitDenied
+from pdp.client.errors import IdentityLacking
 from pdp.permit.claims import Permit
 from pdp.reason import ReasonCode
 
@@ -35,6 +35,12 @@ class Acting:
     """The one that it was opened inside."""
     generators: tuple[FrameType, ...] = field(default=(), repr=False)
     """The bodies of the generators in which it was opened."""
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What a message for the sidecar is sent with. Holds the token."""
+        bearer = ("authorization", f"Bearer {self.token}")
+        return (bearer, ("traceparent", self.traceparent)) if self.traceparent else (bearer,)
 
     def opened_on(self, frame: FrameType | None) -> None:
         """Remember the generators on the stack, from ``frame`` outwards.
@@ -102,34 +108,32 @@ class Identity:
             ),
         )
 
-    def current(self, tool: str) -> Acting:
-        """Raises PermitDenied: identity_missing, identity_ended, token_invalid."""
+    def current(self) -> Acting:
+        """Raises IdentityLacking: identity_missing, identity_ended, token_invalid."""
         acting = self._acting.get()
         if acting is None:
-            raise PermitDenied(
-                ReasonCode.IDENTITY_MISSING, "call it inside guard.acting_for(token)", tool=tool
+            raise IdentityLacking(
+                ReasonCode.IDENTITY_MISSING, "call it inside guard.acting_for(token)"
             )
         if not acting.token:
-            raise PermitDenied(
-                ReasonCode.IDENTITY_MISSING, "its guard.acting_for was given no token", tool=tool
+            raise IdentityLacking(
+                ReasonCode.IDENTITY_MISSING, "its guard.acting_for was given no token"
             )
         if acting.ended:
-            raise PermitDenied(
-                ReasonCode.IDENTITY_ENDED, "its guard.acting_for(token) has ended", tool=tool
+            raise IdentityLacking(
+                ReasonCode.IDENTITY_ENDED, "its guard.acting_for(token) has ended"
             )
         if acting.shows_by_suspension():
-            raise PermitDenied(
+            raise IdentityLacking(
                 ReasonCode.IDENTITY_MISSING,
                 "the identity in force was opened inside a generator, and this is not the"
                 " generator's own code: open acting_for outside of it, or anew in this task",
-                tool=tool,
             )
         if not _TOKEN.fullmatch(acting.token):
-            raise PermitDenied(
+            raise IdentityLacking(
                 ReasonCode.TOKEN_INVALID,
                 "what acting_for was given is no bearer token; pass the token alone, without"
                 " the word Bearer",
-                tool=tool,
             )
         return acting
 

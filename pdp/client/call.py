@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar
 
 from pdp.canonical import JsonError, JsonObject, check, parse_object
 from pdp.client.errors import PermitDenied
+from pdp.client.spend import Charge, checked_charges
 from pdp.reason import ReasonCode
 
 _TOOL_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
@@ -19,8 +20,6 @@ MAX_ARGUMENTS_BYTES: Final = 1024 * 1024
 
 Resource = tuple[str, str]
 """What a call is done to: type and id."""
-Charge = tuple[str, str, int]
-"""What a call cost: budget, unit, amount."""
 _R = TypeVar("_R")
 
 
@@ -35,6 +34,17 @@ class ToolCall:
     resource: Resource | None
     audience: str
     request_id: str
+    estimate: tuple[Charge, ...] = ()
+    """The most that it should cost, by the caller's own account."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """What a tool says of its own cost: before it runs, after, and when it has failed."""
+
+    estimate: Callable[..., Sequence[Charge]] | None = None
+    cost: Callable[[Any], Sequence[Charge]] | None = None
+    cost_of_failure: Callable[[BaseException], Sequence[Charge]] | None = None
 
 
 class Tool:
@@ -47,7 +57,7 @@ class Tool:
         name: str,
         audience: str,
         resource: Callable[..., Resource | None] | None,
-        cost: Callable[[Any], Sequence[Charge]] | None,
+        costs: Costs,
         omit: Collection[str],
     ) -> None:
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
@@ -59,7 +69,7 @@ class Tool:
         self._signature = inspect.signature(function)
         self._audience = audience
         self._resource = resource
-        self._cost = cost
+        self._costs = costs
         self._omit = frozenset(omit)
         unknown = self._omit - self._signature.parameters.keys()
         if unknown:
@@ -88,11 +98,14 @@ class Tool:
                 bound.arguments[name] = tuple(values) if isinstance(values, list) else ()
             else:
                 bound.arguments[name] = call.arguments[name]
-        if self._resource is None:
-            return call
-        # It is given copies of its own, so that it can not change what is asked.
-        found = self._resource(**json.loads(call.encoded))
-        return replace(call, resource=checked_resource(found, tool=self.name))
+        # They are given copies of their own, so that they can not change what is asked.
+        if self._resource is not None:
+            found = self._resource(**json.loads(call.encoded))
+            call = replace(call, resource=checked_resource(found, tool=self.name))
+        if self._costs.estimate is not None:
+            estimate = checked_charges(self._costs.estimate(**json.loads(call.encoded)))
+            call = replace(call, estimate=estimate)
+        return call
 
     def finished(self, result: _R) -> _R:
         """The result, if there is nothing left to run. Raises TypeError: what runs
@@ -107,9 +120,14 @@ class Tool:
             " function that does the work"
         )
 
-    def costs(self, result: Any) -> Sequence[Charge]:  # noqa: ANN401 - whatever the tool returns
+    def cost(self, result: Any) -> Sequence[Charge]:  # noqa: ANN401 - whatever the tool returns
         """What the call cost, by the tool's own account."""
-        return self._cost(result) if self._cost is not None else ()
+        return self._costs.cost(result) if self._costs.cost is not None else ()
+
+    def cost_of_failure(self, error: BaseException) -> Sequence[Charge]:
+        """What the call cost although it raised, by the tool's own account."""
+        costs = self._costs.cost_of_failure
+        return costs(error) if costs is not None else ()
 
     def _named(self, bound: inspect.BoundArguments) -> dict[str, Any]:
         named: dict[str, Any] = {}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pdp.api.v1 import authorization_pb2
+from pdp.client.spend import Charge, charges_of, warnings_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +25,14 @@ class Decision:
     tenant: str
     actor: str
     policy_revision: str
-    charges: tuple[tuple[str, str, int], ...]
+    charges: tuple[Charge, ...]
     """What is held for the call: budget, unit, amount."""
+    refused_by: str
+    """Id of the limit that refused; empty where none did."""
+    warnings: tuple[tuple[str, int], ...]
+    """Thresholds that the hold has crossed: id of the limit, percent of it."""
+    shadow_refusals: tuple[str, ...]
+    """Ids of the limits that would have refused, if they were enforced."""
     audit_sequence: int
     audit_hash: str
     """Where the audit record lies: kept elsewhere, the two prove that the log was
@@ -51,9 +58,10 @@ class Decision:
             tenant=response.tenant_id,
             actor=response.actor_id,
             policy_revision=response.policy_revision,
-            charges=tuple(
-                (charge.budget, charge.unit, charge.amount) for charge in response.hold.charges
-            ),
+            charges=charges_of(response.hold.charges),
+            refused_by=response.refused_by.limit_id,
+            warnings=warnings_of(response.warnings),
+            shadow_refusals=tuple(limit.limit_id for limit in response.shadow_refusals),
             audit_sequence=response.audit.sequence,
             audit_hash=response.audit.hash,
             replayed=response.replayed,

@@ -8,8 +8,8 @@ response, or thrown the CallError.
 from __future__ import annotations
 
 import functools
+import json
 import logging
-import operator
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -17,13 +17,14 @@ from typing import Any, Final, Generic, TypeVar
 
 from google.protobuf.message import Message
 
-from pdp.api.v1 import authorization_pb2, common_pb2, execution_pb2
+from pdp.api.v1 import authorization_pb2, execution_pb2
 from pdp.canonical import sha256_hex
 from pdp.channel import CallError, seconds_of
-from pdp.client.acting import Identity
-from pdp.client.call import Charge, ToolCall
+from pdp.client.acting import Acting, Identity
+from pdp.client.call import ToolCall
 from pdp.client.decision import Decision
 from pdp.client.errors import PermitDenied
+from pdp.client.spend import Charge, charge_messages, charges_of, checked_charges
 from pdp.permit.claims import Permit, PermitError
 from pdp.permit.keys import PermitKeySet
 from pdp.permit.verifier import PermitVerifier
@@ -40,7 +41,7 @@ class Ask:
     """A message for the sidecar."""
 
     method: str
-    """One of Authorize, ReportOutcome, GetPermitKeys."""
+    """As the contract names it: Authorize, ReserveBudget, ..."""
     request: Message = field(repr=False)
     metadata: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
@@ -79,6 +80,15 @@ class Walk(Generic[_T]):
             self._results.append(done.value)
 
 
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A permit, and what is held for its call."""
+
+    permit: Permit
+    held: tuple[Charge, ...] | None
+    """None where it is not known."""
+
+
 class PermitDesk:
     """Obtains permits and checks them; remembers the sidecar's keys."""
 
@@ -98,22 +108,21 @@ class PermitDesk:
         self._verifier = self._verifier_with(keys) if keys is not None else None
         self._keys_are_pinned = keys is not None
 
-    def obtain(self, call: ToolCall) -> Steps[Permit]:
-        """Ask for a permit and return it, verified. Raises PermitDenied."""
-        acting = self._identity.current(call.tool)
+    def obtain(self, call: ToolCall) -> Steps[Grant]:
+        """Ask for a permit and return it, verified. Raises PermitDenied and
+        IdentityLacking.
+        """
+        acting = self._identity.current()
         request = authorization_pb2.AuthorizeRequest(
             request_id=call.request_id,
             action=authorization_pb2.Action(name=call.tool),
             arguments_json=call.encoded,
-            context_json=acting.context_json,
+            context_json=_context(acting, call),
             audience=call.audience,
         )
         if call.resource is not None:
             request.resource.type, request.resource.id = call.resource
-        metadata = [("authorization", f"Bearer {acting.token}")]
-        if acting.traceparent:
-            metadata.append(("traceparent", acting.traceparent))
-        response = yield Ask("Authorize", request, tuple(metadata))
+        response = yield Ask("Authorize", request, acting.metadata)
         if self._observe is not None:
             self._observe(Decision.of(request, response))
         if response.decision is not True:
@@ -128,8 +137,8 @@ class PermitDesk:
                 decision_id=response.decision_id,
             ) from None
         # The identity may have ended while the answer was under way.
-        self._identity.current(call.tool)
-        return permit
+        self._identity.current()
+        return Grant(permit, charges_of(response.hold.charges))
 
     def _verified(
         self, call: ToolCall, response: authorization_pb2.AuthorizeResponse
@@ -173,35 +182,71 @@ def report_executed(permit: Permit, cost: Callable[[], Sequence[Charge]]) -> Ste
     """Report that a tool ran, and what it cost. Where ``cost`` fails, or names what
     was not held, all that is held counts as spent: the tool has run.
     """
-    charges = _charges(permit.tool, cost)
     request = execution_pb2.ReportOutcomeRequest(
-        permit=permit.token, outcome=execution_pb2.OUTCOME_EXECUTED, charges=charges
+        permit=permit.token, outcome=execution_pb2.OUTCOME_EXECUTED
     )
+    # A report that names no charges settles all that is held.
+    yield from _report(permit.tool, request, charges=_charges(permit.tool, cost), otherwise=())
+
+
+def report_failed(
+    grant: Grant, error: BaseException, cost: Callable[[], Sequence[Charge]]
+) -> Steps[None]:
+    """Report that a tool raised, the kind of error and never its text, and what it cost
+    all the same: nothing, unless ``cost`` says so. Where that fails, or names what was
+    not held, all that is held counts as spent.
+    """
+    permit = grant.permit
+    name = "".join(letter for letter in type(error).__name__ if letter.isalnum())
+    request = execution_pb2.ReportOutcomeRequest(
+        permit=permit.token,
+        outcome=execution_pb2.OUTCOME_FAILED,
+        error_type=name[:64] if name.isascii() else "",
+    )
+    yield from _report(
+        permit.tool, request, charges=_charges(permit.tool, cost), otherwise=grant.held
+    )
+
+
+def _report(
+    tool: str,
+    request: execution_pb2.ReportOutcomeRequest,
+    *,
+    charges: Sequence[Charge] | None,
+    otherwise: Sequence[Charge] | None,
+) -> Steps[None]:
+    """Report with these charges, or with the others where there are none or they are
+    refused. Raises ValueError where there are no others either.
+    """
+    if charges is None:
+        charges, otherwise = otherwise, None
+        if charges is None:
+            raise ValueError("no charges")
+    request.charges.extend(charge_messages(charges))
     try:
         yield Ask("ReportOutcome", request)
     except CallError as error:
-        if not charges or error.reason_code not in _CHARGES_REFUSED:
+        if not charges or otherwise is None or error.reason_code not in _CHARGES_REFUSED:
             raise
         _log.warning(
             "%s: what it says it cost was refused (%s); all that was held for it is spent",
-            permit.tool,
+            tool,
             error.reason_code,
         )
         request.ClearField("charges")
+        request.charges.extend(charge_messages(otherwise))
         yield Ask("ReportOutcome", request)
 
 
-def report_failed(permit: Permit, error: BaseException) -> Steps[None]:
-    """Report that a tool raised: the kind of error, never its text."""
-    name = "".join(letter for letter in type(error).__name__ if letter.isalnum())
-    yield Ask(
-        "ReportOutcome",
-        execution_pb2.ReportOutcomeRequest(
-            permit=permit.token,
-            outcome=execution_pb2.OUTCOME_FAILED,
-            error_type=name[:64] if name.isascii() else "",
-        ),
-    )
+def _context(acting: Acting, call: ToolCall) -> bytes:
+    """What the policy sees as input.context.client."""
+    if not call.estimate:
+        return acting.context_json
+    estimate = [
+        {"budget": budget, "unit": unit, "amount": amount} for budget, unit, amount in call.estimate
+    ]
+    context = json.loads(acting.context_json or b"{}")
+    return json.dumps({**context, "estimate": estimate}).encode("utf-8")
 
 
 def _denied(call: ToolCall, response: authorization_pb2.AuthorizeResponse) -> PermitDenied:
@@ -216,19 +261,18 @@ def _denied(call: ToolCall, response: authorization_pb2.AuthorizeResponse) -> Pe
         retry_after_seconds=(
             seconds_of(response.retry_after) if response.HasField("retry_after") else None
         ),
+        refused_by=response.refused_by.limit_id,
     )
 
 
-def _charges(tool: str, cost: Callable[[], Sequence[Charge]]) -> list[common_pb2.Charge]:
+def _charges(tool: str, cost: Callable[[], Sequence[Charge]]) -> tuple[Charge, ...] | None:
+    """What the tool says that it cost; None where it gives no usable answer."""
     try:
-        return [
-            common_pb2.Charge(budget=budget, unit=unit, amount=operator.index(amount))
-            for budget, unit, amount in cost()
-        ]
+        return checked_charges(cost())
     except Exception as error:  # noqa: BLE001 - the tool has run; then all that is held is spent
         _log.warning(
             "%s: its cost function failed with %s; all that was held for it is spent",
             tool,
             type(error).__name__,
         )
-        return []
+        return None

@@ -21,6 +21,7 @@ class PermitDenied(PdpError):  # noqa: N818 - it reads as what happened
         tool: str,
         decision_id: str = "",
         retry_after_seconds: float | None = None,
+        refused_by: str = "",
     ) -> None:
         super().__init__(reason_code, f"{tool} did not run: {message} ({reason_code})")
         self.tool = tool
@@ -28,3 +29,33 @@ class PermitDenied(PdpError):  # noqa: N818 - it reads as what happened
         """The decision in the audit log; empty when none was made."""
         self.retry_after_seconds = retry_after_seconds
         """When to ask again, if waiting can help."""
+        self.refused_by = refused_by
+        """Id of the limit that refused, where one did."""
+
+
+class BudgetRefused(PdpError):  # noqa: N818 - as above
+    """Nothing is reserved, so nothing may be spent.
+
+    ``reason_code`` says why, as :class:`PermitDenied` does: tenant_budget_exceeded,
+    model_unknown, budget_not_allowed, ...
+    """
+
+    def __init__(
+        self,
+        reason_code: str,
+        message: str,
+        *,
+        refused_by: str = "",
+        retry_after_seconds: float | None = None,
+    ) -> None:
+        super().__init__(reason_code, f"nothing was reserved: {message} ({reason_code})")
+        self.refused_by = refused_by
+        """Id of the limit that refused, where one did."""
+        self.retry_after_seconds = retry_after_seconds
+        """When to ask again, if waiting can help."""
+
+
+class IdentityLacking(PdpError):  # noqa: N818 - as above
+    """The running code acts for nobody. It becomes a PermitDenied or a BudgetRefused:
+    identity_missing, identity_ended, token_invalid.
+    """

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
+import time
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import AbstractContextManager
 from pathlib import PurePath
 from types import TracebackType
@@ -14,10 +25,13 @@ from typing import TYPE_CHECKING, Any, Final, Generic, ParamSpec, Self, TypeVar
 from pdp.canonical import JsonObject
 from pdp.channel import AsyncConnection, CallError, Connection
 from pdp.client.acting import Identity, running_under
-from pdp.client.call import Charge, Resource, Tool, ToolCall, check_tool_name, tool_call
+from pdp.client.call import Costs, Resource, Tool, ToolCall, check_tool_name, tool_call
 from pdp.client.decision import Decision
-from pdp.client.desk import PermitDesk, Steps, Walk, report_executed, report_failed
-from pdp.client.errors import PermitDenied
+from pdp.client.desk import Grant, PermitDesk, Steps, Walk, report_executed, report_failed
+from pdp.client.errors import BudgetRefused, IdentityLacking, PermitDenied
+from pdp.client.hold import Hold, TellingTask, TellingThread
+from pdp.client.meter import BudgetDesk, Meter, may_be_told_again
+from pdp.client.spend import Charge, Reservation, Usage
 from pdp.permit.claims import Permit
 from pdp.permit.keys import PermitKeySet
 from pdp.reason import ReasonCode
@@ -31,7 +45,11 @@ _log: Final = logging.getLogger(__name__)
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _T = TypeVar("_T")
+_E = TypeVar("_E", bound=Exception)
 _C = TypeVar("_C", Connection, AsyncConnection)
+
+_PAUSES_SECONDS: Final = (0.1, 0.5)
+"""Between the tries of a hold's end."""
 
 
 class _Face(Generic[_C]):
@@ -49,6 +67,7 @@ class _Face(Generic[_C]):
         permit_keys: PermitKeySet | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         observe: Callable[[Decision], None] | None = None,
+        observe_reservation: Callable[[Reservation], None] | None = None,
     ) -> None:
         """Guard tools through the sidecar at ``target`` (``unix:///path`` or
         ``host:port``, with ``credentials`` for TLS).
@@ -58,7 +77,8 @@ class _Face(Generic[_C]):
         ``permit_keys`` pins the keys that permits must be signed with; without them
         the sidecar's own are fetched once, so the connection must be one to trust.
         ``observe`` is shown every answer of the sidecar, on the caller's thread and
-        before the tool runs; if it raises, the tool does not run.
+        before the tool runs; if it raises, the tool does not run. In the same way
+        ``observe_reservation`` is shown what :meth:`reserve` has been granted.
 
         Raises ValueError for a target beyond this machine without ``credentials``.
         """
@@ -71,6 +91,7 @@ class _Face(Generic[_C]):
         self._desk = PermitDesk(
             self._identity, issuer=permit_issuer, keys=permit_keys, observe=observe
         )
+        self._budgets = BudgetDesk(self._identity, observe=observe_reservation)
 
     def acting_for(
         self, token: str, *, context: JsonObject | None = None, traceparent: str = ""
@@ -88,7 +109,7 @@ class _Face(Generic[_C]):
         function: Callable[..., Any],
         name: str,
         resource: Callable[..., Resource | None] | None,
-        cost: Callable[[Any], Sequence[Charge]] | None,
+        costs: Costs,
         omit: Collection[str],
         audience: str | None,
     ) -> Tool:
@@ -97,7 +118,7 @@ class _Face(Generic[_C]):
             name=name,
             audience=self._audience if audience is None else audience,
             resource=resource,
-            cost=cost,
+            costs=costs,
             omit=omit,
         )
 
@@ -131,6 +152,8 @@ class Guard(_Face[Connection]):
         *,
         resource: Callable[..., Resource | None] | None = None,
         cost: Callable[[Any], Sequence[Charge]] | None = None,
+        cost_of_failure: Callable[[BaseException], Sequence[Charge]] | None = None,
+        estimate: Callable[..., Sequence[Charge]] | None = None,
         omit: Collection[str] = (),
         audience: str | None = None,
     ) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
@@ -141,29 +164,34 @@ class Guard(_Face[Connection]):
         are not arguments of the tool (``self``, a connection): they are passed on
         unseen. ``resource`` takes the arguments and says what the call is done to.
         ``cost`` takes the result and says what the call cost, where the policy
-        held a budget for it: ``[(budget, unit, amount), ...]``.
+        held a budget for it: ``[(budget, unit, amount), ...]``. ``cost_of_failure``
+        takes what the function raised and says what that cost; without it a failure
+        costs nothing. ``estimate`` takes the arguments, and what it says is shown to the
+        policy as input.context.client.estimate; the policy alone sets what is held.
 
         The guarded function raises PermitDenied when the tool did not run, and
         TypeError for arguments that the function does not take.
         """
         check_tool_name(name)
+        costs = Costs(estimate=estimate, cost=cost, cost_of_failure=cost_of_failure)
 
         def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
             if inspect.iscoroutinefunction(function):
                 raise TypeError(f"{name} is a coroutine function: guard it with AsyncGuard")
-            tool = self._tool(function, name, resource, cost, omit, audience)
+            tool = self._tool(function, name, resource, costs, omit, audience)
 
             @functools.wraps(function)
             def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _R:
                 bound = tool.bind(args, kwargs)
-                permit = _held(self._obtain(name, lambda: tool.describe(bound)))
+                grant = _granted(self._obtain(name, lambda: tool.describe(bound)))
                 try:
-                    with running_under(permit):
+                    with running_under(grant.permit):
                         result = tool.finished(function(*bound.args, **bound.kwargs))
                 except BaseException as error:
-                    self._report(report_failed(permit, error))
+                    cost_of_raised = functools.partial(tool.cost_of_failure, error)
+                    self._report(report_failed(grant, error, cost_of_raised))
                     raise
-                self._report(report_executed(permit, lambda: tool.costs(result)))
+                self._report(report_executed(grant.permit, lambda: tool.cost(result)))
                 return result
 
             return guarded
@@ -185,17 +213,50 @@ class Guard(_Face[Connection]):
         Raises PermitDenied. The caller runs the tool with exactly ``arguments`` and
         then calls :meth:`executed` or :meth:`failed`.
         """
-        return _held(
+        return _granted(
             self._obtain(tool, lambda: self._call(tool, arguments, resource, request_id, audience))
-        )
+        ).permit
 
     def executed(self, permit: Permit, charges: Sequence[Charge] = ()) -> None:
         """Report that the permit's call ran, and what it cost."""
         self._report(report_executed(permit, lambda: charges))
 
-    def failed(self, permit: Permit, error: BaseException) -> None:
-        """Report that the permit's call raised."""
-        self._report(report_failed(permit, error))
+    def failed(self, permit: Permit, error: BaseException, charges: Sequence[Charge] = ()) -> None:
+        """Report that the permit's call raised, and what it cost all the same."""
+        self._report(report_failed(Grant(permit, None), error, lambda: charges))
+
+    @contextlib.contextmanager
+    def reserve(
+        self,
+        what: Usage | Sequence[Charge],
+        *,
+        tool: str = "",
+        ttl_seconds: int = 0,
+        report_every_seconds: float = 1.0,
+    ) -> Iterator[Hold]:
+        """Hold what is spent inside the ``with``, at most, by no tool call of its own.
+
+        ``what`` is the usage of a model, which the policy prices, or charges. ``tool``
+        is what it is spent for, if any. The hold expires after ``ttl_seconds``, 1 to
+        3600; 0 leaves that to the sidecar. What :meth:`Hold.spent` counts is reported
+        every ``report_every_seconds``, earlier where it is a tenth of what is held.
+
+        The end of the ``with`` settles what was counted and lets the rest go, also when
+        it raised. Where nothing was counted, a block that raised has spent nothing, and
+        any other has spent all that is held. That the end could not be reported is
+        logged.
+
+        Raises BudgetRefused when nothing is held; the block then does not run.
+        """
+        meter = _granted(self._obtain_hold(what, tool, ttl_seconds))
+        telling = TellingThread(lambda: self._tell(meter), every_seconds=report_every_seconds)
+        failed = True
+        try:
+            yield Hold(meter, telling.wake)
+            failed = False
+        finally:
+            telling.stop()
+            self._end(meter, failed=failed)
 
     def close(self) -> None:
         """Close the connection; guarded tools open it again."""
@@ -212,11 +273,19 @@ class Guard(_Face[Connection]):
     ) -> None:
         self.close()
 
-    def _obtain(self, tool: str, describe: Callable[[], ToolCall]) -> Permit | PermitDenied:
+    def _obtain(self, tool: str, describe: Callable[[], ToolCall]) -> Grant | PermitDenied:
         try:
             return self._walk(self._desk.obtain(describe()))
         except Exception as error:  # noqa: BLE001 - whatever it is, nothing runs
             return _denial(error, tool)
+
+    def _obtain_hold(
+        self, what: Usage | Sequence[Charge], tool: str, ttl_seconds: int
+    ) -> Meter | BudgetRefused:
+        try:
+            return self._walk(self._budgets.reserve(what, tool=tool, ttl_seconds=ttl_seconds))
+        except Exception as error:  # noqa: BLE001 - whatever it is, nothing is spent
+            return _refusal(error)
 
     def _walk(self, steps: Steps[_T]) -> _T:
         walk = Walk(steps)
@@ -237,6 +306,24 @@ class Guard(_Face[Connection]):
         except Exception as error:  # noqa: BLE001 - the tool has run; its result must not be lost
             _log_unreported(error)
 
+    def _tell(self, meter: Meter) -> None:
+        try:
+            self._walk(meter.part())
+        except Exception as error:  # noqa: BLE001 - the stream goes on; it is told again
+            _log_untold(meter, error)
+
+    def _end(self, meter: Meter, *, failed: bool) -> None:
+        for pause_seconds in (*_PAUSES_SECONDS, None):
+            try:
+                self._walk(meter.end(failed=failed))
+            except Exception as error:  # noqa: BLE001 - what was done must not be lost
+                if pause_seconds is None or not may_be_told_again(error):
+                    _log_unended(meter, error)
+                    return
+                time.sleep(pause_seconds)
+            else:
+                return
+
 
 class AsyncGuard(_Face[AsyncConnection]):
     """The same face for coroutine functions. Belongs to one event loop at a time."""
@@ -249,30 +336,34 @@ class AsyncGuard(_Face[AsyncConnection]):
         *,
         resource: Callable[..., Resource | None] | None = None,
         cost: Callable[[Any], Sequence[Charge]] | None = None,
+        cost_of_failure: Callable[[BaseException], Sequence[Charge]] | None = None,
+        estimate: Callable[..., Sequence[Charge]] | None = None,
         omit: Collection[str] = (),
         audience: str | None = None,
     ) -> Callable[[Callable[_P, Awaitable[_R]]], Callable[_P, Coroutine[Any, Any, _R]]]:
         """As :meth:`Guard.tool`, for a coroutine function."""
         check_tool_name(name)
+        costs = Costs(estimate=estimate, cost=cost, cost_of_failure=cost_of_failure)
 
         def decorate(
             function: Callable[_P, Awaitable[_R]],
         ) -> Callable[_P, Coroutine[Any, Any, _R]]:
             if not inspect.iscoroutinefunction(function):
                 raise TypeError(f"{name} is not a coroutine function: guard it with Guard")
-            tool = self._tool(function, name, resource, cost, omit, audience)
+            tool = self._tool(function, name, resource, costs, omit, audience)
 
             @functools.wraps(function)
             async def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _R:
                 bound = tool.bind(args, kwargs)
-                permit = _held(await self._obtain(name, lambda: tool.describe(bound)))
+                grant = _granted(await self._obtain(name, lambda: tool.describe(bound)))
                 try:
-                    with running_under(permit):
+                    with running_under(grant.permit):
                         result = tool.finished(await function(*bound.args, **bound.kwargs))
                 except BaseException as error:
-                    await self._report(report_failed(permit, error))
+                    cost_of_raised = functools.partial(tool.cost_of_failure, error)
+                    await self._report(report_failed(grant, error, cost_of_raised))
                     raise
-                await self._report(report_executed(permit, lambda: tool.costs(result)))
+                await self._report(report_executed(grant.permit, lambda: tool.cost(result)))
                 return result
 
             return guarded
@@ -289,19 +380,41 @@ class AsyncGuard(_Face[AsyncConnection]):
         audience: str | None = None,
     ) -> Permit:
         """As :meth:`Guard.authorize`."""
-        return _held(
+        grant = _granted(
             await self._obtain(
                 tool, lambda: self._call(tool, arguments, resource, request_id, audience)
             )
         )
+        return grant.permit
 
     async def executed(self, permit: Permit, charges: Sequence[Charge] = ()) -> None:
         """As :meth:`Guard.executed`."""
         await self._report(report_executed(permit, lambda: charges))
 
-    async def failed(self, permit: Permit, error: BaseException) -> None:
+    async def failed(
+        self, permit: Permit, error: BaseException, charges: Sequence[Charge] = ()
+    ) -> None:
         """As :meth:`Guard.failed`."""
-        await self._report(report_failed(permit, error))
+        await self._report(report_failed(Grant(permit, None), error, lambda: charges))
+
+    @contextlib.asynccontextmanager
+    async def reserve(
+        self,
+        what: Usage | Sequence[Charge],
+        *,
+        tool: str = "",
+        ttl_seconds: int = 0,
+        report_every_seconds: float = 1.0,
+    ) -> AsyncIterator[Hold]:
+        """As :meth:`Guard.reserve`, for ``async with``."""
+        meter = _granted(await self._obtain_hold(what, tool, ttl_seconds))
+        telling = TellingTask(lambda: self._tell(meter), every_seconds=report_every_seconds)
+        failed = True
+        try:
+            yield Hold(meter, telling.wake)
+            failed = False
+        finally:
+            await self._finish(self._end(meter, telling, failed=failed))
 
     async def close(self) -> None:
         """Finish the reports that are under way, and close the connection; guarded
@@ -324,11 +437,19 @@ class AsyncGuard(_Face[AsyncConnection]):
     ) -> None:
         await self.close()
 
-    async def _obtain(self, tool: str, describe: Callable[[], ToolCall]) -> Permit | PermitDenied:
+    async def _obtain(self, tool: str, describe: Callable[[], ToolCall]) -> Grant | PermitDenied:
         try:
             return await self._walk(self._desk.obtain(describe()))
         except Exception as error:  # noqa: BLE001 - whatever it is, nothing runs
             return _denial(error, tool)
+
+    async def _obtain_hold(
+        self, what: Usage | Sequence[Charge], tool: str, ttl_seconds: int
+    ) -> Meter | BudgetRefused:
+        try:
+            return await self._walk(self._budgets.reserve(what, tool=tool, ttl_seconds=ttl_seconds))
+        except Exception as error:  # noqa: BLE001 - as in Guard
+            return _refusal(error)
 
     async def _walk(self, steps: Steps[_T]) -> _T:
         walk = Walk(steps)
@@ -344,10 +465,13 @@ class AsyncGuard(_Face[AsyncConnection]):
         return walk.result()
 
     async def _report(self, steps: Steps[None]) -> None:
+        await self._finish(self._deliver(steps))
+
+    async def _finish(self, work: Coroutine[Any, Any, None]) -> None:
         import asyncio  # noqa: PLC0415 - importing the stub stays cheap until it is used
 
-        # A task of its own: a tool that was cancelled is reported on all the same.
-        report = asyncio.ensure_future(self._deliver(steps))
+        # A task of its own: what was cancelled is reported on all the same.
+        report = asyncio.ensure_future(work)
         self._reports.add(report)
         report.add_done_callback(self._reports.discard)
         await asyncio.shield(report)
@@ -358,6 +482,27 @@ class AsyncGuard(_Face[AsyncConnection]):
         except Exception as error:  # noqa: BLE001 - as in Guard
             _log_unreported(error)
 
+    async def _tell(self, meter: Meter) -> None:
+        try:
+            await self._walk(meter.part())
+        except Exception as error:  # noqa: BLE001 - as in Guard
+            _log_untold(meter, error)
+
+    async def _end(self, meter: Meter, telling: TellingTask, *, failed: bool) -> None:
+        import asyncio  # noqa: PLC0415 - as above
+
+        await telling.stop()
+        for pause_seconds in (*_PAUSES_SECONDS, None):
+            try:
+                await self._walk(meter.end(failed=failed))
+            except Exception as error:  # noqa: BLE001 - as in Guard
+                if pause_seconds is None or not may_be_told_again(error):
+                    _log_unended(meter, error)
+                    return
+                await asyncio.sleep(pause_seconds)
+            else:
+                return
+
 
 def _denial(error: Exception, tool: str) -> PermitDenied:
     """Whatever went wrong comes out as PermitDenied: the tool does not run.
@@ -367,15 +512,16 @@ def _denial(error: Exception, tool: str) -> PermitDenied:
     frame that an exception, its cause or its context remembers.
     """
     if isinstance(error, PermitDenied):
-        denied = error.with_traceback(None)
-        denied.__cause__ = denied.__context__ = None
-        return denied
+        return _bare(error)
+    if isinstance(error, IdentityLacking):
+        return PermitDenied(error.reason_code, error.message, tool=tool)
     if isinstance(error, CallError):
         return PermitDenied(
             error.reason_code,
             error.message,
             tool=tool,
             retry_after_seconds=error.retry_after_seconds,
+            refused_by=error.refused_by,
         )
     # Its text may hold an argument or the token, so only kind and place are told.
     return PermitDenied(
@@ -385,9 +531,34 @@ def _denial(error: Exception, tool: str) -> PermitDenied:
     )
 
 
-def _held(outcome: Permit | PermitDenied) -> Permit:
-    """The permit, or the denial is raised."""
-    if isinstance(outcome, PermitDenied):
+def _refusal(error: Exception) -> BudgetRefused:
+    """Whatever went wrong comes out as BudgetRefused, as by :func:`_denial`."""
+    if isinstance(error, BudgetRefused):
+        return _bare(error)
+    if isinstance(error, IdentityLacking):
+        return BudgetRefused(error.reason_code, error.message)
+    if isinstance(error, CallError):
+        return BudgetRefused(
+            error.reason_code,
+            error.message,
+            retry_after_seconds=error.retry_after_seconds,
+            refused_by=error.refused_by,
+        )
+    return BudgetRefused(
+        ReasonCode.GUARD_FAILED,
+        f"the guard failed with {type(error).__name__} at {_place(error)}",
+    )
+
+
+def _bare(error: _E) -> _E:
+    """The error without the frames in which it arose."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
+
+
+def _granted(outcome: _T | PermitDenied | BudgetRefused) -> _T:
+    """What was granted, or the refusal is raised."""
+    if isinstance(outcome, PermitDenied | BudgetRefused):
         raise outcome
     return outcome
 
@@ -407,4 +578,20 @@ def _log_unreported(error: Exception) -> None:
     _log.warning(
         "the outcome of a call could not be reported (%s); what it held expires by itself",
         type(error).__name__,
+    )
+
+
+def _log_untold(meter: Meter, error: Exception) -> None:
+    _log.info(
+        "hold %s: what is spent could not be reported (%s); it will be tried again",
+        meter.reservation.hold_id,
+        type(error).__name__,
+    )
+
+
+def _log_unended(meter: Meter, error: Exception) -> None:
+    _log.warning(
+        "hold %s: its end could not be reported (%s); it expires by itself",
+        meter.reservation.hold_id,
+        error.reason_code if isinstance(error, CallError) else type(error).__name__,
     )

@@ -30,7 +30,6 @@ from pdp.client.decision import Decision
 from pdp.client.desk import Grant, PermitDesk, Steps, Walk, report_executed, report_failed
 from pdp.client.errors import BudgetRefused, IdentityLacking, PermitDenied
 from pdp.client.hold import Hold, TellingTask, TellingThread
-from pdp.client.meter import BudgetDesk, Meter, may_be_told_again
 from pdp.client.spend import Charge, Reservation, Usage
 from pdp.permit.claims import Permit
 from pdp.permit.keys import PermitKeySet
@@ -40,6 +39,8 @@ if TYPE_CHECKING:
     import asyncio
 
     import grpc
+
+    from pdp.client.meter import Meter
 
 _log: Final = logging.getLogger(__name__)
 _P = ParamSpec("_P")
@@ -91,7 +92,7 @@ class _Face(Generic[_C]):
         self._desk = PermitDesk(
             self._identity, issuer=permit_issuer, keys=permit_keys, observe=observe
         )
-        self._budgets = BudgetDesk(self._identity, observe=observe_reservation)
+        self._observe_reservation = observe_reservation
 
     def acting_for(
         self, token: str, *, context: JsonObject | None = None, traceparent: str = ""
@@ -103,6 +104,19 @@ class _Face(Generic[_C]):
         here. ``traceparent`` is a W3C trace context, for the audit record.
         """
         return self._identity.acting_for(token, context=context, traceparent=traceparent)
+
+    def _reserving(
+        self, what: Usage | Sequence[Charge], tool: str, ttl_seconds: int
+    ) -> Steps[Meter]:
+        from pdp.client.meter import reserve  # noqa: PLC0415 - many runtimes never reserve
+
+        return reserve(
+            self._identity,
+            what,
+            tool=tool,
+            ttl_seconds=ttl_seconds,
+            observe=self._observe_reservation,
+        )
 
     def _tool(
         self,
@@ -283,7 +297,7 @@ class Guard(_Face[Connection]):
         self, what: Usage | Sequence[Charge], tool: str, ttl_seconds: int
     ) -> Meter | BudgetRefused:
         try:
-            return self._walk(self._budgets.reserve(what, tool=tool, ttl_seconds=ttl_seconds))
+            return self._walk(self._reserving(what, tool, ttl_seconds))
         except Exception as error:  # noqa: BLE001 - whatever it is, nothing is spent
             return _refusal(error)
 
@@ -317,7 +331,7 @@ class Guard(_Face[Connection]):
             try:
                 self._walk(meter.end(failed=failed))
             except Exception as error:  # noqa: BLE001 - what was done must not be lost
-                if pause_seconds is None or not may_be_told_again(error):
+                if pause_seconds is None or not meter.may_be_told_again(error):
                     _log_unended(meter, error)
                     return
                 time.sleep(pause_seconds)
@@ -447,7 +461,7 @@ class AsyncGuard(_Face[AsyncConnection]):
         self, what: Usage | Sequence[Charge], tool: str, ttl_seconds: int
     ) -> Meter | BudgetRefused:
         try:
-            return await self._walk(self._budgets.reserve(what, tool=tool, ttl_seconds=ttl_seconds))
+            return await self._walk(self._reserving(what, tool, ttl_seconds))
         except Exception as error:  # noqa: BLE001 - as in Guard
             return _refusal(error)
 
@@ -496,7 +510,7 @@ class AsyncGuard(_Face[AsyncConnection]):
             try:
                 await self._walk(meter.end(failed=failed))
             except Exception as error:  # noqa: BLE001 - as in Guard
-                if pause_seconds is None or not may_be_told_again(error):
+                if pause_seconds is None or not meter.may_be_told_again(error):
                     _log_unended(meter, error)
                     return
                 await asyncio.sleep(pause_seconds)

@@ -7,11 +7,12 @@ import threading
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
-from pdp.client.meter import Meter
 from pdp.client.spend import Charge, Reservation
 
 if TYPE_CHECKING:
     import asyncio
+
+    from pdp.client.meter import Meter
 
 
 class Hold:

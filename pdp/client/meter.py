@@ -54,47 +54,44 @@ Entry = str | tuple[str, str]
 """What amounts are counted by: a unit of usage, or budget and unit of a charge."""
 
 
-class BudgetDesk:
-    """Reserves, for whoever acts."""
-
-    def __init__(
-        self, identity: Identity, *, observe: Callable[[Reservation], None] | None
-    ) -> None:
-        self._identity = identity
-        self._observe = observe
-
-    def reserve(
-        self, what: Usage | Sequence[Charge], *, tool: str, ttl_seconds: int
-    ) -> Steps[Meter]:
-        """Have it held. Raises BudgetRefused, CallError and IdentityLacking."""
-        acting = self._identity.current()
-        request = budget_pb2.ReserveBudgetRequest(
-            idempotency_key=str(uuid.uuid4()), tool=tool, ttl_seconds=ttl_seconds
-        )
-        most: dict[Entry, int]
-        if isinstance(what, Usage):
-            request.usage.model = what.model
-            request.usage.quantities.extend(quantity_messages(what.quantities))
-            most = {unit: amount for unit, amount in what.quantities.items()}  # noqa: C416 - typed
-        else:
-            charges = checked_charges(what)
-            request.charges.extend(charge_messages(charges))
-            most = {(budget, unit): amount for budget, unit, amount in charges}
-        response = yield Ask("ReserveBudget", request, acting.metadata)
-        reservation = Reservation.of(request, response)
-        if not reservation.hold_id or not reservation.charges:
-            raise BudgetRefused(ReasonCode.INTERNAL, "the answer names nothing that is held")
-        meter = Meter(reservation, most, acting.metadata)
-        try:
-            if self._observe is not None:
-                self._observe(reservation)
-            # The identity may have ended while the answer was under way.
-            self._identity.current()
-        except Exception:
-            with contextlib.suppress(CallError):  # then it expires by itself
-                yield from meter.end(failed=True)
-            raise
-        return meter
+def reserve(
+    identity: Identity,
+    what: Usage | Sequence[Charge],
+    *,
+    tool: str,
+    ttl_seconds: int,
+    observe: Callable[[Reservation], None] | None,
+) -> Steps[Meter]:
+    """Have it held, for whoever acts. Raises BudgetRefused, CallError and IdentityLacking."""
+    acting = identity.current()
+    request = budget_pb2.ReserveBudgetRequest(
+        idempotency_key=str(uuid.uuid4()), tool=tool, ttl_seconds=ttl_seconds
+    )
+    most: dict[Entry, int] = {}
+    if isinstance(what, Usage):
+        request.usage.model = what.model
+        request.usage.quantities.extend(quantity_messages(what.quantities))
+        most.update(((unit, amount) for unit, amount in what.quantities.items()))
+    else:
+        charges = checked_charges(what)
+        request.charges.extend(charge_messages(charges))
+        for budget, unit, amount in charges:
+            most[budget, unit] = amount
+    response = yield Ask("ReserveBudget", request, acting.metadata)
+    reservation = Reservation.of(request, response)
+    if not reservation.hold_id or not reservation.charges:
+        raise BudgetRefused(ReasonCode.INTERNAL, "the answer names nothing that is held")
+    meter = Meter(reservation, most, acting.metadata)
+    try:
+        if observe is not None:
+            observe(reservation)
+        # The identity may have ended while the answer was under way.
+        identity.current()
+    except Exception:
+        with contextlib.suppress(CallError):  # then it expires by itself
+            yield from meter.end(failed=True)
+        raise
+    return meter
 
 
 class Meter:
@@ -148,7 +145,7 @@ class Meter:
         try:
             response = yield self._part
         except CallError as error:
-            self._failing = error.reason_code in _ASK_AGAIN
+            self._failing = self.may_be_told_again(error)
             if self._failing:
                 raise
             self._refused(error)
@@ -162,7 +159,7 @@ class Meter:
         """End the hold with what has not been told yet. When nothing was ever counted, a
         block that failed has spent nothing, and one that did not has spent all.
 
-        Raises CallError; where :func:`may_be_told_again`, the same steps are walked again.
+        Raises CallError; where it :meth:`may_be_told_again`, this is walked again.
         """
         with self._lock:
             self._ended = True
@@ -173,11 +170,16 @@ class Meter:
         try:
             yield self._last
         except CallError as error:
-            if self._unclear or may_be_told_again(error):
+            if self._unclear or self.may_be_told_again(error):
                 raise
             self._refused(error)
             self._last = self._rest()
             yield self._last
+
+    @staticmethod
+    def may_be_told_again(error: Exception) -> bool:
+        """Whether the sidecar may yet take what it did not take now."""
+        return isinstance(error, CallError) and error.reason_code in _ASK_AGAIN
 
     def _count(self, charges: Sequence[Charge], quantities: Mapping[str, int]) -> None:
         entries: list[tuple[Entry, int]] = [
@@ -245,11 +247,6 @@ class Meter:
             self.reservation.hold_id,
             error.reason_code,
         )
-
-
-def may_be_told_again(error: Exception) -> bool:
-    """Whether the sidecar may yet take what it did not take now."""
-    return isinstance(error, CallError) and error.reason_code in _ASK_AGAIN
 
 
 def _charges(amounts: Iterable[tuple[Entry, int]]) -> list[Charge]:

@@ -6,9 +6,12 @@ import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from pdp.api.v1 import budget_pb2, common_pb2
+from pdp.api.v1 import common_pb2
+
+if TYPE_CHECKING:
+    from pdp.api.v1 import budget_pb2
 
 Charge = tuple[str, str, int]
 """What something costs: budget, unit, amount."""

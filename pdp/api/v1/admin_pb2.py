@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from pdp.api.v1 import common_pb2 as pdp_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12pdp/v1/admin.proto\x12\x06pdp.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x13pdp/v1/common.proto\"F\n\tOperation\x12\x17\n\x0fidempotency_key\x18\x01 \x01(\t\x12\x10\n\x08operator\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x14\n\x12ListTenantsRequest\"&\n\x13ListTenantsResponse\x12\x0f\n\x07tenants\x18\x01 \x03(\t\"(\n\x13ListAccountsRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\"?\n\x14ListAccountsResponse\x12\'\n\x08\x61\x63\x63ounts\x18\x01 \x03(\x0b\x32\x15.pdp.v1.BudgetAccount\"w\n\rBudgetAccount\x12#\n\x06status\x18\x01 \x01(\x0b\x32\x13.pdp.v1.LimitStatus\x12\x12\n\ncounts_for\x18\x02 \x01(\t\x12-\n\tstarts_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"%\n\x10ListHoldsRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\"6\n\x11ListHoldsResponse\x12!\n\x05holds\x18\x01 \x03(\x0b\x32\x12.pdp.v1.BudgetHold\"\xef\x01\n\nBudgetHold\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\x12\x11\n\toperation\x18\x02 \x01(\t\x12\x10\n\x08\x61\x63tor_id\x18\x03 \x01(\t\x12\x0c\n\x04tool\x18\x04 \x01(\t\x12+\n\x07made_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1f\n\x07\x63harges\x18\x07 \x03(\x0b\x32\x0e.pdp.v1.Charge\x12\x1f\n\x07settled\x18\x08 \x03(\x0b\x32\x0e.pdp.v1.Charge\"\x83\x01\n\x12GrantBudgetRequest\x12$\n\toperation\x18\x01 \x01(\x0b\x32\x11.pdp.v1.Operation\x12\x11\n\ttenant_id\x18\x02 \x01(\t\x12\x10\n\x08limit_id\x18\x03 \x01(\t\x12\x12\n\ncounts_for\x18\x04 \x01(\t\x12\x0e\n\x06\x61mount\x18\x05 \x01(\x03\"b\n\x13GrantBudgetResponse\x12&\n\x07\x61\x63\x63ount\x18\x01 \x01(\x0b\x32\x15.pdp.v1.BudgetAccount\x12#\n\x05\x61udit\x18\x02 \x01(\x0b\x32\x14.pdp.v1.AuditReceipt\"\x7f\n\x12RefundSpendRequest\x12$\n\toperation\x18\x01 \x01(\x0b\x32\x11.pdp.v1.Operation\x12\x11\n\ttenant_id\x18\x02 \x01(\t\x12\x0f\n\x07hold_id\x18\x03 \x01(\t\x12\x1f\n\x07\x63harges\x18\x04 \x03(\x0b\x32\x0e.pdp.v1.Charge\"\\\n\x13RefundSpendResponse\x12 \n\x08refunded\x18\x01 \x03(\x0b\x32\x0e.pdp.v1.Charge\x12#\n\x05\x61udit\x18\x02 \x01(\x0b\x32\x14.pdp.v1.AuditReceipt\"^\n\x12ReleaseHoldRequest\x12$\n\toperation\x18\x01 \x01(\x0b\x32\x11.pdp.v1.Operation\x12\x11\n\ttenant_id\x18\x02 \x01(\t\x12\x0f\n\x07hold_id\x18\x03 \x01(\t\"\\\n\x13ReleaseHoldResponse\x12 \n\x08released\x18\x01 \x03(\x0b\x32\x0e.pdp.v1.Charge\x12#\n\x05\x61udit\x18\x02 \x01(\x0b\x32\x14.pdp.v1.AuditReceipt2\xc1\x03\n\x12\x42udgetAdminService\x12\x46\n\x0bListTenants\x12\x1a.pdp.v1.ListTenantsRequest\x1a\x1b.pdp.v1.ListTenantsResponse\x12I\n\x0cListAccounts\x12\x1b.pdp.v1.ListAccountsRequest\x1a\x1c.pdp.v1.ListAccountsResponse\x12@\n\tListHolds\x12\x18.pdp.v1.ListHoldsRequest\x1a\x19.pdp.v1.ListHoldsResponse\x12\x46\n\x0bGrantBudget\x12\x1a.pdp.v1.GrantBudgetRequest\x1a\x1b.pdp.v1.GrantBudgetResponse\x12\x46\n\x0bRefundSpend\x12\x1a.pdp.v1.RefundSpendRequest\x1a\x1b.pdp.v1.RefundSpendResponse\x12\x46\n\x0bReleaseHold\x12\x1a.pdp.v1.ReleaseHoldRequest\x1a\x1b.pdp.v1.ReleaseHoldResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12pdp/v1/admin.proto\x12\x06pdp.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x13pdp/v1/common.proto\"F\n\tOperation\x12\x17\n\x0fidempotency_key\x18\x01 \x01(\t\x12\x10\n\x08operator\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x14\n\x12ListTenantsRequest\"&\n\x13ListTenantsResponse\x12\x0f\n\x07tenants\x18\x01 \x03(\t\"(\n\x13ListAccountsRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\"?\n\x14ListAccountsResponse\x12\'\n\x08\x61\x63\x63ounts\x18\x01 \x03(\x0b\x32\x15.pdp.v1.BudgetAccount\"\x87\x01\n\rBudgetAccount\x12#\n\x06status\x18\x01 \x01(\x0b\x32\x13.pdp.v1.LimitStatus\x12\x12\n\ncounts_for\x18\x02 \x01(\t\x12-\n\tstarts_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06leased\x18\x04 \x01(\x03\"%\n\x10ListHoldsRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\"6\n\x11ListHoldsResponse\x12!\n\x05holds\x18\x01 \x03(\x0b\x32\x12.pdp.v1.BudgetHold\"\xfd\x01\n\nBudgetHold\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\x12\x11\n\toperation\x18\x02 \x01(\t\x12\x10\n\x08\x61\x63tor_id\x18\x03 \x01(\t\x12\x0c\n\x04tool\x18\x04 \x01(\t\x12+\n\x07made_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1f\n\x07\x63harges\x18\x07 \x03(\x0b\x32\x0e.pdp.v1.Charge\x12\x1f\n\x07settled\x18\x08 \x03(\x0b\x32\x0e.pdp.v1.Charge\x12\x0c\n\x04memo\x18\t \x01(\t\"\xb1\x01\n\x12GrantBudgetRequest\x12$\n\toperation\x18\x01 \x01(\x0b\x32\x11.pdp.v1.Operation\x12\x11\n\ttenant_id\x18\x02 \x01(\t\x12\x10\n\x08limit_id\x18\x03 \x01(\t\x12\x12\n\ncounts_for\x18\x04 \x01(\t\x12\x0e\n\x06\x61mount\x18\x05 \x01(\x03\x12\x0e\n\x06\x62udget\x18\x06 \x01(\t\x12\x0c\n\x04unit\x18\x07 \x01(\t\x12\x0e\n\x06window\x18\x08 \x01(\t\"t\n\x13GrantBudgetResponse\x12&\n\x07\x61\x63\x63ount\x18\x01 \x01(\x0b\x32\x15.pdp.v1.BudgetAccount\x12#\n\x05\x61udit\x18\x02 \x01(\x0b\x32\x14.pdp.v1.AuditReceipt\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"\x7f\n\x12RefundSpendRequest\x12$\n\toperation\x18\x01 \x01(\x0b\x32\x11.pdp.v1.Operation\x12\x11\n\ttenant_id\x18\x02 \x01(\t\x12\x0f\n\x07hold_id\x18\x03 \x01(\t\x12\x1f\n\x07\x63harges\x18\x04 \x03(\x0b\x32\x0e.pdp.v1.Charge\"n\n\x13RefundSpendResponse\x12 \n\x08refunded\x18\x01 \x03(\x0b\x32\x0e.pdp.v1.Charge\x12#\n\x05\x61udit\x18\x02 \x01(\x0b\x32\x14.pdp.v1.AuditReceipt\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"r\n\x12ReleaseHoldRequest\x12$\n\toperation\x18\x01 \x01(\x0b\x32\x11.pdp.v1.Operation\x12\x11\n\ttenant_id\x18\x02 \x01(\t\x12\x0f\n\x07hold_id\x18\x03 \x01(\t\x12\x12\n\neven_lease\x18\x04 \x01(\x08\"n\n\x13ReleaseHoldResponse\x12 \n\x08released\x18\x01 \x03(\x0b\x32\x0e.pdp.v1.Charge\x12#\n\x05\x61udit\x18\x02 \x01(\x0b\x32\x14.pdp.v1.AuditReceipt\x12\x10\n\x08replayed\x18\x03 \x01(\x08\x32\xc1\x03\n\x12\x42udgetAdminService\x12\x46\n\x0bListTenants\x12\x1a.pdp.v1.ListTenantsRequest\x1a\x1b.pdp.v1.ListTenantsResponse\x12I\n\x0cListAccounts\x12\x1b.pdp.v1.ListAccountsRequest\x1a\x1c.pdp.v1.ListAccountsResponse\x12@\n\tListHolds\x12\x18.pdp.v1.ListHoldsRequest\x1a\x19.pdp.v1.ListHoldsResponse\x12\x46\n\x0bGrantBudget\x12\x1a.pdp.v1.GrantBudgetRequest\x1a\x1b.pdp.v1.GrantBudgetResponse\x12\x46\n\x0bRefundSpend\x12\x1a.pdp.v1.RefundSpendRequest\x1a\x1b.pdp.v1.RefundSpendResponse\x12\x46\n\x0bReleaseHold\x12\x1a.pdp.v1.ReleaseHoldRequest\x1a\x1b.pdp.v1.ReleaseHoldResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,26 +43,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTACCOUNTSREQUEST']._serialized_end=258
   _globals['_LISTACCOUNTSRESPONSE']._serialized_start=260
   _globals['_LISTACCOUNTSRESPONSE']._serialized_end=323
-  _globals['_BUDGETACCOUNT']._serialized_start=325
-  _globals['_BUDGETACCOUNT']._serialized_end=444
-  _globals['_LISTHOLDSREQUEST']._serialized_start=446
-  _globals['_LISTHOLDSREQUEST']._serialized_end=483
-  _globals['_LISTHOLDSRESPONSE']._serialized_start=485
-  _globals['_LISTHOLDSRESPONSE']._serialized_end=539
-  _globals['_BUDGETHOLD']._serialized_start=542
-  _globals['_BUDGETHOLD']._serialized_end=781
-  _globals['_GRANTBUDGETREQUEST']._serialized_start=784
-  _globals['_GRANTBUDGETREQUEST']._serialized_end=915
-  _globals['_GRANTBUDGETRESPONSE']._serialized_start=917
-  _globals['_GRANTBUDGETRESPONSE']._serialized_end=1015
-  _globals['_REFUNDSPENDREQUEST']._serialized_start=1017
-  _globals['_REFUNDSPENDREQUEST']._serialized_end=1144
-  _globals['_REFUNDSPENDRESPONSE']._serialized_start=1146
-  _globals['_REFUNDSPENDRESPONSE']._serialized_end=1238
-  _globals['_RELEASEHOLDREQUEST']._serialized_start=1240
-  _globals['_RELEASEHOLDREQUEST']._serialized_end=1334
-  _globals['_RELEASEHOLDRESPONSE']._serialized_start=1336
-  _globals['_RELEASEHOLDRESPONSE']._serialized_end=1428
-  _globals['_BUDGETADMINSERVICE']._serialized_start=1431
-  _globals['_BUDGETADMINSERVICE']._serialized_end=1880
+  _globals['_BUDGETACCOUNT']._serialized_start=326
+  _globals['_BUDGETACCOUNT']._serialized_end=461
+  _globals['_LISTHOLDSREQUEST']._serialized_start=463
+  _globals['_LISTHOLDSREQUEST']._serialized_end=500
+  _globals['_LISTHOLDSRESPONSE']._serialized_start=502
+  _globals['_LISTHOLDSRESPONSE']._serialized_end=556
+  _globals['_BUDGETHOLD']._serialized_start=559
+  _globals['_BUDGETHOLD']._serialized_end=812
+  _globals['_GRANTBUDGETREQUEST']._serialized_start=815
+  _globals['_GRANTBUDGETREQUEST']._serialized_end=992
+  _globals['_GRANTBUDGETRESPONSE']._serialized_start=994
+  _globals['_GRANTBUDGETRESPONSE']._serialized_end=1110
+  _globals['_REFUNDSPENDREQUEST']._serialized_start=1112
+  _globals['_REFUNDSPENDREQUEST']._serialized_end=1239
+  _globals['_REFUNDSPENDRESPONSE']._serialized_start=1241
+  _globals['_REFUNDSPENDRESPONSE']._serialized_end=1351
+  _globals['_RELEASEHOLDREQUEST']._serialized_start=1353
+  _globals['_RELEASEHOLDREQUEST']._serialized_end=1467
+  _globals['_RELEASEHOLDRESPONSE']._serialized_start=1469
+  _globals['_RELEASEHOLDRESPONSE']._serialized_end=1579
+  _globals['_BUDGETADMINSERVICE']._serialized_start=1582
+  _globals['_BUDGETADMINSERVICE']._serialized_end=2031
 # @@protoc_insertion_point(module_scope)

@@ -99,7 +99,7 @@ class ListAccountsRequest(_message.Message):
 
     TENANT_ID_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
-    """The tenant."""
+    """The tenant: 1 to 128 of [A-Za-z0-9._-], the first a letter or digit."""
     def __init__(
         self,
         *,
@@ -146,8 +146,13 @@ class BudgetAccount(_message.Message):
     STATUS_FIELD_NUMBER: _builtins.int
     COUNTS_FOR_FIELD_NUMBER: _builtins.int
     STARTS_AT_FIELD_NUMBER: _builtins.int
+    LEASED_FIELD_NUMBER: _builtins.int
     counts_for: _builtins.str
     """Which team, actor, session or tool it is; empty for the whole tenant."""
+    leased: _builtins.int
+    """How much of what is held is leased to sidecars. Not known, and 0, for limits of
+    teams and sessions.
+    """
     @_builtins.property
     def status(self) -> _common_pb2.LimitStatus:
         """The limit, and how it stands here."""
@@ -162,10 +167,11 @@ class BudgetAccount(_message.Message):
         status: _common_pb2.LimitStatus | None = ...,
         counts_for: _builtins.str = ...,
         starts_at: _timestamp_pb2.Timestamp | None = ...,
+        leased: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["starts_at", b"starts_at", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts_for", b"counts_for", "starts_at", b"starts_at", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts_for", b"counts_for", "leased", b"leased", "starts_at", b"starts_at", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -231,6 +237,7 @@ class BudgetHold(_message.Message):
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
     CHARGES_FIELD_NUMBER: _builtins.int
     SETTLED_FIELD_NUMBER: _builtins.int
+    MEMO_FIELD_NUMBER: _builtins.int
     hold_id: _builtins.str
     """A UUID."""
     operation: _builtins.str
@@ -239,6 +246,8 @@ class BudgetHold(_message.Message):
     """For whom."""
     tool: _builtins.str
     """The tool, if it is for one."""
+    memo: _builtins.str
+    """What its maker keeps with it: of a lease, which sidecar has it."""
     @_builtins.property
     def made_at(self) -> _timestamp_pb2.Timestamp:
         """When it was made."""
@@ -266,10 +275,11 @@ class BudgetHold(_message.Message):
         expires_at: _timestamp_pb2.Timestamp | None = ...,
         charges: _abc.Iterable[_common_pb2.Charge] | None = ...,
         settled: _abc.Iterable[_common_pb2.Charge] | None = ...,
+        memo: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "made_at", b"made_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor_id", b"actor_id", "charges", b"charges", "expires_at", b"expires_at", "hold_id", b"hold_id", "made_at", b"made_at", "operation", b"operation", "settled", b"settled", "tool", b"tool"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor_id", b"actor_id", "charges", b"charges", "expires_at", b"expires_at", "hold_id", b"hold_id", "made_at", b"made_at", "memo", b"memo", "operation", b"operation", "settled", b"settled", "tool", b"tool"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -286,14 +296,23 @@ class GrantBudgetRequest(_message.Message):
     LIMIT_ID_FIELD_NUMBER: _builtins.int
     COUNTS_FOR_FIELD_NUMBER: _builtins.int
     AMOUNT_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
     """The tenant."""
     limit_id: _builtins.str
-    """The limit's id in the policy."""
+    """The limit's id in the policy. Not one of a rate or of concurrency."""
     counts_for: _builtins.str
     """As BudgetAccount.counts_for."""
     amount: _builtins.int
-    """How much more; below zero, what is taken back of earlier grants."""
+    """How much more, but not 0; below zero, what is taken back of earlier grants."""
+    budget: _builtins.str
+    """Needed only where one id names limits of several budgets, units or windows."""
+    unit: _builtins.str
+    """As budget."""
+    window: _builtins.str
+    """As budget."""
     @_builtins.property
     def operation(self) -> Global___Operation:
         """Who and why."""
@@ -306,10 +325,13 @@ class GrantBudgetRequest(_message.Message):
         limit_id: _builtins.str = ...,
         counts_for: _builtins.str = ...,
         amount: _builtins.int = ...,
+        budget: _builtins.str = ...,
+        unit: _builtins.str = ...,
+        window: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "counts_for", b"counts_for", "limit_id", b"limit_id", "operation", b"operation", "tenant_id", b"tenant_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "budget", b"budget", "counts_for", b"counts_for", "limit_id", b"limit_id", "operation", b"operation", "tenant_id", b"tenant_id", "unit", b"unit", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -323,9 +345,14 @@ class GrantBudgetResponse(_message.Message):
 
     ACCOUNT_FIELD_NUMBER: _builtins.int
     AUDIT_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    replayed: _builtins.bool
+    """True when this is the first answer to an earlier call."""
     @_builtins.property
     def account(self) -> Global___BudgetAccount:
-        """The account, as it stands now."""
+        """The account, as it stands now. Unset where an earlier grant is answered again, and
+        its window has ended.
+        """
 
     @_builtins.property
     def audit(self) -> _common_pb2.AuditReceipt:
@@ -336,10 +363,11 @@ class GrantBudgetResponse(_message.Message):
         *,
         account: Global___BudgetAccount | None = ...,
         audit: _common_pb2.AuditReceipt | None = ...,
+        replayed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "audit", b"audit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "audit", b"audit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "audit", b"audit", "replayed", b"replayed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -391,6 +419,9 @@ class RefundSpendResponse(_message.Message):
 
     REFUNDED_FIELD_NUMBER: _builtins.int
     AUDIT_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    replayed: _builtins.bool
+    """True when this is the first answer to an earlier call."""
     @_builtins.property
     def refunded(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Charge]:
         """What was taken back."""
@@ -404,10 +435,11 @@ class RefundSpendResponse(_message.Message):
         *,
         refunded: _abc.Iterable[_common_pb2.Charge] | None = ...,
         audit: _common_pb2.AuditReceipt | None = ...,
+        replayed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit", "refunded", b"refunded"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit", "refunded", b"refunded", "replayed", b"replayed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -422,10 +454,15 @@ class ReleaseHoldRequest(_message.Message):
     OPERATION_FIELD_NUMBER: _builtins.int
     TENANT_ID_FIELD_NUMBER: _builtins.int
     HOLD_ID_FIELD_NUMBER: _builtins.int
+    EVEN_LEASE_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
     """The tenant."""
     hold_id: _builtins.str
     """The hold."""
+    even_lease: _builtins.bool
+    """True: also where it is a lease. While its sidecar runs, what that spends under it
+    comes on top of the limits.
+    """
     @_builtins.property
     def operation(self) -> Global___Operation:
         """Who and why."""
@@ -436,10 +473,11 @@ class ReleaseHoldRequest(_message.Message):
         operation: Global___Operation | None = ...,
         tenant_id: _builtins.str = ...,
         hold_id: _builtins.str = ...,
+        even_lease: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hold_id", b"hold_id", "operation", b"operation", "tenant_id", b"tenant_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["even_lease", b"even_lease", "hold_id", b"hold_id", "operation", b"operation", "tenant_id", b"tenant_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -453,6 +491,9 @@ class ReleaseHoldResponse(_message.Message):
 
     RELEASED_FIELD_NUMBER: _builtins.int
     AUDIT_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    replayed: _builtins.bool
+    """True when this is the first answer to an earlier call."""
     @_builtins.property
     def released(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Charge]:
         """What was still held."""
@@ -466,10 +507,11 @@ class ReleaseHoldResponse(_message.Message):
         *,
         released: _abc.Iterable[_common_pb2.Charge] | None = ...,
         audit: _common_pb2.AuditReceipt | None = ...,
+        replayed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit", "released", b"released"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit", "released", b"released", "replayed", b"replayed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -31,10 +31,14 @@ class BudgetAdminServiceStub:
     may do all of it. Who it is, is what the operator says; it goes on record with the
     reason.
 
+    Every change goes on record before it is made, and what came of it before it is
+    answered. One whose answer was lost is asked for again with the same key, and made
+    once.
+
     INVALID_ARGUMENT: request_invalid. FAILED_PRECONDITION: hold_not_found,
     hold_already_settled, hold_already_released, hold_expired, account_not_found,
-    refund_exceeds_spend. ALREADY_EXISTS: idempotency_key_reused. UNAVAILABLE:
-    budget_unavailable, audit_unavailable.
+    charge_not_held, refund_exceeds_spend. ALREADY_EXISTS: idempotency_key_reused.
+    UNAVAILABLE: budget_unavailable, audit_unavailable.
     """
 
     def __init__(self, channel):
@@ -81,10 +85,14 @@ class BudgetAdminServiceServicer:
     may do all of it. Who it is, is what the operator says; it goes on record with the
     reason.
 
+    Every change goes on record before it is made, and what came of it before it is
+    answered. One whose answer was lost is asked for again with the same key, and made
+    once.
+
     INVALID_ARGUMENT: request_invalid. FAILED_PRECONDITION: hold_not_found,
     hold_already_settled, hold_already_released, hold_expired, account_not_found,
-    refund_exceeds_spend. ALREADY_EXISTS: idempotency_key_reused. UNAVAILABLE:
-    budget_unavailable, audit_unavailable.
+    charge_not_held, refund_exceeds_spend. ALREADY_EXISTS: idempotency_key_reused.
+    UNAVAILABLE: budget_unavailable, audit_unavailable.
     """
 
     def ListTenants(self, request, context):
@@ -176,10 +184,14 @@ class BudgetAdminService:
     may do all of it. Who it is, is what the operator says; it goes on record with the
     reason.
 
+    Every change goes on record before it is made, and what came of it before it is
+    answered. One whose answer was lost is asked for again with the same key, and made
+    once.
+
     INVALID_ARGUMENT: request_invalid. FAILED_PRECONDITION: hold_not_found,
     hold_already_settled, hold_already_released, hold_expired, account_not_found,
-    refund_exceeds_spend. ALREADY_EXISTS: idempotency_key_reused. UNAVAILABLE:
-    budget_unavailable, audit_unavailable.
+    charge_not_held, refund_exceeds_spend. ALREADY_EXISTS: idempotency_key_reused.
+    UNAVAILABLE: budget_unavailable, audit_unavailable.
     """
 
     @staticmethod

@@ -32,10 +32,14 @@ class BudgetAdminServiceStub:
     may do all of it. Who it is, is what the operator says; it goes on record with the
     reason.
 
+    Every change goes on record before it is made, and what came of it before it is
+    answered. One whose answer was lost is asked for again with the same key, and made
+    once.
+
     INVALID_ARGUMENT: request_invalid. FAILED_PRECONDITION: hold_not_found,
     hold_already_settled, hold_already_released, hold_expired, account_not_found,
-    refund_exceeds_spend. ALREADY_EXISTS: idempotency_key_reused. UNAVAILABLE:
-    budget_unavailable, audit_unavailable.
+    charge_not_held, refund_exceeds_spend. ALREADY_EXISTS: idempotency_key_reused.
+    UNAVAILABLE: budget_unavailable, audit_unavailable.
     """
 
     @_typing.overload
@@ -62,10 +66,14 @@ class BudgetAdminServiceAsyncStub(BudgetAdminServiceStub):
     may do all of it. Who it is, is what the operator says; it goes on record with the
     reason.
 
+    Every change goes on record before it is made, and what came of it before it is
+    answered. One whose answer was lost is asked for again with the same key, and made
+    once.
+
     INVALID_ARGUMENT: request_invalid. FAILED_PRECONDITION: hold_not_found,
     hold_already_settled, hold_already_released, hold_expired, account_not_found,
-    refund_exceeds_spend. ALREADY_EXISTS: idempotency_key_reused. UNAVAILABLE:
-    budget_unavailable, audit_unavailable.
+    charge_not_held, refund_exceeds_spend. ALREADY_EXISTS: idempotency_key_reused.
+    UNAVAILABLE: budget_unavailable, audit_unavailable.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -88,10 +96,14 @@ class BudgetAdminServiceServicer(metaclass=_abc_1.ABCMeta):
     may do all of it. Who it is, is what the operator says; it goes on record with the
     reason.
 
+    Every change goes on record before it is made, and what came of it before it is
+    answered. One whose answer was lost is asked for again with the same key, and made
+    once.
+
     INVALID_ARGUMENT: request_invalid. FAILED_PRECONDITION: hold_not_found,
     hold_already_settled, hold_already_released, hold_expired, account_not_found,
-    refund_exceeds_spend. ALREADY_EXISTS: idempotency_key_reused. UNAVAILABLE:
-    budget_unavailable, audit_unavailable.
+    charge_not_held, refund_exceeds_spend. ALREADY_EXISTS: idempotency_key_reused.
+    UNAVAILABLE: budget_unavailable, audit_unavailable.
     """
 
     @_abc_1.abstractmethod

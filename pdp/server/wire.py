@@ -86,14 +86,14 @@ class QuestionReader:
         resource: JsonObject | None = None
         if request.HasField("resource"):
             resource = {
-                "type": _matching(
+                "type": matching(
                     "resource.type", request.resource.type, _RESOURCE_TYPE, _RESOURCE_TYPE_FORM
                 ),
                 "id": _resource_id(request.resource.id),
             }
-        request_id = _key("request_id", request.request_id)
-        tool = _matching("action.name", request.action.name, _NAME, _NAME_FORM)
-        audience = _matching(
+        request_id = key_from("request_id", request.request_id)
+        tool = matching("action.name", request.action.name, _NAME, _NAME_FORM)
+        audience = matching(
             "audience", request.audience or self._default_audience, _AUDIENCE, "an id"
         )
 
@@ -130,7 +130,7 @@ def authorize_response(recorded: Recorded) -> authorization_pb2.AuthorizeRespons
         actor_id=answer.subject.actor,
         namespace=answer.subject.namespace,
         policy_revision=answer.policy_revision,
-        audit=_receipt(recorded.receipt),
+        audit=receipt_out(recorded.receipt),
         replayed=answer.replayed,
         steps=[
             authorization_pb2.StepDuration(step=step, duration=_duration(seconds))
@@ -144,7 +144,7 @@ def authorize_response(recorded: Recorded) -> authorization_pb2.AuthorizeRespons
         if answer.permit.hold_id:
             response.hold.hold_id = answer.permit.hold_id
             response.hold.expires_at.seconds = answer.hold_expires_at
-            response.hold.charges.extend(_charges_out(answer.charges))
+            response.hold.charges.extend(charges_out(answer.charges))
     if answer.refused_by is not None:
         response.refused_by.CopyFrom(limit_status(answer.refused_by))
         if answer.retry_after_seconds is not None:
@@ -164,8 +164,8 @@ def spend_from(
     if not request.charges:
         raise RequestError("charges", "must name at least one charge")
     return Spend(
-        idempotency_key=_key("idempotency_key", request.idempotency_key),
-        charges=_charges(request.charges, least=1),
+        idempotency_key=key_from("idempotency_key", request.idempotency_key),
+        charges=charges_from(request.charges, least=1),
         tool=tool_from(request.tool),
         ttl_seconds=ttl_seconds,
         trace_id=trace_id,
@@ -180,16 +180,16 @@ def hold_end_from(
     """The settlement or release that is asked for. Raises RequestError."""
     charges = request.charges if isinstance(request, budget_pb2.SettleBudgetRequest) else ()
     return HoldEnd(
-        idempotency_key=_key("idempotency_key", request.idempotency_key),
-        hold_id=_matching("hold_id", request.hold_id, _UUID, "a UUID in lower case"),
-        charges=_charges(charges, least=0),
+        idempotency_key=key_from("idempotency_key", request.idempotency_key),
+        hold_id=matching("hold_id", request.hold_id, _UUID, "a UUID in lower case"),
+        charges=charges_from(charges, least=0),
         trace_id=trace_id,
     )
 
 
 def tool_from(tool: str) -> str:
     """The tool of a budget request, which may be empty. Raises RequestError."""
-    return _matching("tool", tool, _NAME, _NAME_FORM) if tool else ""
+    return matching("tool", tool, _NAME, _NAME_FORM) if tool else ""
 
 
 def charge_response(spent: Spent) -> budget_pb2.ChargeBudgetResponse:
@@ -199,7 +199,7 @@ def charge_response(spent: Spent) -> budget_pb2.ChargeBudgetResponse:
         limits=[limit_status(state) for state in spent.result.limits],
         decision_id=spent.decision_id,
         policy_revision=spent.policy_revision,
-        audit=_receipt(spent.receipt),
+        audit=receipt_out(spent.receipt),
         replayed=spent.result.replayed,
     )
 
@@ -212,7 +212,7 @@ def reserve_response(spent: Spent) -> budget_pb2.ReserveBudgetResponse:
         limits=[limit_status(state) for state in spent.result.limits],
         decision_id=spent.decision_id,
         policy_revision=spent.policy_revision,
-        audit=_receipt(spent.receipt),
+        audit=receipt_out(spent.receipt),
         replayed=spent.result.replayed,
     )
 
@@ -222,7 +222,7 @@ def settle_response(spent: Spent) -> budget_pb2.SettleBudgetResponse:
     return budget_pb2.SettleBudgetResponse(
         over_hold=spent.result.over_hold,
         late=spent.result.late,
-        audit=_receipt(spent.receipt),
+        audit=receipt_out(spent.receipt),
         replayed=spent.result.replayed,
     )
 
@@ -230,7 +230,7 @@ def settle_response(spent: Spent) -> budget_pb2.SettleBudgetResponse:
 def release_response(spent: Spent) -> budget_pb2.ReleaseBudgetResponse:
     """A release on the wire."""
     return budget_pb2.ReleaseBudgetResponse(
-        audit=_receipt(spent.receipt), replayed=spent.result.replayed
+        audit=receipt_out(spent.receipt), replayed=spent.result.replayed
     )
 
 
@@ -258,12 +258,12 @@ def redemption_from(
     """The redemption that is asked for. Raises RequestError."""
     return Redemption(
         permit=_permit(request.permit),
-        idempotency_key=_key("idempotency_key", request.idempotency_key),
-        tool=_matching("tool", request.tool, _NAME, _NAME_FORM),
-        arguments_sha256=_matching(
+        idempotency_key=key_from("idempotency_key", request.idempotency_key),
+        tool=matching("tool", request.tool, _NAME, _NAME_FORM),
+        arguments_sha256=matching(
             "arguments_sha256", request.arguments_sha256, _SHA256, "64 lower-case hex digits"
         ),
-        audience=_matching("audience", request.audience, _AUDIENCE, "an id"),
+        audience=matching("audience", request.audience, _AUDIENCE, "an id"),
         trace_id=trace_id,
     )
 
@@ -275,7 +275,7 @@ def redeem_response(redeemed: Redeemed) -> execution_pb2.RedeemPermitResponse:
         actor_id=redeemed.permit.actor,
         decision_id=redeemed.permit.decision_id,
         uses_left=0,
-        audit=_receipt(redeemed.receipt),
+        audit=receipt_out(redeemed.receipt),
         replayed=redeemed.replayed,
     )
 
@@ -285,11 +285,11 @@ def report_from(request: execution_pb2.ReportOutcomeRequest, *, trace_id: str | 
     if request.outcome not in (execution_pb2.OUTCOME_EXECUTED, execution_pb2.OUTCOME_FAILED):
         raise RequestError("outcome", "must be OUTCOME_EXECUTED or OUTCOME_FAILED")
     if request.error_type:
-        _matching("error_type", request.error_type, _ERROR_TYPE, "the name of an error")
+        matching("error_type", request.error_type, _ERROR_TYPE, "the name of an error")
     return Report(
         permit=_permit(request.permit),
         executed=request.outcome == execution_pb2.OUTCOME_EXECUTED,
-        charges=_charges(request.charges, least=0),
+        charges=charges_from(request.charges, least=0),
         error_type=request.error_type,
         trace_id=trace_id,
     )
@@ -298,8 +298,8 @@ def report_from(request: execution_pb2.ReportOutcomeRequest, *, trace_id: str | 
 def report_response(reported: Reported) -> execution_pb2.ReportOutcomeResponse:
     """A report's answer on the wire."""
     return execution_pb2.ReportOutcomeResponse(
-        settled=_charges_out(reported.settled),
-        audit=_receipt(reported.receipt),
+        settled=charges_out(reported.settled),
+        audit=receipt_out(reported.receipt),
         replayed=reported.replayed,
     )
 
@@ -307,14 +307,16 @@ def report_response(reported: Reported) -> execution_pb2.ReportOutcomeResponse:
 _NAME_FORM: Final = "1 to 128 characters of [A-Za-z0-9._:/-], the first a letter or digit"
 
 
-def _matching(field: str, value: str, pattern: re.Pattern[str], form: str) -> str:
+def matching(field: str, value: str, pattern: re.Pattern[str], form: str) -> str:
+    """The value. Raises RequestError where it is not of the form."""
     if not pattern.fullmatch(value):
         raise RequestError(field, f"must be {form}")
     return value
 
 
-def _key(field: str, value: str) -> str:
-    return _matching(field, value, _KEY, "1 to 255 printable ASCII characters without spaces")
+def key_from(field: str, value: str) -> str:
+    """An idempotency key. Raises RequestError."""
+    return matching(field, value, _KEY, "1 to 255 printable ASCII characters without spaces")
 
 
 def _resource_id(value: str) -> str:
@@ -341,14 +343,15 @@ def _json(field: str, data: bytes, max_bytes: int) -> JsonObject:
         raise RequestError(field, str(error), reason_code=ReasonCode.ARGUMENTS_INVALID) from None
 
 
-def _charges(charges: Sequence[common_pb2.Charge], *, least: int) -> tuple[Charge, ...]:
+def charges_from(charges: Sequence[common_pb2.Charge], *, least: int) -> tuple[Charge, ...]:
+    """Charges of at least ``least`` each. Raises RequestError."""
     if len(charges) > MAX_CHARGES:
         raise RequestError("charges", f"must be at most {MAX_CHARGES}")
     read = []
     for index, charge in enumerate(charges):
         field = f"charges[{index}]"
-        _matching(f"{field}.budget", charge.budget, _BUDGET, "1 to 64 of [a-z0-9._-]")
-        _matching(f"{field}.unit", charge.unit, _BUDGET, "1 to 64 of [a-z0-9._-]")
+        matching(f"{field}.budget", charge.budget, _BUDGET, "1 to 64 of [a-z0-9._-]")
+        matching(f"{field}.unit", charge.unit, _BUDGET, "1 to 64 of [a-z0-9._-]")
         if not least <= charge.amount <= MAX_AMOUNT:
             raise RequestError(f"{field}.amount", f"must be {least} to {MAX_AMOUNT}")
         read.append(Charge(charge.budget, charge.unit, charge.amount))
@@ -357,14 +360,16 @@ def _charges(charges: Sequence[common_pb2.Charge], *, least: int) -> tuple[Charg
     return tuple(read)
 
 
-def _charges_out(charges: Iterable[Charge]) -> list[common_pb2.Charge]:
+def charges_out(charges: Iterable[Charge]) -> list[common_pb2.Charge]:
+    """Charges on the wire."""
     return [
         common_pb2.Charge(budget=charge.budget, unit=charge.unit, amount=charge.amount)
         for charge in charges
     ]
 
 
-def _receipt(receipt: AuditReceipt) -> common_pb2.AuditReceipt:
+def receipt_out(receipt: AuditReceipt) -> common_pb2.AuditReceipt:
+    """Where the record lies, on the wire."""
     return common_pb2.AuditReceipt(sequence=receipt.sequence, hash=receipt.hash)
 
 

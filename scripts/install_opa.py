@@ -1,7 +1,8 @@
 """Put OPA and what belongs to it into .tools: `python scripts/install_opa.py NAME`.
 
-opa itself, its linter regal, its conformance cases (opa-cases), and crane, whose OCI
-registry the tests pull bundles from.
+opa itself, its linter regal, its conformance cases (opa-cases), crane, whose OCI
+registry the tests pull bundles from, and toxiproxy-server, through which they break
+the way to a Redis.
 
 Taken from PATH when the right version is there. Otherwise built from the Go module,
 whose content Go checks against its checksum database, with the Go on PATH or, where
@@ -44,7 +45,9 @@ class Tool:
     module: str
     version: str
     accepted: re.Pattern[str]
-    """What `NAME version` prints when it is a version that will do."""
+    """What the command then prints when it is a version that will do."""
+    asks_version: str = "version"
+    """What makes it print its version."""
     package: str = ""
     """Below the module, where it is not the module itself."""
     ldflags: str = ""
@@ -74,6 +77,15 @@ TOOLS: Final = {
             accepted=re.compile(r"^v?0\.22\.1$", re.MULTILINE),
             package="/cmd/crane",
             ldflags="-X github.com/google/go-containerregistry/cmd/crane/cmd.Version=0.22.1",
+        ),
+        Tool(
+            name="toxiproxy-server",
+            module="github.com/Shopify/toxiproxy/v2",
+            version="2.5.0",
+            accepted=re.compile(r"^toxiproxy-server version 2\.5\.0$", re.MULTILINE),
+            asks_version="-version",
+            package="/cmd/server",
+            ldflags="-X github.com/Shopify/toxiproxy/v2.Version=2.5.0",
         ),
     )
 }
@@ -106,7 +118,7 @@ def is_right(tool: Tool, command: Path) -> bool:
     """Whether a command is there, runs, and is a version that will do."""
     try:
         printed = subprocess.run(
-            [command, "version"], capture_output=True, text=True, timeout=30, check=True
+            [command, tool.asks_version], capture_output=True, text=True, timeout=30, check=True
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return False

@@ -20,11 +20,18 @@ from pdp.canonical import JsonObject
 from pdp.identity.subject import Subject
 from pdp.policy.bundle import Bundle
 from pdp.policy.engine import Entrypoint, PolicyError
-from pdp.policy.question import budget_input
+from pdp.policy.question import Usage, budget_input
 from pdp.policy.verdict import parse_limits
 from pdp.testing.issuer import TokenIssuer
 from tests.policy.cases.engines import ENGINES, active
-from tests.policy.cases.reading import Erring, starter_cases
+from tests.policy.cases.reading import (
+    CURRENT_PRICES,
+    Erring,
+    price_answer,
+    read,
+    refusal,
+    starter_cases,
+)
 from tests.policy.cases.walk import Case, Seen, arguments_digest, walk
 from tests.policy.conftest import Files
 
@@ -125,16 +132,25 @@ def expected_record(case: Case, seen: Seen, number: int, revision: str) -> JsonO
         record["limit_id"] = case.limit_id
     if case.spend is not None:
         operation = case.spend["operation"]
+        charges: list[Any] = [
+            {"budget": budget, "unit": unit, "amount": amount}
+            for budget, unit, amount in case.spend.get("charges", ())
+        ]
+        detail = dict(case.detail)
+        if "tool" in case.spend:
+            detail["tool"] = case.spend["tool"]
+        priced = case.answer
+        if "usage" in case.spend and isinstance(priced, dict) and priced["allow"]:
+            charges = cast("list[Any]", priced["charges"])
+            detail["model"] = case.spend["usage"]["model"]
+            detail["price_version"] = priced["price_version"]
         return {
             **record,
             "type": "budget",
             "action": f"budget.{operation}",
             "outcome": f"{operation.removesuffix('e')}ed" if allowed else "denied",
-            "charges": [
-                {"budget": budget, "unit": unit, "amount": amount}
-                for budget, unit, amount in case.spend["charges"]
-            ],
-            **({"detail": {"tool": case.spend["tool"]}} if "tool" in case.spend else {}),
+            **({"charges": charges} if charges else {}),
+            **({"detail": detail} if detail else {}),
         }
     assert case.call is not None
     record |= {"type": "decision", "action": case.call["tool"]}
@@ -146,7 +162,7 @@ def expected_record(case: Case, seen: Seen, number: int, revision: str) -> JsonO
         record["resource"] = case.call["resource"]
     verdict = seen.heard[0]
     if allowed and isinstance(verdict, dict) and verdict.get("charge"):
-        charges: list[Any] = list(cast("list[Any]", verdict["charge"]))
+        charges = list(cast("list[Any]", verdict["charge"]))
         charges.sort(key=lambda charge: (charge["budget"], charge["unit"]))
         record["charges"] = charges
     return record
@@ -233,6 +249,35 @@ def test_each_tenants_limits_are_those_in_its_data_and_none_where_it_has_no_say(
                 parse_limits(answer)
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_settlement_is_priced_as_written(starter: Bundle, opa: Path, engine: str) -> None:
+    async def run() -> None:
+        async with active(engine, starter, opa, deadline_ms=DEADLINE_MS) as policy:
+            for row in read("prices.yaml"):
+                document = budget_input(
+                    Subject(tenant=row.get("tenant", "tenant_acme"), actor="alice"),
+                    operation="settle",
+                    charges=(),
+                    usage=Usage(row.get("model", "gpt-x"), tuple(row["usage"].items())),
+                    price_version=row.get("at", CURRENT_PRICES),
+                    tool="",
+                    time=0,
+                    request_id="req-1",
+                )
+                with policy.pin() as pinned:
+                    answer = await pinned.evaluate(Entrypoint.BUDGET_DECISION, document)
+                assert _typed(answer) == _typed(_price(row)), row["name"]
+
+    asyncio.run(run())
+
+
+def _price(row: dict[str, Any]) -> JsonObject:
+    if "refused" in row:
+        return refusal(row["refused"])
+    charges = [("llm", unit, amount) for unit, amount in row["charges"]]
+    return price_answer(charges, row.get("version", CURRENT_PRICES))
 
 
 def test_every_case_has_a_name_of_its_own() -> None:

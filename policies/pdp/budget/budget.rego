@@ -5,6 +5,7 @@
 #   - input: schema.input
 package pdp.budget
 
+import data.pdp.prices
 import data.pdp.subject
 
 # METADATA
@@ -20,28 +21,58 @@ default limits := []
 limits := subject.tenant.limits if subject.active
 
 # METADATA
-# title: May the subject charge these budgets?
-# description: For ChargeBudget and ReserveBudget; the cost of a tool is the tool's own matter.
+# title: May the subject spend this, or take it back?
+# description: |
+#   For what is spent directly; the cost of a tool is the tool's own matter. Where usage
+#   stands in place of charges, the answer says what it costs, and at which prices.
 # entrypoint: true
-decision := {"allow": reason_code == "ok", "reason_code": reason_code}
+decision := object.union({"allow": reason_code == "ok", "reason_code": reason_code}, priced)
+
+default priced := {}
+
+priced := {"charges": prices.charges, "price_version": prices.version} if {
+	input.usage
+	reason_code == "ok"
+}
 
 # The ladder. Each rung stands on the ones above it.
 default reason_code := "budget_not_allowed"
 
-reason_code := "tenant_unknown" if {
+# What was used is used: it is priced, whatever has become of the tenant and its roles.
+reason_code := settled if {
+	input.action.name == "budget.settle"
+} else := "tenant_unknown" if {
 	not subject.tenant
 } else := "tenant_suspended" if {
 	not subject.active
+} else := "model_unknown" if {
+	input.usage
+	not prices.charges
 } else := "ok" if {
-	charges_granted
+	granted
 }
 
+default settled := "model_unknown"
+
+settled := "ok" if prices.charges
+
 # Every unit of every budget is one that a role of the actor may charge.
-charges_granted if {
+granted if {
 	input.action.name in {"budget.charge", "budget.reserve"}
-	count(input.charges) > 0
-	every charge in input.charges {
+	count(charges) > 0
+	every charge in charges {
 		some role in subject.roles
 		charge.unit in role.budgets[charge.budget]
 	}
 }
+
+# Only a role that says so: an agent that could take back what it spent had no limit.
+granted if {
+	input.action.name == "budget.refund"
+	some role in subject.roles
+	role.refunds == true
+}
+
+charges := prices.charges if {
+	input.usage
+} else := input.charges

@@ -152,7 +152,7 @@ def test_a_release_is_built_signed_and_verified(built: Path, keys: Path) -> None
     assert "signed with release" in done.stdout
     assert "revision r-1" in done.stdout
     assert "sequence 1" in done.stdout
-    assert "roots    pdp, tenants, tools" in done.stdout
+    assert "roots    pdp, prices, tenants, tools" in done.stdout
     assert "wasm     is what the Rego builds" in done.stdout
 
 
@@ -326,7 +326,7 @@ def test_a_warning_fails_only_a_strict_check(policy: Path) -> None:
     done = pdp("check", policy)
     assert done.exit_code == 0
     assert (
-        "tenants/data.json:9: warning: role viewer of tenant tenant_acme may use order.read,"
+        "tenants/data.json:10: warning: role viewer of tenant tenant_acme may use order.read,"
         " which is not in data.tools\n" in done.stdout
     )
     strict = pdp("check", "--strict", "--output", "json", policy)

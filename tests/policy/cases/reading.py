@@ -15,6 +15,7 @@ CASES: Final = Path(__file__).resolve().parent
 ALL_ROLES: Final = ("support_agent", "analyst")
 ALL_SCOPES: Final = ("orders:read", "orders:write", "mail:send", "reports:generate")
 OPERATIONS: Final = ("charge", "reserve")
+CURRENT_PRICES: Final = "2026-11-01"
 SOMEONE: Final[Mapping[str, Any]] = {"tenant": "tenant_acme", "roles": ["r"], "scopes": ["a"]}
 ALLOWED: Final[JsonObject] = {"allow": True, "reason_code": "ok"}
 CHARGED: Final = (
@@ -68,10 +69,29 @@ def _budget_cases() -> Iterator[Case]:
             name=row["name"],
             token=row["token"],
             spend=row["spend"],
-            answer=refusal(refused) if refused else ALLOWED,
-            reason_code=refused or ("tenant_budget_exceeded" if limited else "ok"),
+            answer=refusal(refused) if refused else _priced(row.get("priced")),
+            reason_code=refused
+            or (row.get("reason_code", "tenant_budget_exceeded") if limited else "ok"),
             limit_id=limited,
+            detail=row.get("detail", {}),
         )
+
+
+def _priced(charges: list[Any] | None) -> JsonObject:
+    if charges is None:
+        return ALLOWED
+    return price_answer([tuple(charge) for charge in charges], CURRENT_PRICES)
+
+
+def price_answer(charges: list[tuple[str, str, int]], version: str) -> JsonObject:
+    """What the policy says of usage that costs so much."""
+    return {
+        **ALLOWED,
+        "charges": [
+            {"budget": budget, "unit": unit, "amount": amount} for budget, unit, amount in charges
+        ],
+        "price_version": version,
+    }
 
 
 class Erring:

@@ -27,6 +27,9 @@ from pdp.permit.signing import SigningKey
 from pdp.permit.uses import PermitUses
 from pdp.permit.verifier import PermitVerifier
 from pdp.policy.engine import ActivePolicy, Entrypoint, PolicyEngine, PolicyError
+from pdp.policy.question import Usage
+from pdp.revocation.file import RevocationFile
+from pdp.revocation.revocations import Revocations
 from pdp.rooms import Rooms
 from pdp.storage import Durability
 from pdp.strangers import Strangers
@@ -55,6 +58,8 @@ class Case:
     """What the policy is to say first; None where only the reason code counts."""
     reason_code: str = "ok"
     limit_id: str | None = None
+    detail: Mapping[str, JsonValue] = field(default_factory=dict)
+    """What the record of a spend says besides."""
 
 
 @dataclass(slots=True)
@@ -211,9 +216,11 @@ def _asked(call: Mapping[str, Any], number: int) -> decision.Asked:
 
 
 def _spend(spend: Mapping[str, Any], number: int) -> spending.Spend:
+    usage = spend.get("usage")
     return spending.Spend(
         idempotency_key=f"req-{number}",
-        charges=tuple(Charge(*charge) for charge in spend["charges"]),
+        charges=tuple(Charge(*charge) for charge in spend.get("charges", ())),
+        usage=Usage(usage["model"], tuple(usage["quantities"].items())) if usage else None,
         tool=spend.get("tool", ""),
     )
 
@@ -227,6 +234,7 @@ def _identity(issuer: TokenIssuer, directory: Path, clock: Any) -> TokenIdentity
         algorithms=frozenset({"EdDSA"}),
         keys=keys,
         tenant=TenantRule(claim="tenant_id"),
+        team_claim="team",
     )
     return TokenIdentity([trusted], clock=clock)
 

@@ -334,7 +334,7 @@ def test_a_warning_fails_only_a_strict_check(policy: Path) -> None:
     found = json.loads(strict.stdout)
     assert found["good"] is False
     assert found["findings"][0]["severity"] == "warning"
-    assert (found["findings"][0]["file"], found["findings"][0]["line"]) == ("tenants/data.json", 9)
+    assert (found["findings"][0]["file"], found["findings"][0]["line"]) == ("tenants/data.json", 10)
 
 
 def test_a_hostile_name_does_not_steer_the_terminal(policy: Path) -> None:

@@ -28,8 +28,6 @@ from pdp.permit.uses import PermitUses
 from pdp.permit.verifier import PermitVerifier
 from pdp.policy.engine import ActivePolicy, Entrypoint, PolicyEngine, PolicyError
 from pdp.policy.question import Usage
-from pdp.revocation.file import RevocationFile
-from pdp.revocation.revocations import Revocations
 from pdp.rooms import Rooms
 from pdp.storage import Durability
 from pdp.strangers import Strangers
@@ -52,8 +50,7 @@ class Case:
     call: Mapping[str, Any] | None = None
     """tool, arguments, and perhaps resource and context."""
     spend: Mapping[str, Any] | None = None
-    """operation, charges, and perhaps tool; of an operation that no call has, the
-    policy alone is asked."""
+    """operation, charges or usage, and perhaps tool."""
     answer: JsonValue | None = None
     """What the policy is to say first; None where only the reason code counts."""
     reason_code: str = "ok"

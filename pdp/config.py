@@ -122,6 +122,9 @@ class Listen(_Section):
     metrics: Address | None = "127.0.0.1:9464"
     """HOST:PORT of the HTTP listener for /metrics, /healthz, /readyz and
     /.well-known/jwks.json; null for none. It shows no tenant's data."""
+    admin: bool = True
+    """Whether `pdp budget` is answered, on admin/pdp.sock in the state directory, which
+    only the sidecar's own user can open."""
 
     @model_validator(mode="after")
     def _somewhere(self) -> Self:
@@ -671,6 +674,11 @@ class Config(_Section):
         if self.budget.hold_ttl_seconds < self.permit.ttl_seconds:
             raise ValueError("budget.hold_ttl_seconds must be at least permit.ttl_seconds")
         return self
+
+    @property
+    def admin_socket(self) -> Path:
+        """Where operators are answered, if listen.admin says so."""
+        return self.state_dir / "admin" / "pdp.sock"
 
 
 _Path = tuple[str | int, ...]

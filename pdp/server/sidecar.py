@@ -49,6 +49,7 @@ from pdp.policy.engine import ActivePolicy
 from pdp.policy.service_class import ServiceClasses
 from pdp.private_files import NotPrivateError, make_directory, write_once
 from pdp.rooms import Rooms
+from pdp.server.admin import admin_socket
 from pdp.server.http import HttpListener
 from pdp.server.locks import ExclusiveLock, StartError
 from pdp.server.metrics import Metrics
@@ -285,6 +286,11 @@ async def serve(config: Config, *, loaded: Future[Loaded], started: Callable[[st
             http = _http_listener(config, metrics, key, readiness, stop, status)
             stack.push_async_callback(asyncio.to_thread, http.close)
             places.append(f"http://{config.listen.metrics.rpartition(':')[0]}:{http.port}")
+        if config.listen.admin:
+            operators = CallRunner(
+                metrics, rooms.admission, timeout_seconds=config.limits.call_timeout_seconds
+            )
+            await stack.enter_async_context(admin_socket(config.admin_socket, rooms, operators))
         await readiness.look()
         looking = asyncio.create_task(readiness.keep_looking())
         stack.callback(looking.cancel)

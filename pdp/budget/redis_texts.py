@@ -167,22 +167,25 @@ def taken_words(place: Place, limit: Limit, amount: int) -> list[str]:
     """What take.lua reads of an entry besides."""
     flags = ("" if limit.enforced else "s") + ("o" if place.organisation else "")
     words = _limit_words(limit)
-    return [flags, str(amount), words.bounds, words.shown]
+    return [flags, str(amount), words.bound, words.thresholds, words.shown]
 
 
 class _LimitWords(NamedTuple):
     period: str
-    bounds: str
-    """Of a rate the burst, of others "percent:amount" for each threshold."""
+    bound: str
+    """Of a rate the burst, of others from which sum on there are warnings."""
+    thresholds: str
     shown: str
 
 
 @functools.lru_cache(maxsize=KNOWN_LIMITS)
 def _limit_words(limit: Limit) -> _LimitWords:
     if limit.window is Window.ROLLING:
-        return _LimitWords(str(limit.seconds * 1000), str(limit.burst), limit_to_json(limit))
-    bounds = " ".join(f"{percent}:{amount}" for percent, amount in limit.warnings_at())
-    return _LimitWords("", bounds, limit_to_json(limit))
+        return _LimitWords(str(limit.seconds * 1000), str(limit.burst), "", limit_to_json(limit))
+    warnings = limit.warnings_at()
+    thresholds = " ".join(f"{percent}:{amount}" for percent, amount in warnings)
+    bound = str(warnings[0][1]) if warnings else ""
+    return _LimitWords("", bound, thresholds, limit_to_json(limit))
 
 
 def asked_json(taken_id: str, charges: Sequence[Charge]) -> str:

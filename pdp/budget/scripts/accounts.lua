@@ -7,7 +7,7 @@
 keep_clock()
 local reply = {attempt, 'done'}
 for number = 1, (#KEYS - 1) / 2 do
-  local key, limit = KEYS[number * 2], redis.call('HGET', KEYS[number * 2], 'limit')
+  local key, limit = KEYS[number * 2], call('HGET', KEYS[number * 2], 'limit')
   local state = ''
   if limit then
     local fields = cjson.decode(limit)

@@ -3,7 +3,7 @@
 -- KEYS[2] the index  ARGV[5] how many at most
 
 keep_clock()
-local members = redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. whole(second), '+inf', 'WITHSCORES',
+local members = call('ZRANGEBYSCORE', KEYS[2], '(' .. until_now, '+inf', 'WITHSCORES',
   'LIMIT', 0, ARGV[5])
 local reply = {attempt, 'done'}
 for _, text in ipairs(members) do

@@ -10,7 +10,7 @@ if first then
   return first
 end
 
-local ends_at = redis.call('ZSCORE', KEYS[5], KEYS[3])
+local ends_at = call('ZSCORE', KEYS[5], KEYS[3])
 if ARGV[9] ~= '1' or not ends_at or tonumber(ends_at) <= now then
   return refuse('account_not_found')
 end
@@ -20,7 +20,7 @@ if account.is_new then
 end
 let_expired_go(account)
 account.granted = math.min(math.max(0, account.granted + tonumber(ARGV[8])), MOST)
-redis.call('HSET', account.key, 'granted', whole(account.granted))
+call('HSET', account.key, 'granted', whole(account.granted))
 account.ends_at = ends_at == 'inf' and '' or ends_at
 local outcome = '0 0 0 0 -|' .. show_entry(account)
 return remember(KEYS[2], ARGV[5], ARGV[6], ARGV[7], account.shown, outcome)

@@ -5,7 +5,7 @@
 keep_clock()
 local reply = {attempt, 'done'}
 for number = 2, #KEYS do
-  local hold = redis.call('HMGET', KEYS[number], 'at', 'operation', 'actor', 'tool', 'expires_at',
+  local hold = call('HMGET', KEYS[number], 'at', 'operation', 'actor', 'tool', 'expires_at',
     'state', 'memo', 'parts', 'progress')
   for field = 1, 9 do
     local is_there = hold[1] and is_kept(hold[1])

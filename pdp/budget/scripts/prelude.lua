@@ -14,6 +14,7 @@
 -- pass that is computed so that it is exact wherever it decides: sums are compared by
 -- subtracting, and a product is compared with what is at most 2^53, or cut off there.
 
+local call, format = redis.call, string.format
 local attempt, kept = ARGV[1], tonumber(ARGV[4])
 local strict = string.find(ARGV[3], 's', 1, true) ~= nil
 local MOST = 9007199254740991
@@ -21,7 +22,7 @@ local CLOCK_KEPT = 400 * 86400
 local FIELDS_AT_ONCE = 1000 -- Lua passes some 8000 arguments at most
 
 local function whole(number)
-  return string.format('%.0f', number)
+  return format('%.0f', number)
 end
 
 -- a / b, rounded up. Only fmod is exact for all of them: "%" divides first.
@@ -30,7 +31,7 @@ local function divide_up(a, b)
   return (a - rest) / b + (rest > 0 and 1 or 0)
 end
 
-local clock = redis.call('GET', KEYS[1])
+local clock = call('GET', KEYS[1])
 if not clock and string.find(ARGV[3], 'k', 1, true) then
   do return {attempt, 'lost'} end
 end
@@ -39,17 +40,19 @@ local now
 if ARGV[2] ~= '' then
   now = tonumber(ARGV[2])
 else
-  local time = redis.call('TIME')
+  local time = call('TIME')
   now = tonumber(time[1]) + tonumber(time[2]) / 1e6
 end
 if now < highest then
   now = highest
 end
 local second, millisecond = math.floor(now), math.floor(now * 1000)
+local until_now = whole(second)
+local since_now = '-' .. until_now -- of what is scored below zero
 
 local function keep_clock()
   if second > highest or strict then
-    redis.call('SET', KEYS[1], whole(second), 'EX', CLOCK_KEPT)
+    call('SET', KEYS[1], until_now, 'EX', CLOCK_KEPT)
   end
 end
 
@@ -62,7 +65,7 @@ local function refuse(code)
 end
 
 local function tell_time()
-  return {attempt, 'time', string.format('%.17g', now)}
+  return {attempt, 'time', format('%.17g', now)}
 end
 
 -- Answers
@@ -71,7 +74,7 @@ local has_old_answer = false
 
 -- The first answer under a key, or nil.
 local function first_answer(key, sha256)
-  local answer = redis.call(
+  local answer = call(
     'HMGET', key, 'sha256', 'at', 'attempt', 'note', 'asked', 'limit', 'outcome')
   if not answer[1] or not is_kept(answer[2]) then
     has_old_answer = answer[1]
@@ -83,7 +86,7 @@ local function first_answer(key, sha256)
   if strict then
     -- WAIT waits for what its own connection has written, and another may have
     -- written the answer a moment ago.
-    redis.call('SET', KEYS[1], whole(highest), 'EX', CLOCK_KEPT)
+    call('SET', KEYS[1], whole(highest), 'EX', CLOCK_KEPT)
   end
   local own = answer[3] == attempt and '1' or '0'
   return {attempt, 'first', own, answer[4], answer[5], answer[6], answer[7]}
@@ -92,11 +95,11 @@ end
 local function remember(key, sha256, note, asked, limit, outcome)
   keep_clock()
   if has_old_answer then
-    redis.call('DEL', key)
+    call('DEL', key)
   end
-  redis.call('HSET', key, 'sha256', sha256, 'at', whole(second), 'attempt', attempt,
+  call('HSET', key, 'sha256', sha256, 'at', until_now, 'attempt', attempt,
     'note', note, 'asked', asked, 'limit', limit, 'outcome', outcome)
-  redis.call('EXPIRE', key, kept + 1)
+  call('EXPIRE', key, kept + 1)
   return {attempt, 'done', outcome, limit}
 end
 
@@ -126,26 +129,28 @@ end
 -- What has expired is left out of what is held, as let_expired_go will write it. `field`
 -- is read besides, where there is one.
 local function read_account(key, expiries, field)
-  local row = redis.call('HMGET', key, 'spent', 'held', 'granted', 'warned', 'limit',
-    'kept_until', field or '')
+  local row = call('HMGET', key, 'spent', 'held', 'granted', 'warned', 'limit', 'kept_until',
+    field or '')
   local account = {
     key = key,
     expiries = expiries,
     is_new = not row[1],
-    spent = tonumber(row[1] or '0'),
-    held = tonumber(row[2] or '0'),
-    granted = tonumber(row[3] or '0'),
-    warned = tonumber(row[4] or '0'),
+    spent = tonumber(row[1] or 0),
+    held = tonumber(row[2] or 0),
+    granted = tonumber(row[3] or 0),
+    warned = tonumber(row[4] or 0),
     shown = row[5],
-    kept_until = tonumber(row[6] or '0'),
-    in_field = tonumber(row[7] or '0'),
-    expired = redis.call('ZRANGEBYSCORE', expiries, whole(-second), whole(second)),
+    kept_until = tonumber(row[6] or 0),
+    in_field = tonumber(row[7] or 0),
+    expired = call('ZRANGEBYSCORE', expiries, since_now, until_now),
+    -- Room for what scripts add: a table that grows is made anew.
+    at = nil, kind = nil, limit = nil, amount = nil, ends_at = nil,
   }
   for from = 1, #account.expired, FIELDS_AT_ONCE do
     local to = math.min(from + FIELDS_AT_ONCE - 1, #account.expired)
-    local amounts = redis.call('HMGET', key, unpack(account.expired, from, to))
+    local amounts = call('HMGET', key, unpack(account.expired, from, to))
     for number, amount in ipairs(amounts) do
-      amount = tonumber(amount or '0')
+      amount = tonumber(amount or 0)
       account.held = account.held - amount
       if string.sub(account.expired[from + number - 1], -1) == 'c' then
         account.spent = math.min(account.spent + amount, MOST)
@@ -157,16 +162,16 @@ end
 
 -- Fields and values besides may follow.
 local function write_sums(account, ...)
-  redis.call(
+  call(
     'HSET', account.key, 'spent', whole(account.spent), 'held', whole(account.held), ...)
 end
 
 local function let_expired_go(account)
   if #account.expired > 0 then
-    redis.call('ZREMRANGEBYSCORE', account.expiries, whole(-second), whole(second))
+    call('ZREMRANGEBYSCORE', account.expiries, since_now, until_now)
     for from = 1, #account.expired, FIELDS_AT_ONCE do
       local to = math.min(from + FIELDS_AT_ONCE - 1, #account.expired)
-      redis.call('HDEL', account.key, unpack(account.expired, from, to))
+      call('HDEL', account.key, unpack(account.expired, from, to))
     end
     write_sums(account)
   end
@@ -178,19 +183,19 @@ local function room_in(account, limit)
 end
 
 local function read_rate(key, limit, period)
-  local row = redis.call('HMGET', key, 'level', 'at', 'limit', 'kept_until')
-  local at = tonumber(row[2] or '0')
-  local drained = limit * math.max(0, millisecond - at)
+  local row = call('HMGET', key, 'level', 'at', 'limit', 'kept_until')
+  local drained_at = tonumber(row[2] or 0)
+  local drained = limit * math.max(0, millisecond - drained_at)
   return {
     key = key,
     expired = {},
     is_new = not row[1],
-    level = math.max(0, tonumber(row[1] or '0') - drained),
-    at = math.max(at, millisecond),
+    level = math.max(0, tonumber(row[1] or 0) - drained),
+    drained_at = math.max(drained_at, millisecond),
     limit = limit,
     period = period,
     shown = row[3],
-    kept_until = tonumber(row[4] or '0'),
+    kept_until = tonumber(row[4] or 0),
   }
 end
 
@@ -200,7 +205,7 @@ local ENTRY = 5
 -- A limit and where it counts. KEYS[key] on: the account, its expiries. ARGV[at] on: where
 -- the window starts, where it ends (empty: never), the kind, the limit, and of a rate the
 -- thousandths of a second in which the limit drains. Nil where the caller computed the
--- window for another time than this.
+-- window for another time than this. The entry's `at` is where more arguments may follow.
 local function read_entry(key, at, expires_at)
   local ends_at, kind = ARGV[at + 1], ARGV[at + 2]
   if now < tonumber(ARGV[at]) or (ends_at ~= '' and now >= tonumber(ends_at)) then
@@ -214,7 +219,7 @@ local function read_entry(key, at, expires_at)
     entry = read_account(KEYS[key], KEYS[key + 1], expires_at and expiry_field(expires_at, kind))
     entry.limit = limit
   end
-  entry.kind, entry.ends_at = kind, ends_at
+  entry.at, entry.kind, entry.ends_at = at + ENTRY, kind, ends_at
   return entry
 end
 
@@ -222,15 +227,15 @@ end
 local function show_entry(entry)
   if entry.kind ~= 'g' then
     local resets_at = entry.ends_at ~= '' and entry.ends_at or '-'
-    return table.concat({whole(entry.spent), whole(entry.held), resets_at, whole(entry.granted)}, ' ')
+    return format('%.0f %.0f %s %.0f', entry.spent, entry.held, resets_at, entry.granted)
   end
   if entry.level == 0 then
     return '0 0 - 0'
   end
   -- Apart, as their sum may pass 2^53.
   local drains = divide_up(entry.level, entry.limit)
-  local over, over_at = math.fmod(drains, 1000), math.fmod(entry.at, 1000)
-  local resets_at = (drains - over) / 1000 + (entry.at - over_at) / 1000
+  local over, over_at = math.fmod(drains, 1000), math.fmod(entry.drained_at, 1000)
+  local resets_at = (drains - over) / 1000 + (entry.drained_at - over_at) / 1000
     + math.ceil((over + over_at) / 1000)
   return whole(divide_up(entry.level, entry.period)) .. ' 0 ' .. whole(resets_at) .. ' 0'
 end

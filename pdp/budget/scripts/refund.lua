@@ -17,7 +17,7 @@ if first then
   return first
 end
 
-local hold = redis.call('HMGET', KEYS[3], 'at', 'parts', 'progress')
+local hold = call('HMGET', KEYS[3], 'at', 'parts', 'progress')
 if not hold[1] or not is_kept(hold[1]) then
   return refuse('hold_not_found')
 end
@@ -55,6 +55,6 @@ for number = 1, (#KEYS - FIRST_KEY + 1) / 2 do
     write_sums(account)
   end
 end
-redis.call('HSET', KEYS[3], 'progress', show_progress(parts))
+call('HSET', KEYS[3], 'progress', show_progress(parts))
 local outcome = '0 0 0 0 -|' .. table.concat(shown, ' ')
 return remember(KEYS[2], ARGV[5], ARGV[6], ARGV[7], '', outcome)

@@ -20,7 +20,7 @@ if first then
   return first
 end
 
-local hold = redis.call('HMGET', KEYS[3], 'operation', 'actor', 'at', 'expires_at', 'state',
+local hold = call('HMGET', KEYS[3], 'operation', 'actor', 'at', 'expires_at', 'state',
   'parts', 'progress', 'returns')
 local is_meant = ARGV[8] == '' or hold[1] == ARGV[8] and hold[2] == ARGV[9]
 if not hold[1] or not is_meant or not is_kept(hold[3]) then
@@ -90,30 +90,30 @@ for _, account in ipairs(accounts) do
   account.held = account.held - account.lets_go
   local left = account.in_field - account.lets_go
   if account.lets_go > 0 and left == 0 then
-    redis.call('HDEL', account.key, account.field)
-    redis.call('ZREM', account.expiries, account.field)
+    call('HDEL', account.key, account.field)
+    call('ZREM', account.expiries, account.field)
     write_sums(account)
   elseif account.lets_go > 0 then
     write_sums(account, account.field, whole(left))
   elseif account.more ~= 0 then
     write_sums(account)
     if account.is_new then
-      redis.call('EXPIRE', account.key, kept + 1)
+      call('EXPIRE', account.key, kept + 1)
     end
   end
 end
 
 if verb == 'expire' then
-  redis.call('HSET', KEYS[3], 'expires_at', whole(second), 'returns', '1')
+  call('HSET', KEYS[3], 'expires_at', until_now, 'returns', '1')
 else
   for _, part in ipairs(parts) do
     part.left = part.left - part.lets_go
   end
   local state = verb == 'settle' and 'settled' or verb == 'release' and 'released' or hold[5]
-  redis.call('HSET', KEYS[3], 'state', state, 'progress', show_progress(parts))
+  call('HSET', KEYS[3], 'state', state, 'progress', show_progress(parts))
 end
 if verb ~= 'part' then
-  redis.call('ZREM', KEYS[4], KEYS[3])
+  call('ZREM', KEYS[4], KEYS[3])
 end
 local head = table.concat({'0', over_hold and '1' or '0', late and '1' or '0', '0', '-'}, ' ')
 local outcome = head .. '|' .. table.concat(shown, ' ')

@@ -9,10 +9,10 @@
 -- ARGV[13] the hold's parts  [14] of a charge, what has become of them
 -- ARGV[15] "1": some charge has no limit
 -- then of each entry, after what read_entry reads: flags ("s": refuses nothing; "o": the
--- account is an organisation's), the amount, of a rate its burst and of others the
--- thresholds that warn, and the limit as it is shown again
+-- account is an organisation's), the amount, of a rate its burst and of others from which
+-- sum on they warn, the thresholds ("percent:amount"), and the limit as it is shown again
 
-local FIRST_KEY, FIRST_ARGUMENT, EACH = 6, 16, ENTRY + 4
+local FIRST_KEY, FIRST_ARGUMENT, EACH = 6, 16, ENTRY + 5
 local PRUNED_AT_ONCE = 1000
 
 local first = first_answer(KEYS[2], ARGV[5])
@@ -30,8 +30,8 @@ local function has_room(entry)
   if entry.kind ~= 'g' then
     return entry.amount <= room_in(entry, entry.limit)
   end
-  return entry.amount <= entry.burst
-    and entry.level <= (entry.burst - entry.amount) * entry.period
+  local left = tonumber(ARGV[entry.at + 2]) - entry.amount
+  return left >= 0 and entry.level <= left * entry.period
 end
 
 -- Seconds until there could be room by waiting alone, or nil.
@@ -40,10 +40,11 @@ local function wait_for(entry)
     return entry.amount <= entry.limit and 1 or nil
   end
   if entry.kind == 'g' then
-    if entry.amount > entry.burst then
+    local left = tonumber(ARGV[entry.at + 2]) - entry.amount
+    if left < 0 then
       return nil
     end
-    local above = entry.level - (entry.burst - entry.amount) * entry.period
+    local above = entry.level - left * entry.period
     return math.max(1, divide_up(divide_up(above, entry.limit), 1000))
   end
   local at
@@ -51,8 +52,8 @@ local function wait_for(entry)
     at = tonumber(entry.ends_at)
   end
   if (entry.limit - entry.spent) + (entry.granted - entry.amount) >= 0 then
-    local returns = redis.call(
-      'ZRANGEBYSCORE', entry.expiries, '(' .. whole(second), '+inf', 'LIMIT', 0, 1)[1]
+    local returns = call(
+      'ZRANGEBYSCORE', entry.expiries, '(' .. until_now, '+inf', 'LIMIT', 0, 1)[1]
     at = returns and math.min(at or math.huge, tonumber(returns)) or at
   end
   return at and math.max(1, math.ceil(at - now)) or nil
@@ -75,121 +76,110 @@ local function kept_until(entry)
   return entry.kept_until >= least and entry.kept_until or least + kept + 1
 end
 
--- Write an entry of which the amount was taken; `changes` are its fields.
-local function write_entry(entry, changes)
-  if entry.shown ~= entry.shows then
-    table.insert(changes, 'limit')
-    table.insert(changes, entry.shows)
+-- What is written of an entry's account besides sums. `is_held`: it has a new expiry.
+local function keep(entry, is_held)
+  local shows = ARGV[entry.at + 4]
+  if entry.shown ~= shows then
+    call('HSET', entry.key, 'limit', shows)
   end
   local until_second = kept_until(entry)
   local is_renewed = until_second and entry.ends_at == '' and until_second ~= entry.kept_until
   if is_renewed then
-    table.insert(changes, 'kept_until')
-    table.insert(changes, whole(until_second))
+    call('HSET', entry.key, 'kept_until', whole(until_second))
   end
-  redis.call('HSET', entry.key, unpack(changes))
   if until_second and (entry.is_new or is_renewed) then
-    redis.call('EXPIRE', entry.key, until_second - second)
+    call('EXPIRE', entry.key, until_second - second)
   end
-  if until_second and entry.expiries and (entry.has_new_expiry or is_renewed) then
-    redis.call('EXPIRE', entry.expiries, until_second - second + 1)
+  if until_second and entry.expiries and (is_held or is_renewed) then
+    call('EXPIRE', entry.expiries, until_second - second + 1)
   end
-  if (entry.is_new or is_renewed) and not entry.is_shared then
+  if (entry.is_new or is_renewed) and not string.find(ARGV[entry.at], 'o', 1, true) then
     local ends_at = entry.ends_at ~= '' and entry.ends_at
-    redis.call('ZADD', KEYS[5], ends_at or until_second and whole(until_second) or '+inf', entry.key)
-    redis.call('EXPIRE', KEYS[5], CLOCK_KEPT)
+    call('ZADD', KEYS[5], ends_at or until_second and whole(until_second) or '+inf', entry.key)
+    call('EXPIRE', KEYS[5], CLOCK_KEPT)
   end
 end
 
 local warnings = {}
 
 -- Thresholds that are reached for the first time in the window.
-local function warn(number, entry, changes)
+local function warn(number, entry)
   local before, sum = entry.warned, entry.spent + entry.held
-  for percent, from in string.gmatch(entry.thresholds, '(%d+):(%d+)') do
+  for percent, from in string.gmatch(ARGV[entry.at + 3], '(%d+):(%d+)') do
     if tonumber(percent) > entry.warned and sum >= tonumber(from) then
       entry.warned = tonumber(percent)
       table.insert(warnings, whole(number) .. ' ' .. percent)
     end
   end
   if entry.warned > before then
-    table.insert(changes, 'warned')
-    table.insert(changes, whole(entry.warned))
+    call('HSET', entry.key, 'warned', whole(entry.warned))
   end
 end
 
 local function take(number, entry)
-  if entry.kind == 'g' then
+  local amount, kind = entry.amount, entry.kind
+  if kind == 'g' then
     -- A shadow limit may be asked for more than fits.
-    entry.level = math.min(entry.level + entry.amount * entry.period, MOST)
-    return write_entry(entry, {'level', whole(entry.level), 'at', whole(entry.at)})
+    entry.level = math.min(entry.level + amount * entry.period, MOST)
+    call('HSET', entry.key, 'level', whole(entry.level), 'at', whole(entry.drained_at))
+    return keep(entry, false)
   end
-  if not is_charge then
-    entry.held = entry.held + entry.amount
-  elseif entry.kind ~= 'h' then
-    entry.spent = entry.spent + entry.amount
-  end
-  local changes = {'spent', whole(entry.spent), 'held', whole(entry.held)}
-  if not is_charge then
-    local field = expiry_field(expires_at, entry.kind)
-    table.insert(changes, field)
-    table.insert(changes, whole(entry.in_field + entry.amount))
+  local is_held = false
+  if is_charge then
+    entry.spent = entry.spent + (kind == 'h' and 0 or amount)
+    write_sums(entry)
+  else
+    local field = expiry_field(expires_at, kind)
+    entry.held = entry.held + amount
+    write_sums(entry, field, whole(entry.in_field + amount))
     if entry.in_field == 0 then
-      redis.call('ZADD', entry.expiries, expiry_score(expires_at, entry.kind), field)
-      entry.has_new_expiry = true
+      call('ZADD', entry.expiries, expiry_score(expires_at, kind), field)
+      is_held = true
     end
   end
-  if entry.kind ~= 'h' then
-    warn(number, entry, changes)
+  local warns_from = tonumber(ARGV[entry.at + 2])
+  if warns_from and entry.spent + entry.held >= warns_from then
+    warn(number, entry)
   end
-  write_entry(entry, changes)
+  keep(entry, is_held)
 end
 
 local function prune(index)
-  local ended = redis.call('ZCOUNT', index, '-inf', whole(second))
+  local ended = call('ZCOUNT', index, '-inf', until_now)
   if ended > 0 then
-    redis.call('ZREMRANGEBYRANK', index, 0, math.min(ended, PRUNED_AT_ONCE) - 1)
+    call('ZREMRANGEBYRANK', index, 0, math.min(ended, PRUNED_AT_ONCE) - 1)
   end
 end
 
 local entries = {}
 for number = 1, (#KEYS - FIRST_KEY + 1) / 2 do
-  local at = FIRST_ARGUMENT + (number - 1) * EACH
-  local entry = read_entry(FIRST_KEY + (number - 1) * 2, at, expires_at)
+  local entry = read_entry(
+    FIRST_KEY + (number - 1) * 2, FIRST_ARGUMENT + (number - 1) * EACH, expires_at)
   if not entry then
     return tell_time()
   end
-  at = at + ENTRY
-  entry.is_shadow = string.find(ARGV[at], 's', 1, true) ~= nil
-  entry.is_shared = string.find(ARGV[at], 'o', 1, true) ~= nil
-  entry.amount = tonumber(ARGV[at + 1])
-  entry.burst, entry.thresholds = tonumber(ARGV[at + 2]), ARGV[at + 2]
-  entry.shows = ARGV[at + 3]
+  entry.amount = tonumber(ARGV[entry.at + 1])
   entries[number] = entry
 end
 
-local refused, retry_after, shown, over = 0, '-', '', {}
+local refused, retry_after, shown, over, is_countable = 0, '-', '', {}, true
 for number, entry in ipairs(entries) do
+  if entry.kind ~= 'g' and entry.amount > (MOST - entry.spent) - entry.held then
+    is_countable = false
+  end
   if not has_room(entry) then
-    if entry.is_shadow then
-      table.insert(over, whole(number) .. ' ' .. show_entry(entry))
-    else
+    if not string.find(ARGV[entry.at], 's', 1, true) then
       local seconds = wait_for(entry)
-      refused, shown = number, entry.shows
+      refused, shown, over = number, ARGV[entry.at + 4], {}
       retry_after = seconds and whole(seconds) or '-'
-      over = {}
       break
     end
+    table.insert(over, whole(number) .. ' ' .. show_entry(entry))
   end
 end
-if refused == 0 then
-  for _, entry in ipairs(entries) do
-    if entry.kind ~= 'g' and entry.amount > (MOST - entry.spent) - entry.held then
-      return refuse('budget_unavailable')
-    end
-  end
+if refused == 0 and not is_countable then
+  return refuse('budget_unavailable')
 end
-
 
 local is_taken = refused == 0 and #entries > 0
 local states = {}
@@ -201,18 +191,18 @@ for number, entry in ipairs(entries) do
   states[number] = show_entry(entry)
 end
 if is_taken then
-  redis.call('HSET', KEYS[3], 'operation', ARGV[8], 'actor', ARGV[9], 'tool', ARGV[10],
-    'memo', ARGV[11], 'at', whole(second), 'expires_at', expires_at,
+  call('HSET', KEYS[3], 'operation', ARGV[8], 'actor', ARGV[9], 'tool', ARGV[10],
+    'memo', ARGV[11], 'at', until_now, 'expires_at', expires_at,
     'state', is_charge and 'settled' or 'open', 'parts', ARGV[13], 'progress', ARGV[14])
-  redis.call('EXPIRE', KEYS[3], kept + 1)
+  call('EXPIRE', KEYS[3], kept + 1)
   if not is_charge then
-    redis.call('ZADD', KEYS[4], expires_at, KEYS[3])
-    redis.call('EXPIRE', KEYS[4], kept + 1)
+    call('ZADD', KEYS[4], expires_at, KEYS[3])
+    call('EXPIRE', KEYS[4], kept + 1)
   end
   if second > highest then
     prune(KEYS[4])
     prune(KEYS[5])
-    redis.call('EXPIRE', KEYS[5], CLOCK_KEPT)
+    call('EXPIRE', KEYS[5], CLOCK_KEPT)
   end
 end
 local head = {is_taken and expires_at or '0', '0', '0', whole(refused), retry_after}

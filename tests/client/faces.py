@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Coroutine
+import time
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AbstractContextManager
 from contextvars import copy_context
 from typing import Any, Protocol
 
-from pdp.client import AsyncGuard, Guard, Permit
+from pdp.client import AsyncGuard, Guard, Hold, Permit
 
 Function = Callable[..., Any]
+Condition = Callable[[], object]
+Block = Callable[[Hold], Iterator[Condition]]
+"""What is done inside a ``with guard.reserve(...)``; it yields what is to come true before
+it goes on.
+"""
 
 
 class Face(Protocol):
@@ -19,6 +25,8 @@ class Face(Protocol):
     def acting_for(self, token: str, **options: Any) -> AbstractContextManager[None]: ...
     def authorize(self, tool: str, arguments: dict[str, Any], **options: Any) -> Permit: ...
     def executed(self, permit: Permit, charges: Any = ()) -> None: ...
+    def failed(self, permit: Permit, error: BaseException, charges: Any = ()) -> None: ...
+    def spend(self, what: Any, block: Block, **options: Any) -> None: ...
     def close(self) -> None: ...
     def dispose(self) -> None: ...
 
@@ -30,7 +38,15 @@ class Blocking:
         self.acting_for = guard.acting_for
         self.authorize = guard.authorize
         self.executed = guard.executed
+        self.failed = guard.failed
+        self._reserve = guard.reserve
         self.close = self.dispose = guard.close
+
+    def spend(self, what: Any, block: Block, **options: Any) -> None:
+        with self._reserve(what, **options) as hold:
+            for condition in block(hold):
+                while not condition():
+                    time.sleep(0.002)
 
 
 class Awaiting:
@@ -61,6 +77,18 @@ class Awaiting:
 
     def executed(self, permit: Permit, charges: Any = ()) -> None:
         self._run(self._guard.executed(permit, charges))
+
+    def failed(self, permit: Permit, error: BaseException, charges: Any = ()) -> None:
+        self._run(self._guard.failed(permit, error, charges))
+
+    def spend(self, what: Any, block: Block, **options: Any) -> None:
+        async def spend() -> None:
+            async with self._guard.reserve(what, **options) as hold:
+                for condition in block(hold):
+                    while not condition():  # noqa: ASYNC110 - of whatever kind it is
+                        await asyncio.sleep(0.002)
+
+        self._run(spend())
 
     def close(self) -> None:
         self._run(self._guard.close())

@@ -6,16 +6,20 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent import futures
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.error_details_pb2 import ErrorInfo, QuotaFailure, RetryInfo
+from google.rpc.status_pb2 import Status
 
-from pdp.api.v1 import authorization_pb2, execution_pb2
+from pdp.api.v1 import authorization_pb2, budget_pb2, common_pb2, execution_pb2
 from pdp.canonical import parse_object, sha256_hex
 from pdp.permit import Permit
 from pdp.permit.issuer import PermitIssuer
@@ -26,12 +30,15 @@ Response = authorization_pb2.AuthorizeResponse
 Context = grpc.ServicerContext
 Raw = Any
 """A message, or the bytes to send in its place."""
+End = budget_pb2.SettleBudgetRequest | budget_pb2.ReleaseBudgetRequest
 
 _SERVICE = "pdp.v1."
 
 
 class StandIn:
-    """Allows everything, unless ``answer`` or ``take_report`` are replaced."""
+    """Allows everything, unless ``answer``, ``take_report``, ``hold`` or ``take_end`` are
+    replaced. A model's quantities are charged to the budget llm as they are.
+    """
 
     def __init__(self) -> None:
         self.key = SigningKey.generate()
@@ -43,6 +50,13 @@ class StandIn:
         self.take_report: Callable[[execution_pb2.ReportOutcomeRequest, Context], Raw] = (
             lambda _request, _context: execution_pb2.ReportOutcomeResponse()
         )
+        self.reserves: list[budget_pb2.ReserveBudgetRequest] = []
+        self.ends: list[End] = []
+        """Every settlement, its parts too, and every release, as it came in."""
+        self.hold: Callable[[budget_pb2.ReserveBudgetRequest, Context], Raw] = (
+            lambda request, _context: self.held(request)
+        )
+        self.take_end: Callable[[End, Context], Raw] = lambda end, _context: self.ended(end)
         self._directory = tempfile.TemporaryDirectory(prefix="pdp-")
         self.target = f"unix://{Path(self._directory.name) / 'pdp.sock'}"
         self._server = grpc.server(futures.ThreadPoolExecutor(8))
@@ -54,6 +68,14 @@ class StandIn:
                     {
                         "ReportOutcome": (execution_pb2.ReportOutcomeRequest, self._report),
                         "GetPermitKeys": (execution_pb2.GetPermitKeysRequest, self._keys),
+                    },
+                ),
+                _handlers(
+                    "BudgetService",
+                    {
+                        "ReserveBudget": (budget_pb2.ReserveBudgetRequest, self._reserve),
+                        "SettleBudget": (budget_pb2.SettleBudgetRequest, self._end),
+                        "ReleaseBudget": (budget_pb2.ReleaseBudgetRequest, self._end),
                     },
                 ),
             )
@@ -104,6 +126,19 @@ class StandIn:
             permit=signed.token,
         )
 
+    def held(self, request: budget_pb2.ReserveBudgetRequest) -> budget_pb2.ReserveBudgetResponse:
+        """What is asked for is held."""
+        return budget_pb2.ReserveBudgetResponse(
+            hold_id=str(uuid.uuid4()),
+            charges=request.charges or _charged(request.usage.quantities),
+        )
+
+    def ended(self, end: End) -> Raw:
+        """What is named is settled."""
+        if isinstance(end, budget_pb2.ReleaseBudgetRequest):
+            return budget_pb2.ReleaseBudgetResponse()
+        return budget_pb2.SettleBudgetResponse(settled=end.charges or _charged(end.quantities))
+
     def __enter__(self) -> Self:
         self._server.start()
         return self
@@ -127,6 +162,16 @@ class StandIn:
         self.reports.append(request)
         return self.take_report(request, context)
 
+    def _reserve(self, request: budget_pb2.ReserveBudgetRequest, context: Context) -> Raw:
+        self.reserves.append(request)
+        self.tokens.append(str(dict(context.invocation_metadata()).get("authorization", "")))
+        return self.hold(request, context)
+
+    def _end(self, request: End, context: Context) -> Raw:
+        self.ends.append(request)
+        self.tokens.append(str(dict(context.invocation_metadata()).get("authorization", "")))
+        return self.take_end(request, context)
+
     def _keys(self, _request: execution_pb2.GetPermitKeysRequest, _context: Context) -> Raw:
         self.keys_asked += 1
         return execution_pb2.GetPermitKeysResponse(jwks_json=self.key.public_set.to_jwks())
@@ -146,3 +191,33 @@ def _handlers(service: str, methods: dict[str, tuple[Any, Callable[..., Raw]]]) 
             for name, (request, answer) in methods.items()
         },
     )
+
+
+def _charged(quantities: Iterable[common_pb2.Quantity]) -> list[common_pb2.Charge]:
+    return [
+        common_pb2.Charge(budget="llm", unit=each.unit, amount=each.amount) for each in quantities
+    ]
+
+
+def refuse(
+    context: Context,
+    reason_code: str,
+    *,
+    limit: str = "",
+    retry_after_seconds: int | None = None,
+    code: grpc.StatusCode = grpc.StatusCode.FAILED_PRECONDITION,
+) -> NoReturn:
+    """End the call as the sidecar does."""
+    details: list[Any] = [ErrorInfo(reason=reason_code, domain="agent-pdp")]
+    if limit:
+        details.append(QuotaFailure(violations=[QuotaFailure.Violation(subject=f"limit:{limit}")]))
+    if retry_after_seconds is not None:
+        details.append(RetryInfo(retry_delay=Duration(seconds=retry_after_seconds)))
+    status = Status(code=code.value[0], message="It is refused.")
+    for detail in details:
+        packed = AnyMessage()
+        packed.Pack(detail)
+        status.details.append(packed)
+    context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))
+    context.abort(code, status.message)
+    raise AssertionError

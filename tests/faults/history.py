@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -114,7 +115,9 @@ class Event:
 
 
 def read_events(files: Iterable[Path]) -> list[Event]:
-    """All events, in the order of time. Half a line at a file's end is left out."""
+    """All events, in the order of time. Half lines, of processes that were killed, are left
+    out.
+    """
     events = [event for file in files for event in _events_of(file)]
     events.sort(key=lambda event: event.at)
     return events
@@ -123,8 +126,9 @@ def read_events(files: Iterable[Path]) -> list[Event]:
 def _events_of(file: Path) -> Iterator[Event]:
     with file.open(encoding="utf-8") as lines:
         for line in lines:
-            if line.endswith("\n"):
-                yield event_of(line)
+            if line.startswith("{") and line.endswith("}\n"):
+                with contextlib.suppress(json.JSONDecodeError):
+                    yield event_of(line)
 
 
 def event_of(line: str) -> Event:

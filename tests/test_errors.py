@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from pdp.channel import CallError
-from pdp.client import PermitDenied
+from pdp.client import BudgetRefused, PermitDenied
 from pdp.errors import PdpError
 from pdp.identity.resolver import IdentityError
 from pdp.permit import PermitError
@@ -20,6 +20,7 @@ from pdp.spending import SpendingError
         PdpError("internal", "It failed."),
         PermitError("permit_used", "It is used."),
         PermitDenied("rate_limited", "wait", tool="t", decision_id="d", retry_after_seconds=1.5),
+        BudgetRefused("tenant_budget_exceeded", "wait", refused_by="l", retry_after_seconds=1.5),
         CallError("pdp_unavailable", "It is away.", retry_after_seconds=2.0),
         IdentityError("tenant_missing", "It names no tenant.", actor="u"),
         SpendingError("budget_not_allowed"),

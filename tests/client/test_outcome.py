@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import threading
 from collections.abc import Callable
@@ -152,6 +153,152 @@ def test_a_failed_call_costs_nothing(face: Face, token: str, target: str) -> Non
             send_mail(**MAIL)
 
     assert set(change(target, token, call).values()) == {0}
+
+
+class BilledError(Exception):
+    """A failure that the provider charges for."""
+
+    def __init__(self, micros: int) -> None:
+        super().__init__(SECRET)
+        self.micros = micros
+
+
+def billed(error: BaseException) -> list[tuple[str, str, int]]:
+    return [("spend", "usd_micros", error.micros)] if isinstance(error, BilledError) else []
+
+
+def fail_with(
+    face: Face, error: BaseException, cost_of_failure: Callable[[BaseException], Any]
+) -> Callable[[], None]:
+    @face.tool("mail.send", cost_of_failure=cost_of_failure)
+    def send_mail(to: str, subject: str, body: str) -> str:
+        raise error
+
+    def call() -> None:
+        with pytest.raises(type(error)):
+            send_mail(**MAIL)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("error", "micros"),
+    ((BilledError(120), 120), (BilledError(0), 0), (KeyError(), 0), (SystemExit(), 0)),
+)
+def test_a_failure_may_have_a_cost(
+    face: Face, token: str, target: str, audit: Audit, error: BaseException, micros: int
+) -> None:
+    call = fail_with(face, error, billed)
+    with face.acting_for(token):
+        found = change(target, token, call)
+    assert (found["tools-per-day"], found["spend-per-day"]) == (0, micros)
+    failed = audit()[1]
+    assert outcomes([failed]) == [("outcome", "failed")]
+    assert failed["detail"]["error_type"] == type(error).__name__
+
+
+@pytest.mark.parametrize(
+    "cost_of_failure",
+    (
+        raising_cost,
+        lambda _: [("spend", "usd_micros", 1.5)],
+        lambda _: [("savings", "usd_micros", 1)],
+        lambda _: [("spend", "usd_micros", 1)] * 2,
+        lambda _: None,
+    ),
+    ids=lambda cost_of_failure: "",
+)
+def test_without_a_usable_cost_a_failure_costs_all_that_was_held(
+    face: Face,
+    token: str,
+    target: str,
+    audit: Audit,
+    cost_of_failure: Callable[[BaseException], Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    call = fail_with(face, BilledError(120), cost_of_failure)
+    with face.acting_for(token):
+        found = change(target, token, call)
+    assert (found["tools-per-day"], found["spend-per-day"]) == (1, 500)
+    assert outcomes(audit()[-1:]) == [("outcome", "failed")]
+    assert SECRET not in caplog.text
+    assert "all that was held" in caplog.text
+
+
+def test_a_failure_that_is_reported_by_hand_may_have_a_cost(
+    face: Face, token: str, target: str
+) -> None:
+    def call() -> None:
+        permit = face.authorize("mail.send", MAIL)
+        face.failed(permit, KeyError(), [("spend", "usd_micros", 120)])
+
+    with face.acting_for(token):
+        found = change(target, token, call)
+    assert (found["tools-per-day"], found["spend-per-day"]) == (0, 120)
+
+
+@pytest.mark.parametrize("charges", ("much", [("savings", "usd_micros", 1)]))
+def test_a_wrong_cost_of_a_failure_by_hand_frees_nothing(
+    face: Face, token: str, target: str, charges: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with face.acting_for(token):
+        permit = face.authorize("mail.send", MAIL)
+        face.failed(permit, KeyError(), charges)
+        held = spent(target, token)["spend-per-day"][1]
+        assert held == 500
+        assert "could not be reported" in caplog.text
+        face.executed(permit)  # so that nothing stays held for the tests that follow
+
+
+def test_an_estimate_is_shown_to_the_policy_as_the_callers_word(
+    face_of: Callable[..., Face], stand_in: StandIn
+) -> None:
+    face = face_of(stand_in.target)
+
+    @face.tool("llm.chat", estimate=lambda prompt: [("llm", "tokens_in", len(prompt))])
+    def chat(prompt: str) -> str:
+        return prompt
+
+    @face.tool("orders.read")
+    def read_order(order_id: str) -> str:
+        return order_id
+
+    with face.acting_for("token", context={"channel": "web", "estimate": "mine"}):
+        assert chat("hello") == "hello"
+        read_order("918")
+    chatted, read = (json.loads(asked.context_json) for asked in stand_in.asked)
+    assert chatted == {
+        "channel": "web",
+        "estimate": [{"budget": "llm", "unit": "tokens_in", "amount": 5}],
+    }
+    assert read == {"channel": "web", "estimate": "mine"}
+
+
+@pytest.mark.parametrize(
+    "estimate",
+    (
+        raising_cost,
+        lambda prompt: None,
+        lambda prompt: [("llm", "tokens_in", -1)],
+        lambda prompt: [("llm", "tokens_in", 1.5)],
+        lambda prompt: [(SECRET + "!", "tokens_in", 1)],
+    ),
+    ids=lambda estimate: "",
+)
+def test_without_a_usable_estimate_the_tool_does_not_run(
+    face_of: Callable[..., Face], stand_in: StandIn, estimate: Callable[[str], Any]
+) -> None:
+    face = face_of(stand_in.target)
+
+    @face.tool("llm.chat", estimate=estimate)
+    def chat(prompt: str) -> None:
+        raise AssertionError
+
+    with face.acting_for("token"), pytest.raises(PermitDenied) as caught:
+        chat("hello")
+    assert caught.value.reason_code == "guard_failed"
+    assert SECRET not in str(caught.value)
+    assert not stand_in.asked
 
 
 def test_a_report_that_fails_does_not_lose_the_result(

@@ -8,13 +8,13 @@ is dropped; and every script repeats in its reply whose it is.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import logging
 import re
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 from urllib.parse import quote, unquote
@@ -71,6 +71,7 @@ _MOMENTARY: Final = (
 _KEY_PREFIX: Final = "pdp:"
 _IDENTITY: Final = _KEY_PREFIX + "ledger"
 
+_KNOWN_OWNERS: Final = 10_000
 _SCANNED_AT_ONCE: Final = 1000
 _KEYS_TO_TRY: Final = 4096
 """To meet every node of a cluster with its slots."""
@@ -101,8 +102,14 @@ def organisation_key(organisation: str, kind: str, *names: str) -> str:
 
 
 def _key(owns: str, owner: str, kind: str, names: tuple[str, ...]) -> str:
-    key = f"{_KEY_PREFIX}{{{owns}:{key_names(owner)}}}:{kind}"
+    key = _slot(owns, owner) + kind
     return f"{key}:{key_names(*names)}" if names else key
+
+
+@functools.lru_cache(maxsize=_KNOWN_OWNERS)
+def _slot(owns: str, owner: str) -> str:
+    """What the keys of an owner begin with."""
+    return f"{_KEY_PREFIX}{{{owns}:{key_names(owner)}}}:"
 
 
 def key_names(*names: str) -> str:
@@ -272,7 +279,7 @@ class RedisStore:
 
     async def _evaluate(self, script: Script, keys: Sequence[str], arguments: Sequence[str]) -> Any:  # noqa: ANN401
         rest: tuple[str | int, ...] = (len(keys), *keys, *arguments)
-        send = partial(self._send, keys[0], attempt=arguments[0], replicas=self._replicas)
+        send = functools.partial(self._send, keys[0], attempt=arguments[0], replicas=self._replicas)
 
         async def evaluate() -> Any:  # noqa: ANN401
             try:

@@ -18,6 +18,8 @@ from pdp.errors import PdpError
 MAX_AMOUNT: Final = 2**53 - 1
 """Largest amount and limit: what a Lua number and a JSON number keep exact."""
 
+DEFAULT_WARN_AT: Final = (50, 80, 95)
+
 MAX_BUCKET: Final = MAX_AMOUNT // 1000
 """Largest ``burst * seconds`` of a rate: what it holds is counted in thousandths of a
 second, in which its unit drains."""
@@ -96,7 +98,7 @@ class Limit:
     burst: int = 0
     """Of a rate: the most at one moment. ``burst * seconds`` is at most MAX_BUCKET. 0 for
     every other window."""
-    warn_at: tuple[int, ...] = (50, 80, 95)
+    warn_at: tuple[int, ...] = DEFAULT_WARN_AT
     """Percent of the limit, ascending, at which spend plus holds give a warning, once in
     a window each. Not for rates and concurrency."""
     enforced: bool = True

@@ -74,17 +74,17 @@ _log: Final = logging.getLogger(__name__)
 _SCRIPTS: Final = Path(__file__).parent / "scripts"
 
 
-def _script(name: str) -> Script:
-    return Script(_SCRIPTS / "prelude.lua", _SCRIPTS / name)
+def _script(*names: str) -> Script:
+    return Script(_SCRIPTS / "prelude.lua", *(_SCRIPTS / name for name in names))
 
 
-_TAKE: Final = _script("take.lua")
-_RESOLVE: Final = _script("resolve.lua")
-_REFUND: Final = _script("refund.lua")
-_GRANT: Final = _script("grant.lua")
-_STATE: Final = _script("state.lua")
+_TAKE: Final = _script("limits.lua", "take.lua")
+_RESOLVE: Final = _script("parts.lua", "resolve.lua")
+_REFUND: Final = _script("parts.lua", "refund.lua")
+_GRANT: Final = _script("limits.lua", "grant.lua")
+_STATE: Final = _script("limits.lua", "state.lua")
+_ACCOUNTS: Final = _script("limits.lua", "accounts.lua")
 _AHEAD: Final = _script("ahead.lua")
-_ACCOUNTS: Final = _script("accounts.lua")
 _HOLDS: Final = _script("holds.lua")
 
 

@@ -55,6 +55,7 @@ MESSAGES: Final[dict[str, str]] = {
     ),
 }
 
+_KEPT_UNDER: Final = ("sum", "expiry")
 Pair = tuple[str, str]
 """A budget and a unit."""
 
@@ -81,15 +82,14 @@ class Place(NamedTuple):
         """The account's and its expiries'."""
         if self.organisation:
             return [
-                f"{organisation_key(self.organisation, kind)}:{self.name}"
-                for kind in ("sum", "expiry")
+                f"{organisation_key(self.organisation, kind)}:{self.name}" for kind in _KEPT_UNDER
             ]
         return account_keys(tenant, self.name)
 
 
 def account_keys(tenant: str, name: str) -> list[str]:
     """The keys of a tenant's account, and of its expiries."""
-    return [f"{tenant_key(tenant, kind)}:{name}" for kind in ("sum", "expiry")]
+    return [f"{tenant_key(tenant, kind)}:{name}" for kind in _KEPT_UNDER]
 
 
 def clock_key(tenant: str) -> str:
@@ -295,26 +295,17 @@ def taken_receipt(answer: Answer, applied: Sequence[Limit]) -> Receipt:
     if answer.refused:
         limit = limit_from_json(answer.shown)
         refused_by = decode_state(limit, states[4 * answer.refused - 4 : 4 * answer.refused])
-    receipt = Receipt(
+    if answer.replayed:
+        states, over, warnings = [], [], []
+    return Receipt(
         replayed=answer.replayed,
         note=answer.note,
         id="" if refused_by else answer.taken_id,
         expires_at=answer.expires_at,
         charges=() if refused_by else answer.charges,
+        limits=decode_states(applied, states) if states else (),
         refused_by=refused_by,
         retry_after_seconds=answer.retry_after_seconds,
-    )
-    if answer.replayed or not states:
-        return receipt
-    return Receipt(
-        replayed=False,
-        note=receipt.note,
-        id=receipt.id,
-        expires_at=receipt.expires_at,
-        charges=receipt.charges,
-        refused_by=refused_by,
-        retry_after_seconds=receipt.retry_after_seconds,
-        limits=decode_states(applied, states),
         shadow_refusals=tuple(
             decode_state(applied[int(number) - 1], words) for number, *words in _in_groups(over, 5)
         ),

@@ -202,7 +202,7 @@ def move(db: apsw.Connection, account_id: int, now: float, *, spent: int) -> Non
 
 def let_expired_go(db: apsw.Connection, account_id: int, now: float) -> None:
     """What has expired in an account is held no more; some of it is spent instead."""
-    gone = db.execute(_LET_EXPIRED_GO, (account_id, int(now))).fetchall()
+    gone: list[Any] = db.execute(_LET_EXPIRED_GO, (account_id, int(now))).fetchall()
     charged = sum(amount for amount, mode in gone if mode == CHARGED)
     if charged:
         db.execute(

@@ -212,8 +212,10 @@ VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 
 
 def _hold(row: tuple[Any, ...]) -> Hold:
-    *columns, parts = row
-    return Hold(*columns, _decode_parts(parts))
+    hold_id, actor, tool, operation, made_at, expires_at, state, memo, parts = row
+    return Hold(
+        hold_id, actor, tool, operation, made_at, expires_at, state, memo, _decode_parts(parts)
+    )
 
 
 def _encode_parts(parts: Sequence[Part]) -> str:

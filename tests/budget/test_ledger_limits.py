@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -490,7 +491,7 @@ def test_only_an_account_of_the_tenant_that_counts_spend_now_takes_a_grant(telle
     by_id = {each.limit.id: each for each in teller.accounts()}
     assert by_id.keys() == {"calls-a-day", "rate", "at-once"}
     for limit_id in ("rate", "at-once"):
-        refused("account_not_found", lambda limit_id=limit_id: teller.grant(limit_id, 1))
+        refused("account_not_found", partial(teller.grant, limit_id, 1))
 
     def grant(account: Account, account_id: str) -> Callable[[], object]:
         key = teller.key("grant")

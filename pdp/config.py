@@ -490,8 +490,8 @@ class Permits(_Section):
     issuer: Name = "agent-pdp"
     """The iss of permits: the name of the trust domain."""
     key_file: FilePath | None = None
-    """PEM file with the Ed25519 key, mode 0600. Null: made on first start, in the
-    state directory."""
+    """PEM file with the Ed25519 keys, mode 0600: the first private key signs, the others
+    only verify. Null: permit-key.pem in the state directory, made on first start."""
     ttl_seconds: Annotated[int, Field(ge=1, le=3_600)] = 60
     """How long a permit is valid, unless the policy says less."""
     default_audience: Audience = "tools"
@@ -679,6 +679,16 @@ class Config(_Section):
     def admin_socket(self) -> Path:
         """Where operators are answered, if listen.admin says so."""
         return self.state_dir / "admin" / "pdp.sock"
+
+    @property
+    def permit_key_file(self) -> Path:
+        """Where the permit keys lie: as configured, or in the state directory."""
+        return self.permit.key_file or self.state_dir / "permit-key.pem"
+
+    @property
+    def revocation_file(self) -> Path:
+        """Where revocations lie that are not in a shared store."""
+        return self.state_dir / "revocations.json"
 
 
 _Path = tuple[str | int, ...]

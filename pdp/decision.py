@@ -20,7 +20,6 @@ from pdp.budget.ledger import (
     IdempotencyKey,
     LedgerError,
     Limit,
-    LimitState,
     Receipt,
 )
 from pdp.canonical import JsonObject, JsonValue, canonical_bytes, sha256_hex
@@ -40,6 +39,8 @@ from pdp.rooms import (
     identify,
     isolate,
     limits_for,
+    receipt_detail,
+    refusal_code,
 )
 
 
@@ -102,10 +103,13 @@ class Answer:
     """What is held for the call."""
     hold_expires_at: int = 0
     """Unix seconds; 0 when nothing is held."""
-    refused_by: LimitState | None = None
-    retry_after_seconds: int | None = None
-    replayed: bool = False
-    """True when this is the first answer to an earlier try."""
+    result: Receipt | None = None
+    """What the ledger said, where it was asked."""
+
+    @property
+    def replayed(self) -> bool:
+        """True when this is the first answer to an earlier try."""
+        return self.result is not None and self.result.replayed
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +269,7 @@ def _execute(rooms: Rooms, subject: Subject, question: Question, receipt: Receip
     first = json.loads(receipt.note)
     reason_code = first["reason_code"]
     if receipt.refused_by is not None:
-        reason_code = ReasonCode.TENANT_BUDGET_EXCEEDED.value
+        reason_code = refusal_code(receipt.refused_by).value
     permit = None
     if first["allow"] and receipt.refused_by is None:
         permit = rooms.permits.sign(
@@ -296,17 +300,18 @@ def _execute(rooms: Rooms, subject: Subject, question: Question, receipt: Receip
         permit=permit,
         charges=receipt.charges if permit else (),
         hold_expires_at=receipt.expires_at if permit else 0,
-        refused_by=receipt.refused_by,
-        retry_after_seconds=receipt.retry_after_seconds,
-        replayed=receipt.replayed,
+        result=receipt,
     )
 
 
 def _record(rooms: Rooms, question: Question, answer: Answer, document: JsonObject) -> AuditRecord:
     """Audit: what is written before the answer leaves."""
-    subject, permit = answer.subject, answer.permit
+    subject, permit, result = answer.subject, answer.permit, answer.result
     recorded = rooms.records_policy_input
     fits = recorded and len(canonical_bytes(document)) <= MAX_INPUT_BYTES
+    detail = receipt_detail(result)
+    if recorded and not fits:
+        detail["input_omitted"] = True
     return AuditRecord(
         type="decision",
         tenant_id=subject.tenant,
@@ -323,10 +328,10 @@ def _record(rooms: Rooms, question: Question, answer: Answer, document: JsonObje
         permit_id=permit.id if permit else None,
         hold_id=(permit.hold_id or None) if permit else None,
         charges=charges_json(answer.charges) or None,
-        limit_id=answer.refused_by.limit.id if answer.refused_by else None,
+        limit_id=result.refused_by.limit.id if result and result.refused_by else None,
         replayed=answer.replayed or None,
         input=document if fits else None,
-        detail={"input_omitted": True} if recorded and not fits else None,
+        detail=detail or None,
     )
 
 

@@ -10,7 +10,8 @@ from pdp.budget.ledger import Account, Charge, IdempotencyKey, LedgerError, Rece
 from pdp.canonical import JsonObject, sha256_hex
 from pdp.permit.claims import Permit, PermitError
 from pdp.reason import ReasonCode
-from pdp.rooms import Rooms, admitted, charges_json, settlement_detail
+from pdp.revocation.revocations import RevocationError
+from pdp.rooms import Rooms, admitted, charges_json, receipt_detail
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +52,7 @@ class Reported:
 
     settled: tuple[Charge, ...]
     """What the hold was settled with; empty when there was none or it is released."""
-    replayed: bool
+    result: Receipt
     receipt: AuditReceipt
 
 
@@ -89,6 +90,7 @@ async def _redeem(rooms: Rooms, permit: Permit, redemption: Redemption) -> Redee
             audience=redemption.audience,
         )
         rooms.permit_verifier.check_time(permit)
+        _check_not_revoked(rooms, permit)
         replayed = await rooms.permit_uses.redeem(permit, key=redemption.idempotency_key)
     except PermitError as error:
         failure = error
@@ -98,6 +100,19 @@ async def _redeem(rooms: Rooms, permit: Permit, redemption: Redemption) -> Redee
     if failure is not None:
         raise failure
     return Redeemed(permit=permit, replayed=replayed, receipt=receipt)
+
+
+def _check_not_revoked(rooms: Rooms, permit: Permit) -> None:
+    """Raises PermitError. Outcomes are taken in all the same: what was done was done."""
+    try:
+        found = rooms.revocations.find(tenant=permit.tenant, actor=permit.actor)
+    except RevocationError as error:
+        raise PermitError(error.reason_code, error.message) from None
+    if found is not None:
+        raise PermitError(
+            ReasonCode.PERMIT_REVOKED,
+            "The permit's tenant or actor was revoked after it was issued.",
+        )
 
 
 def _record_of_redemption(
@@ -163,7 +178,7 @@ async def _report(rooms: Rooms, permit: Permit, report: Report) -> Reported:
         raise failure
     assert result is not None  # noqa: S101 - no failure means a result
     settled = result.charges if _costs(report) else ()
-    return Reported(settled=settled, replayed=result.replayed, receipt=receipt)
+    return Reported(settled=settled, result=result, receipt=receipt)
 
 
 def _record_of_report(
@@ -174,7 +189,7 @@ def _record_of_report(
     *,
     result: Receipt | None = None,
 ) -> AuditRecord:
-    detail = (settlement_detail(result) or {}) | _unrecorded(unrecorded)
+    detail = receipt_detail(result) | _unrecorded(unrecorded)
     if report.error_type:
         detail["error_type"] = report.error_type
     return _record(

@@ -9,10 +9,11 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from pdp.admission import Admission, AdmissionError, Lane
 from pdp.audit.record import AuditLog, AuditRecord, Outcome
-from pdp.budget.ledger import Account, Charge, Ledger, Limit, Receipt
+from pdp.budget.ledger import Account, Charge, Ledger, Limit, LimitState, Receipt
 from pdp.canonical import JsonObject
 from pdp.identity.resolver import Credentials, IdentityError, IdentityResolver
 from pdp.identity.subject import Subject
@@ -21,6 +22,8 @@ from pdp.permit.uses import UsedPermits
 from pdp.permit.verifier import PermitVerifier
 from pdp.policy.engine import ActivePolicy, Entrypoint, PolicyEngine
 from pdp.policy.verdict import parse_limits
+from pdp.reason import ReasonCode
+from pdp.revocation.revocations import Kind, RevocationError, Revocations
 from pdp.strangers import Strangers
 
 
@@ -41,6 +44,7 @@ class Rooms:
     """Names, in permits, the store of ledger and permit uses; sidecars that share one
     redeem and settle each other's permits."""
     strangers: Strangers
+    revocations: Revocations
     digest_key: bytes = field(repr=False)
     """Keys the argument digests in audit records."""
     permit_ttl_seconds: int
@@ -86,7 +90,8 @@ async def identify(
     strangers ask, PdpError (rate_limited).
     """
     try:
-        return await rooms.identity.resolve(credentials)
+        subject = await rooms.identity.resolve(credentials)
+        _check_not_revoked(rooms, subject)
     except IdentityError as error:
         unrecorded = rooms.strangers.admit()
         await rooms.audit.append(
@@ -103,6 +108,29 @@ async def identify(
             )
         )
         raise
+    return subject
+
+
+def _check_not_revoked(rooms: Rooms, subject: Subject) -> None:
+    """Raises IdentityError, for tokens that were verified before too."""
+    try:
+        found = rooms.revocations.find(
+            tenant=subject.tenant, actor=subject.actor, token_id=subject.token_id
+        )
+    except RevocationError as error:
+        code, message = error.reason_code, error.message
+    else:
+        if found is None:
+            return
+        code, message = _REVOKED[found.target.kind]
+    raise IdentityError(code, message, tenant=subject.tenant, actor=subject.actor)
+
+
+_REVOKED: Final = {
+    Kind.TENANT: (ReasonCode.TENANT_SUSPENDED, "The tenant is suspended."),
+    Kind.ACTOR: (ReasonCode.ACTOR_REVOKED, "The actor may not act any more."),
+    Kind.TOKEN: (ReasonCode.TOKEN_REVOKED, "The token was revoked: get a new one."),
+}
 
 
 @contextlib.asynccontextmanager
@@ -149,7 +177,14 @@ def isolate(subject: Subject, *, tool: str) -> Account:
     permit, credentials and audit take the tenant from this, never from the
     request.
     """
-    return Account(tenant=subject.tenant, actor=subject.actor, tool=tool)
+    return Account(
+        tenant=subject.tenant,
+        actor=subject.actor,
+        tool=tool,
+        organisation=subject.organisation,
+        team=subject.team,
+        session=subject.session,
+    )
 
 
 async def limits_for(policy: PolicyEngine, document: JsonObject) -> tuple[Limit, ...]:
@@ -165,13 +200,26 @@ def charges_json(charges: Sequence[Charge]) -> tuple[JsonObject, ...]:
     )
 
 
-def settlement_detail(result: Receipt | None) -> JsonObject | None:
-    """What a record says of an unusual settlement."""
+def refusal_code(refused_by: LimitState) -> ReasonCode:
+    """What a limit that refused comes to: what was spent, or how fast and how much at once."""
+    if refused_by.limit.window.is_calendar:
+        return ReasonCode.TENANT_BUDGET_EXCEEDED
+    return ReasonCode.RATE_LIMITED
+
+
+def receipt_detail(result: Receipt | None) -> JsonObject:
+    """What a record says of a receipt that is out of the ordinary."""
     if result is None:
-        return None
+        return {}
     detail: JsonObject = {}
     if result.over_hold:
         detail["over_hold"] = True
     if result.late:
         detail["late"] = True
-    return detail or None
+    if result.warnings:
+        detail["warnings"] = [
+            {"limit_id": each.limit_id, "percent": each.percent} for each in result.warnings
+        ]
+    if result.shadow_refusals:
+        detail["shadow_refusals"] = [each.limit.id for each in result.shadow_refusals]
+    return detail

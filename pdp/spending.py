@@ -17,13 +17,13 @@ from pdp.budget.ledger import (
     LimitState,
     Receipt,
 )
-from pdp.canonical import JsonObject, sha256_hex
+from pdp.canonical import JsonObject, JsonValue, sha256_hex
 from pdp.errors import PdpError
 from pdp.identity.resolver import Credentials
 from pdp.identity.subject import Subject
-from pdp.policy.engine import Entrypoint, PolicyError
-from pdp.policy.question import budget_input
-from pdp.policy.verdict import parse_budget_verdict
+from pdp.policy.engine import Entrypoint, PolicyEngine, PolicyError
+from pdp.policy.question import Usage, budget_input
+from pdp.policy.verdict import BudgetVerdict, parse_budget_verdict
 from pdp.reason import ReasonCode
 from pdp.rooms import (
     Rooms,
@@ -32,7 +32,8 @@ from pdp.rooms import (
     identify,
     isolate,
     limits_for,
-    settlement_detail,
+    receipt_detail,
+    refusal_code,
 )
 
 
@@ -42,8 +43,10 @@ class Spend:
 
     idempotency_key: str
     charges: tuple[Charge, ...]
+    """Empty where the policy is to price the usage."""
     tool: str
     """Empty when it is for no tool."""
+    usage: Usage | None = None
     ttl_seconds: int = 0
     """For a reservation; 0 takes the configured default."""
     trace_id: str | None = None
@@ -56,6 +59,22 @@ class HoldEnd:
     idempotency_key: str
     hold_id: str
     charges: tuple[Charge, ...] = ()
+    quantities: tuple[tuple[str, int], ...] = ()
+    """In place of charges: units and how many were used of the model for which the hold was
+    made, to be priced as they were then."""
+    partial: bool = False
+    """Whether more will follow, for which the rest stays held."""
+    trace_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refund:
+    """What is to be taken back of a charge, or of a hold that was settled."""
+
+    idempotency_key: str
+    hold_id: str
+    charges: tuple[Charge, ...] = ()
+    """Empty for all that is left of it."""
     trace_id: str | None = None
 
 
@@ -96,8 +115,10 @@ async def charge(rooms: Rooms, credentials: Credentials, spend: Spend) -> Spent:
     of them on record, AdmissionError, on record within its bounds, and AuditError.
     """
 
-    async def post(account: Account, key: IdempotencyKey, limits: tuple[Limit, ...]) -> Receipt:
-        return await rooms.ledger.charge(account, key, charges=spend.charges, limits=limits)
+    async def post(account: Account, key: IdempotencyKey, ruling: _Ruling) -> Receipt:
+        return await rooms.ledger.charge(
+            account, key, charges=ruling.charges, limits=ruling.limits, memo=ruling.memo
+        )
 
     return await _spend(rooms, credentials, spend, "charge", Outcome.CHARGED, post)
 
@@ -105,36 +126,65 @@ async def charge(rooms: Rooms, credentials: Credentials, spend: Spend) -> Spent:
 async def reserve(rooms: Rooms, credentials: Credentials, spend: Spend) -> Spent:
     """Hold amounts. Raises as :func:`charge` does."""
 
-    async def post(account: Account, key: IdempotencyKey, limits: tuple[Limit, ...]) -> Receipt:
+    async def post(account: Account, key: IdempotencyKey, ruling: _Ruling) -> Receipt:
         return await rooms.ledger.reserve(
             account,
             key,
-            charges=spend.charges,
-            limits=limits,
+            charges=ruling.charges,
+            limits=ruling.limits,
             ttl_seconds=spend.ttl_seconds or rooms.hold_ttl_seconds,
+            memo=ruling.memo,
         )
 
     return await _spend(rooms, credentials, spend, "reserve", Outcome.RESERVED, post)
 
 
 async def settle(rooms: Rooms, credentials: Credentials, end: HoldEnd) -> Spent:
-    """End a hold with what was spent. Raises IdentityError, AdmissionError, LedgerError,
-    AuditError.
+    """Post what was spent under a hold. Raises IdentityError, AdmissionError, LedgerError,
+    AuditError and, where usage is to be priced, PolicyError and SpendingError.
     """
 
-    async def post(account: Account, key: IdempotencyKey) -> Receipt:
-        return await rooms.ledger.settle(account, key, hold_id=end.hold_id, charges=end.charges)
+    async def post(subject: Subject, account: Account, key: IdempotencyKey) -> Receipt:
+        charges = end.charges
+        if end.quantities:
+            charges = await _price_of(rooms, subject, end)
+        return await rooms.ledger.settle(
+            account, key, hold_id=end.hold_id, charges=charges, final=not end.partial
+        )
 
     return await _end(rooms, credentials, end, "settle", Outcome.SETTLED, post)
 
 
 async def release(rooms: Rooms, credentials: Credentials, end: HoldEnd) -> Spent:
-    """End a hold with nothing spent. Raises as :func:`settle` does."""
+    """End a hold with nothing more spent. Raises IdentityError, AdmissionError, LedgerError,
+    AuditError.
+    """
 
-    async def post(account: Account, key: IdempotencyKey) -> Receipt:
+    async def post(subject: Subject, account: Account, key: IdempotencyKey) -> Receipt:  # noqa: ARG001
         return await rooms.ledger.release(account, key, hold_id=end.hold_id)
 
     return await _end(rooms, credentials, end, "release", Outcome.RELEASED, post)
+
+
+async def refund(rooms: Rooms, credentials: Credentials, refund: Refund) -> Spent:
+    """Take back what was spent, if the policy lets the caller. Raises as :func:`charge`
+    does.
+    """
+
+    async def post(account: Account, key: IdempotencyKey, ruling: _Ruling) -> Receipt:
+        return await rooms.ledger.refund(
+            account, key, hold_id=refund.hold_id, charges=ruling.charges or None
+        )
+
+    spend = Spend(
+        idempotency_key=refund.idempotency_key,
+        charges=refund.charges,
+        tool="",
+        trace_id=refund.trace_id,
+    )
+    return await _spend(
+        rooms, credentials, spend, "refund", Outcome.REFUNDED, post, hold_id=refund.hold_id
+    )
 
 
 async def state(
@@ -147,11 +197,25 @@ async def state(
     async with admitted(
         rooms, Lane.QUESTIONS, tenant=subject.tenant, actor=subject.actor, action="budget.get"
     ):
-        document = _document(rooms, subject, "get", (), tool, "")
+        document = _document(rooms, subject, "get", tool=tool)
         with rooms.policy.pin() as policy:
             limits = await limits_for(policy, document)
             revision = policy.revision
         return await rooms.ledger.state(isolate(subject, tool=tool), limits=limits), revision
+
+
+@dataclass(frozen=True, slots=True)
+class _Ruling:
+    """What the policy says of a spend that it allows."""
+
+    charges: tuple[Charge, ...]
+    limits: tuple[Limit, ...]
+    memo: str
+    """Of usage: the model and the version of its price, for the settlement."""
+
+
+_Post = Callable[[Account, IdempotencyKey, _Ruling], Awaitable[Receipt]]
+_PostEnd = Callable[[Subject, Account, IdempotencyKey], Awaitable[Receipt]]
 
 
 async def _spend(
@@ -160,7 +224,9 @@ async def _spend(
     spend: Spend,
     operation: str,
     outcome: Outcome,
-    post: Callable[[Account, IdempotencyKey, tuple[Limit, ...]], Awaitable[Receipt]],
+    post: _Post,
+    *,
+    hold_id: str = "",
 ) -> Spent:
     subject = await identify(
         rooms,
@@ -178,7 +244,7 @@ async def _spend(
         request_id=spend.idempotency_key,
         trace_id=spend.trace_id,
     ):
-        return await _spend_as(rooms, subject, spend, operation, outcome, post)
+        return await _spend_as(rooms, subject, spend, operation, outcome, post, hold_id)
 
 
 async def _spend_as(
@@ -187,39 +253,39 @@ async def _spend_as(
     spend: Spend,
     operation: str,
     outcome: Outcome,
-    post: Callable[[Account, IdempotencyKey, tuple[Limit, ...]], Awaitable[Receipt]],
+    post: _Post,
+    hold_id: str,
 ) -> Spent:
     decision_id, revision = rooms.new_id(), rooms.policy.revision
+    charges, memo = spend.charges, ""
     result: Receipt | None = None
     failure: PdpError | None = None
     try:
         document = _document(
-            rooms, subject, operation, spend.charges, spend.tool, spend.idempotency_key
+            rooms,
+            subject,
+            operation,
+            charges=charges,
+            usage=spend.usage,
+            tool=spend.tool,
+            request_id=spend.idempotency_key,
         )
         with rooms.policy.pin() as policy:
-            answer = await policy.evaluate(Entrypoint.BUDGET_DECISION, document)
             revision = policy.revision
-            verdict = parse_budget_verdict(answer)
-            if not verdict.allow:
-                raise SpendingError(verdict.reason_code)
-            limits = await limits_for(policy, document)
+            ruling = await _rule(policy, document, spend, operation)
+        charges, memo = ruling.charges, ruling.memo
         key = IdempotencyKey(
             operation=operation,
             key=spend.idempotency_key,
-            content_sha256=sha256_hex(
-                {
-                    "charges": list(charges_json(spend.charges)),
-                    "tool": spend.tool,
-                    "ttl_seconds": spend.ttl_seconds,
-                }
-            ),
-            note=json.dumps([decision_id, revision]),
+            content_sha256=sha256_hex(_content(spend, hold_id)),
+            note=json.dumps([decision_id, revision, ruling.memo]),
         )
-        result = await post(isolate(subject, tool=spend.tool), key, limits)
-        decision_id, revision = json.loads(result.note)
+        result = await post(isolate(subject, tool=spend.tool), key, ruling)
+        decision_id, revision, memo = json.loads(result.note)
+        charges = result.charges or charges
         if result.refused_by is not None:
             raise SpendingError(
-                ReasonCode.TENANT_BUDGET_EXCEEDED,
+                refusal_code(result.refused_by),
                 refused_by=result.refused_by,
                 retry_after_seconds=result.retry_after_seconds,
             )
@@ -237,10 +303,10 @@ async def _spend_as(
             request_id=spend.idempotency_key,
             trace_id=spend.trace_id,
             policy_revision=revision,
-            hold_id=(result.id or None) if result else None,
-            charges=charges_json(spend.charges),
+            hold_id=hold_id or (result.id if result else "") or None,
+            charges=charges_json(charges) or None,
             limit_id=result.refused_by.limit.id if result and result.refused_by else None,
-            detail={"tool": spend.tool} if spend.tool else None,
+            detail=_detail(spend, memo, result) or None,
             replayed=(result.replayed or None) if result else None,
         )
     )
@@ -250,18 +316,108 @@ async def _spend_as(
     return Spent(result=result, receipt=receipt, decision_id=decision_id, policy_revision=revision)
 
 
+async def _rule(
+    policy: PolicyEngine, document: JsonObject, spend: Spend, operation: str
+) -> _Ruling:
+    """What the policy says. Raises PolicyError and SpendingError."""
+    verdict = _allowed(await policy.evaluate(Entrypoint.BUDGET_DECISION, document))
+    if operation == "refund":
+        return _Ruling(spend.charges, (), "")
+    limits = await limits_for(policy, document)
+    if spend.usage is None:
+        return _Ruling(spend.charges, limits, "")
+    memo = json.dumps({"model": spend.usage.model, "price_version": verdict.price_version})
+    return _Ruling(_priced(verdict), limits, memo)
+
+
+async def _price_of(rooms: Rooms, subject: Subject, end: HoldEnd) -> tuple[Charge, ...]:
+    """What was used under a hold, at the prices that it was made at. Raises LedgerError,
+    PolicyError and SpendingError.
+    """
+    hold = await rooms.ledger.hold(subject.tenant, end.hold_id)
+    if hold is None or hold.actor != subject.actor:
+        raise LedgerError(
+            ReasonCode.HOLD_NOT_FOUND, "There is no such hold of this actor: check its id."
+        )
+    if not hold.memo:
+        raise LedgerError(
+            ReasonCode.CHARGE_NOT_HELD,
+            "The hold was reserved with charges, not with usage: settle it with charges.",
+        )
+    memo = json.loads(hold.memo)
+    document = _document(
+        rooms,
+        subject,
+        "settle",
+        usage=Usage(model=memo["model"], quantities=end.quantities),
+        price_version=memo["price_version"],
+        tool=hold.tool,
+        request_id=end.idempotency_key,
+    )
+    with rooms.policy.pin() as policy:
+        return _priced(_allowed(await policy.evaluate(Entrypoint.BUDGET_DECISION, document)))
+
+
+def _allowed(answer: JsonValue) -> BudgetVerdict:
+    verdict = parse_budget_verdict(answer)
+    if not verdict.allow:
+        raise SpendingError(verdict.reason_code)
+    return verdict
+
+
+def _priced(verdict: BudgetVerdict) -> tuple[Charge, ...]:
+    """The charges of usage. What has no price is not free."""
+    if verdict.charges is None:
+        raise PolicyError(
+            ReasonCode.POLICY_INVALID,
+            "The policy allows the usage and puts no price on it: its answer lacks charges.",
+        )
+    return verdict.charges
+
+
+def _content(spend: Spend, hold_id: str) -> JsonObject:
+    """What makes a spend the same when it is tried again."""
+    content: JsonObject = {
+        "charges": list(charges_json(spend.charges)),
+        "tool": spend.tool,
+        "ttl_seconds": spend.ttl_seconds,
+    }
+    if spend.usage is not None:
+        content["usage"] = {
+            "model": spend.usage.model,
+            "quantities": dict(spend.usage.quantities),
+        }
+    if hold_id:
+        content["hold_id"] = hold_id
+    return content
+
+
+def _detail(spend: Spend, memo: str, result: Receipt | None) -> JsonObject:
+    detail = receipt_detail(result)
+    if spend.tool:
+        detail["tool"] = spend.tool
+    if memo:
+        detail |= json.loads(memo)
+    return detail
+
+
 def _document(
     rooms: Rooms,
     subject: Subject,
     operation: str,
-    charges: tuple[Charge, ...],
-    tool: str,
-    request_id: str,
+    *,
+    charges: tuple[Charge, ...] = (),
+    usage: Usage | None = None,
+    price_version: str = "",
+    tool: str = "",
+    request_id: str = "",
 ) -> JsonObject:
     return budget_input(
         subject,
         operation=operation,
         charges=charges,
+        usage=usage,
+        price_version=price_version,
         tool=tool,
         time=rooms.clock(),
         request_id=request_id,
@@ -274,7 +430,7 @@ async def _end(
     end: HoldEnd,
     operation: str,
     outcome: Outcome,
-    post: Callable[[Account, IdempotencyKey], Awaitable[Receipt]],
+    post: _PostEnd,
 ) -> Spent:
     subject = await identify(
         rooms,
@@ -301,22 +457,23 @@ async def _end_as(
     end: HoldEnd,
     operation: str,
     outcome: Outcome,
-    post: Callable[[Account, IdempotencyKey], Awaitable[Receipt]],
+    post: _PostEnd,
 ) -> Spent:
     result: Receipt | None = None
-    failure: LedgerError | None = None
+    failure: PdpError | None = None
+    content: JsonObject = {
+        "hold_id": end.hold_id,
+        "charges": list(charges_json(end.charges)),
+        "quantities": dict(end.quantities),
+        "partial": end.partial,
+    }
+    key = IdempotencyKey(
+        operation=operation, key=end.idempotency_key, content_sha256=sha256_hex(content)
+    )
+    detail: JsonObject = {"partial": True} if end.partial else {}
     try:
-        result = await post(
-            isolate(subject, tool=""),
-            IdempotencyKey(
-                operation=operation,
-                key=end.idempotency_key,
-                content_sha256=sha256_hex(
-                    {"hold_id": end.hold_id, "charges": list(charges_json(end.charges))}
-                ),
-            ),
-        )
-    except LedgerError as error:
+        result = await post(subject, isolate(subject, tool=""), key)
+    except (LedgerError, PolicyError, SpendingError) as error:
         failure = error
     receipt = await rooms.audit.append(
         AuditRecord(
@@ -330,7 +487,7 @@ async def _end_as(
             trace_id=end.trace_id,
             hold_id=end.hold_id,
             charges=charges_json(result.charges if result else end.charges) or None,
-            detail=settlement_detail(result),
+            detail=(detail | receipt_detail(result)) or None,
             replayed=(result.replayed or None) if result else None,
         )
     )

@@ -36,6 +36,8 @@ from pdp.permit.verifier import PermitVerifier
 from pdp.policy.engine import Entrypoint
 from pdp.policy.live import LivePolicy
 from pdp.reason import ReasonCode
+from pdp.revocation.file import RevocationFile
+from pdp.revocation.revocations import Revocations
 from pdp.rooms import Rooms
 from pdp.storage import Durability
 from pdp.strangers import Strangers
@@ -178,6 +180,7 @@ def play(directory: Path, act: Callable[[Scene], Awaitable[T]]) -> T:
             hold_ttl_seconds=120,
             ledger_id="ledger-1",
             strangers=Strangers(),
+            revocations=Revocations(RevocationFile(Path("nowhere"))),
             clock=lambda: NOW,
         )
         try:
@@ -210,7 +213,7 @@ def test_a_report_whose_record_was_lost_settles_once(tmp_path: Path) -> None:
             await execution.report(scene.rooms, scene.report())
         scene.audit.full = False
         again = await execution.report(scene.rooms, scene.report())
-        assert again.replayed
+        assert again.result.replayed
         assert again.settled == (Charge("tools", "calls", 3),)
         assert await scene.amounts() == (3, 0)
         (record,) = scene.audit.records

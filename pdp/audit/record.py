@@ -25,6 +25,8 @@ class Outcome(StrEnum):
     RESERVED = "reserved"
     SETTLED = "settled"
     RELEASED = "released"
+    REFUNDED = "refunded"
+    GRANTED = "granted"
     ACTIVATED = "activated"
     REFUSED = "refused"
 
@@ -40,7 +42,8 @@ class AuditRecord:
     """
 
     type: str
-    """One of "decision", "shadow", "budget", "redemption", "outcome" or "policy"."""
+    """One of "decision", "shadow", "budget", "redemption", "outcome", "policy" or
+    "revocation"."""
     tenant_id: str | None
     actor_id: str | None
     action: str

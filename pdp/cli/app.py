@@ -11,7 +11,9 @@ from pdp.cli.audit import app as audit
 from pdp.cli.config import app as config
 from pdp.cli.demo import demo
 from pdp.cli.explain import explain
+from pdp.cli.keys import app as keys
 from pdp.cli.policy import app as policy
+from pdp.cli.revoke import app as revoke
 from pdp.cli.serve import serve
 from pdp.cli.status import status
 
@@ -28,6 +30,8 @@ app.command()(explain)
 app.command()(demo)
 app.add_typer(config, name="config", help="Check and describe the configuration.")
 app.add_typer(audit, name="audit", help="Read and verify the audit log.")
+app.add_typer(keys, name="keys", help="Show and rotate the keys that sign permits.")
+app.add_typer(revoke, name="revoke", help="Say who may no longer act, and take it back.")
 app.add_typer(policy, name="policy", help="Write, check, compare and release policy bundles.")
 
 

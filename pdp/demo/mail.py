@@ -9,8 +9,8 @@ from email.message import EmailMessage
 from typing import Final
 
 from pdp.canonical import JsonObject
-from pdp.tool import PermitDoor
 from pdp.demo.tenants import Login
+from pdp.tool import PermitDoor
 
 _TIMEOUT_SECONDS: Final = 10
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Final, Self
 
 from pdp.canonical import JsonObject
-from pdp.tool import PermitDoor
 from pdp.demo.tenants import Login
+from pdp.tool import PermitDoor
 
 _SCHEMA: Final = """
 CREATE TABLE account (login TEXT PRIMARY KEY, password_sha256 BLOB NOT NULL);

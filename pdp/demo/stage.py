@@ -17,7 +17,6 @@ import grpc
 import pdp
 from pdp.api.v1 import budget_pb2, budget_pb2_grpc, common_pb2
 from pdp.client import Guard
-from pdp.tool import PermitDoor
 from pdp.demo.mail import MailAccount, MailServer
 from pdp.demo.orders import Order, OrdersDatabase, OrdersServer
 from pdp.demo.planner import Plan
@@ -27,6 +26,7 @@ from pdp.demo.tenants import TENANTS, Login, Tenant, other_than
 from pdp.errors import PdpError
 from pdp.permit import PermitRedeemer, PermitVerifier
 from pdp.testing import SidecarProcess, TokenIssuer
+from pdp.tool import PermitDoor
 
 PERMIT_ISSUER: Final = "agent-pdp"
 FIRST_STATUS: Final = "processing"

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Protocol
 
+from pdp.canonical import JsonObject
 from pdp.permit.claims import Permit
-from pdp.permit.signing import SigningKey
+
+
+class Signer(Protocol):
+    """Whatever has the key that signs."""
+
+    def sign(self, payload: JsonObject) -> str:
+        """A permit with this payload."""
+        ...
 
 
 class PermitIssuer:
     """Signs for one trust domain."""
 
-    def __init__(self, key: SigningKey, *, issuer: str) -> None:
+    def __init__(self, key: Signer, *, issuer: str) -> None:
         self._key = key
         self.issuer = issuer
 
     def sign(self, permit: Permit) -> Permit:
-        """The permit with its token: the same for the same permit, at any time."""
+        """The permit with its token: the same for the same permit, as long as the same
+        key signs.
+        """
         return replace(permit, token=self._key.sign(permit.to_claims()))

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from pdp import base64url
-from pdp.canonical import JsonError, JsonObject, parse_object
+from pdp.canonical import JsonError, JsonObject, canonical_bytes, parse_object
 from pdp.permit import jws
 from pdp.permit.claims import PermitError
 from pdp.reason import ReasonCode
 
 MAX_JWKS_BYTES: Final = 256 * 1024
 MAX_KEYS: Final = 64
+
+
+class PublicKeys(Protocol):
+    """Whatever knows the public keys of a trust domain."""
+
+    def find(self, kid: str) -> Ed25519PublicKey | None:
+        """The key of that id."""
+        ...
 
 
 class PermitKeySet:
@@ -70,6 +79,16 @@ class PermitKeySet:
     def to_jwks(self) -> str:
         """The set as a JWK set in JSON."""
         return json.dumps({"keys": [public_jwk(key, kid) for kid, key in self._keys.items()]})
+
+
+_THUMBPRINT: Final = ("crv", "kty", "x")
+
+
+def thumbprint(key: Ed25519PublicKey) -> str:
+    """The key's id: its thumbprint (RFC 7638), in base64url."""
+    jwk = public_jwk(key, "")
+    members: JsonObject = {name: jwk[name] for name in _THUMBPRINT}
+    return base64url.encode(hashlib.sha256(canonical_bytes(members)).digest())
 
 
 def public_jwk(key: Ed25519PublicKey, kid: str) -> JsonObject:

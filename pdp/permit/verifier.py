@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pdp.canonical import JsonError, JsonObject, check, sha256_hex
 from pdp.permit import jws
 from pdp.permit.claims import Permit, PermitError, from_claims
-from pdp.permit.keys import PermitKeySet
+from pdp.permit.keys import PublicKeys
 from pdp.reason import ReasonCode
 
 
@@ -23,7 +23,7 @@ class PermitVerifier:
 
     def __init__(
         self,
-        keys: PermitKeySet,
+        keys: PublicKeys,
         *,
         issuer: str,
         audience: str,

@@ -76,13 +76,13 @@ class HttpListener:
         address: str,
         *,
         registry: CollectorRegistry,
-        jwks: str,
+        jwks: Callable[[], str],
         is_ready: Callable[[], bool],
         status: Callable[[], JsonObject],
     ) -> None:
         host, _, port = address.rpartition(":")
         self._registry = registry
-        self._jwks = jwks.encode("utf-8")
+        self._jwks = jwks
         self._is_ready = is_ready
         self._status = status
         server_class = _Server6 if ":" in host else _Server
@@ -112,7 +112,7 @@ class HttpListener:
         elif path == "/metrics":
             kind, body = CONTENT_TYPE_LATEST, generate_latest(self._registry)
         elif path == "/.well-known/jwks.json":
-            kind, body = "application/jwk-set+json", self._jwks
+            kind, body = "application/jwk-set+json", self._jwks().encode("utf-8")
         elif path == "/status":
             kind, body = "application/json", json.dumps(self._status()).encode("utf-8")
         elif path == "/readyz":

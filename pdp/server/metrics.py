@@ -10,6 +10,7 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from pdp.admission import Admission
+from pdp.budget.ledger import Receipt
 from pdp.decision import Recorded
 from pdp.policy.live import LivePolicy
 from pdp.reason import ReasonCode
@@ -57,6 +58,27 @@ class Metrics:
             "pdp_budget_refusals",
             "Calls that a limit refused.",
             ("method",),
+            registry=self.registry,
+        )
+        self._budget_warnings = Counter(
+            "pdp_budget_warnings",
+            "Thresholds of limits that were crossed, by percent of the limit.",
+            ("percent",),
+            registry=self.registry,
+        )
+        self._budget_shadow_refusals = Counter(
+            "pdp_budget_shadow_refusals",
+            "Refusals that shadow limits would have made.",
+            registry=self.registry,
+        )
+        self._budget_over_hold = Counter(
+            "pdp_budget_over_hold",
+            "Settlements of more than was held.",
+            registry=self.registry,
+        )
+        self._budget_late = Counter(
+            "pdp_budget_late",
+            "Settlements of holds that had expired.",
             registry=self.registry,
         )
         self._admission_refusals = Counter(
@@ -147,6 +169,10 @@ class Metrics:
         """The policy gives a tenant no class that can be used."""
         self._service_class_failures.labels(self._known(reason_code)).inc()
 
+    def budget_refused(self, method: str) -> None:
+        """A limit of the policy refused."""
+        self._budget_refusals.labels(method).inc()
+
     def bundle_refused(self, bundle: str) -> None:
         """A source held what may not be used."""
         self._bundle_refusals.labels(bundle).inc()
@@ -166,8 +192,20 @@ class Metrics:
         self._decisions.labels(outcome, self._known(answer.reason_code)).inc()
         for step, seconds in recorded.step_seconds.items():
             self._steps.labels(step).observe(seconds)
-        if answer.reason_code == ReasonCode.TENANT_BUDGET_EXCEEDED:
-            self._budget_refusals.labels("Authorize").inc()
+        if answer.result is not None:
+            self.spent(answer.result)
+            if answer.result.refused_by is not None:
+                self.budget_refused("Authorize")
+
+    def spent(self, result: Receipt) -> None:
+        """The ledger took an operation. What it remembered from before is not counted."""
+        if result.replayed:
+            return
+        for warning in result.warnings:
+            self._budget_warnings.labels(str(warning.percent)).inc()
+        self._budget_shadow_refusals.inc(len(result.shadow_refusals))
+        self._budget_over_hold.inc(result.over_hold)
+        self._budget_late.inc(result.late)
 
     def failed(self, method: str, reason_code: str) -> None:
         """A call ended with an error status."""
@@ -176,8 +214,6 @@ class Metrics:
             self._audit_failures.inc()
         elif reason_code == ReasonCode.BUDGET_UNAVAILABLE:
             self._ledger_failures.inc()
-        elif reason_code == ReasonCode.TENANT_BUDGET_EXCEEDED:
-            self._budget_refusals.labels(method).inc()
 
     @contextmanager
     def timed(self, method: str) -> Iterator[CallTimer]:

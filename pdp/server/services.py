@@ -23,7 +23,7 @@ from pdp.api.v1 import (
 )
 from pdp.errors import PdpError
 from pdp.identity.resolver import Credentials
-from pdp.permit.keys import PermitKeySet
+from pdp.permit.ring import LiveKeys
 from pdp.reason import ReasonCode
 from pdp.rooms import Rooms, identify
 from pdp.server import wire
@@ -82,6 +82,8 @@ class CallRunner:
             timer.status = status_code(failure).name
             if isinstance(failure, AdmissionError):
                 self._metrics.admission_refused(failure.kind)
+            if isinstance(failure, spending.SpendingError) and failure.refused_by is not None:
+                self._metrics.budget_refused(method)
             self._metrics.failed(method, failure.reason_code)
         # Counted before it leaves, so that whoever has the answer finds it counted.
         return await abort(context, failure)
@@ -168,9 +170,10 @@ class AuthorizationServicer(authorization_pb2_grpc.AuthorizationServiceServicer)
 class BudgetServicer(budget_pb2_grpc.BudgetServiceServicer):
     """May it still be spent?"""
 
-    def __init__(self, rooms: Rooms, runner: CallRunner) -> None:
+    def __init__(self, rooms: Rooms, runner: CallRunner, metrics: Metrics) -> None:
         self._rooms = rooms
         self._runner = runner
+        self._metrics = metrics
 
     async def ChargeBudget(  # noqa: N802 - the contract's name
         self, request: budget_pb2.ChargeBudgetRequest, context: _Context
@@ -180,7 +183,9 @@ class BudgetServicer(budget_pb2_grpc.BudgetServiceServicer):
         async def work() -> budget_pb2.ChargeBudgetResponse:
             credentials, trace_id = _caller(context)
             spend = wire.spend_from(request, trace_id=trace_id)
-            return wire.charge_response(await spending.charge(self._rooms, credentials, spend))
+            spent = await spending.charge(self._rooms, credentials, spend)
+            self._metrics.spent(spent.result)
+            return wire.charge_response(spent)
 
         return await self._runner.run(context, "ChargeBudget", work)
 
@@ -192,7 +197,9 @@ class BudgetServicer(budget_pb2_grpc.BudgetServiceServicer):
         async def work() -> budget_pb2.ReserveBudgetResponse:
             credentials, trace_id = _caller(context)
             spend = wire.spend_from(request, trace_id=trace_id)
-            return wire.reserve_response(await spending.reserve(self._rooms, credentials, spend))
+            spent = await spending.reserve(self._rooms, credentials, spend)
+            self._metrics.spent(spent.result)
+            return wire.reserve_response(spent)
 
         return await self._runner.run(context, "ReserveBudget", work)
 
@@ -204,7 +211,9 @@ class BudgetServicer(budget_pb2_grpc.BudgetServiceServicer):
         async def work() -> budget_pb2.SettleBudgetResponse:
             credentials, trace_id = _caller(context)
             end = wire.hold_end_from(request, trace_id=trace_id)
-            return wire.settle_response(await spending.settle(self._rooms, credentials, end))
+            spent = await spending.settle(self._rooms, credentials, end)
+            self._metrics.spent(spent.result)
+            return wire.settle_response(spent)
 
         return await self._runner.run(context, "SettleBudget", work)
 
@@ -219,6 +228,18 @@ class BudgetServicer(budget_pb2_grpc.BudgetServiceServicer):
             return wire.release_response(await spending.release(self._rooms, credentials, end))
 
         return await self._runner.run(context, "ReleaseBudget", work)
+
+    async def RefundBudget(  # noqa: N802 - the contract's name
+        self, request: budget_pb2.RefundBudgetRequest, context: _Context
+    ) -> budget_pb2.RefundBudgetResponse:
+        """Take back what was spent."""
+
+        async def work() -> budget_pb2.RefundBudgetResponse:
+            credentials, trace_id = _caller(context)
+            refund = wire.refund_from(request, trace_id=trace_id)
+            return wire.refund_response(await spending.refund(self._rooms, credentials, refund))
+
+        return await self._runner.run(context, "RefundBudget", work)
 
     async def GetBudget(  # noqa: N802 - the contract's name
         self, request: budget_pb2.GetBudgetRequest, context: _Context
@@ -240,9 +261,10 @@ class BudgetServicer(budget_pb2_grpc.BudgetServiceServicer):
 class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
     """What happens to a permit once it is issued."""
 
-    def __init__(self, rooms: Rooms, runner: CallRunner, keys: PermitKeySet) -> None:
+    def __init__(self, rooms: Rooms, runner: CallRunner, metrics: Metrics, keys: LiveKeys) -> None:
         self._rooms = rooms
         self._runner = runner
+        self._metrics = metrics
         self._keys = keys
 
     async def RedeemPermit(  # noqa: N802 - the contract's name
@@ -263,7 +285,9 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
 
         async def work() -> execution_pb2.ReportOutcomeResponse:
             report = wire.report_from(request, trace_id=_trace_id(context))
-            return wire.report_response(await execution.report(self._rooms, report))
+            reported = await execution.report(self._rooms, report)
+            self._metrics.spent(reported.result)
+            return wire.report_response(reported)
 
         return await self._runner.run(context, "ReportOutcome", work)
 

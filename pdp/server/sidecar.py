@@ -14,6 +14,7 @@ import socket
 import stat
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -42,12 +43,15 @@ from pdp.identity.keys import load_jwks_file
 from pdp.identity.resolver import IdentityResolver, SingleTenant
 from pdp.identity.tokens import Issuer, TenantRule, TokenIdentity
 from pdp.permit.issuer import PermitIssuer
-from pdp.permit.signing import SigningKey
+from pdp.permit.ring import LiveKeys
 from pdp.permit.uses import PermitUses, UsedPermits
 from pdp.permit.verifier import PermitVerifier
 from pdp.policy.engine import ActivePolicy
 from pdp.policy.service_class import ServiceClasses
 from pdp.private_files import NotPrivateError, make_directory, write_once
+from pdp.revocation.file import RevocationFile
+from pdp.revocation.record import record_revocation
+from pdp.revocation.revocations import Revocations, RevocationStore
 from pdp.rooms import Rooms
 from pdp.server.admin import admin_socket
 from pdp.server.http import HttpListener
@@ -81,7 +85,7 @@ SERVICE_NAMES: Final = tuple(
 @contextlib.asynccontextmanager
 async def open_rooms(
     config: Config,
-    key: SigningKey,
+    keys: LiveKeys,
     policy: ActivePolicy,
     *,
     service_class_failed: Callable[[str], None],
@@ -102,7 +106,13 @@ async def open_rooms(
         )
         stack.push_async_callback(audit.close)
         digest_key = _secret(state / "audit-digest.key")
-        ledger, permit_uses, budget_id = await _open_budget(config, digest_key, stack)
+        ledger, permit_uses, revocation_store, budget_id = await _open_budget(
+            config, digest_key, stack
+        )
+        revocations = Revocations(revocation_store)
+        await revocations.look()
+        heard = partial(record_revocation, audit)
+        stack.callback(asyncio.create_task(revocations.keep_looking(heard)).cancel)
         classes = ServiceClasses(
             policy, config.limits.tenants.service_class, failed=service_class_failed
         )
@@ -116,9 +126,9 @@ async def open_rooms(
             ),
             policy=policy,
             ledger=ledger,
-            permits=PermitIssuer(key, issuer=config.permit.issuer),
+            permits=PermitIssuer(keys, issuer=config.permit.issuer),
             permit_verifier=PermitVerifier(
-                key.public_set,
+                keys,
                 issuer=config.permit.issuer,
                 audience=config.permit.default_audience,
                 leeway_seconds=0,  # its own clock, and the hold ends with the permit
@@ -127,6 +137,7 @@ async def open_rooms(
             audit=audit,
             ledger_id=budget_id,
             strangers=Strangers(),
+            revocations=revocations,
             digest_key=digest_key,
             permit_ttl_seconds=config.permit.ttl_seconds,
             hold_ttl_seconds=config.budget.hold_ttl_seconds,
@@ -136,24 +147,28 @@ async def open_rooms(
 
 async def _open_budget(
     config: Config, digest_key: bytes, stack: contextlib.AsyncExitStack
-) -> tuple[Ledger, UsedPermits, str]:
-    """Ledger, permit uses, and what names them in permits. Raises StorageError."""
+) -> tuple[Ledger, UsedPermits, RevocationStore, str]:
+    """Ledger, permit uses, revocations, and what names the first two in permits. Raises
+    StorageError.
+    """
     settings, state = config.budget, config.state_dir
     if settings.store == "sqlite":
         ledger = SqliteLedger(state / "ledger.db", durability=settings.durability)
         stack.push_async_callback(ledger.close)
         permit_uses = PermitUses(state / "permits.db", durability=settings.durability)
         stack.push_async_callback(permit_uses.close)
-        return ledger, permit_uses, ledger_id(digest_key)
+        revocations = RevocationFile(config.revocation_file)
+        return ledger, permit_uses, revocations, ledger_id(digest_key)
     # Only here: what needs no shared store needs no client of one either.
     from pdp.budget.redis_ledger import RedisLedger  # noqa: PLC0415
     from pdp.permit.redis_uses import RedisPermitUses  # noqa: PLC0415
     from pdp.redis_store import open_redis  # noqa: PLC0415
+    from pdp.revocation.redis import RedisRevocations  # noqa: PLC0415
 
     store = await open_redis(settings.store)
     stack.push_async_callback(store.close)
     if settings.lease is None:
-        return RedisLedger(store), RedisPermitUses(store), store.id
+        return RedisLedger(store), RedisPermitUses(store), RedisRevocations(store), store.id
     from pdp.budget.lease_pool import LeaseTerms  # noqa: PLC0415
     from pdp.budget.leased_ledger import open_leased  # noqa: PLC0415
 
@@ -168,7 +183,7 @@ async def _open_budget(
     # Holds under leases are known here alone, and so are the permits that they pay for.
     permit_uses = PermitUses(state / "permits.db", durability=settings.durability)
     stack.push_async_callback(permit_uses.close)
-    return leased, permit_uses, ledger_id(digest_key)
+    return leased, permit_uses, RedisRevocations(store), ledger_id(digest_key)
 
 
 def identity_from(config: Config) -> IdentityResolver:
@@ -219,7 +234,7 @@ async def serve(config: Config, *, loaded: Future[Loaded], started: Callable[[st
             config.state_dir / "lock", holds=f"The state directory {config.state_dir}"
         )
         stack.callback(lock.release)
-        key = _signing_key(config)
+        keys = _permit_keys(config)
         metrics = Metrics()
         records, shadow_records = PolicyRecords(metrics), PolicyRecords(metrics, action="shadow")
         policy = await stack.enter_async_context(
@@ -232,7 +247,7 @@ async def serve(config: Config, *, loaded: Future[Loaded], started: Callable[[st
         )
         rooms = await stack.enter_async_context(
             open_rooms(
-                config, key, policy.active, service_class_failed=metrics.service_class_failed
+                config, keys, policy.active, service_class_failed=metrics.service_class_failed
             )
         )
         records.audit = shadow_records.audit = rooms.audit
@@ -254,9 +269,11 @@ async def serve(config: Config, *, loaded: Future[Loaded], started: Callable[[st
             ),
             server,
         )
-        budget_pb2_grpc.add_BudgetServiceServicer_to_server(BudgetServicer(rooms, runner), server)
+        budget_pb2_grpc.add_BudgetServiceServicer_to_server(
+            BudgetServicer(rooms, runner, metrics), server
+        )
         execution_pb2_grpc.add_ExecutionServiceServicer_to_server(
-            ExecutionServicer(rooms, runner, key.public_set), server
+            ExecutionServicer(rooms, runner, metrics, keys), server
         )
         probes = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(probes, server)
@@ -283,7 +300,7 @@ async def serve(config: Config, *, loaded: Future[Loaded], started: Callable[[st
             }
 
         if config.listen.metrics is not None:
-            http = _http_listener(config, metrics, key, readiness, stop, status)
+            http = _http_listener(config, metrics, keys, readiness, stop, status)
             stack.push_async_callback(asyncio.to_thread, http.close)
             places.append(f"http://{config.listen.metrics.rpartition(':')[0]}:{http.port}")
         if config.listen.admin:
@@ -294,6 +311,7 @@ async def serve(config: Config, *, loaded: Future[Loaded], started: Callable[[st
         await readiness.look()
         looking = asyncio.create_task(readiness.keep_looking())
         stack.callback(looking.cancel)
+        stack.callback(asyncio.create_task(keys.keep_looking()).cancel)
         _leave_to_refcounts()
         await server.start()
         stack.push_async_callback(server.stop, None)
@@ -431,7 +449,7 @@ def _options(limits: ServerLimits) -> list[tuple[str, int]]:
 def _http_listener(
     config: Config,
     metrics: Metrics,
-    key: SigningKey,
+    keys: LiveKeys,
     readiness: Readiness,
     stop: asyncio.Event,
     status: Callable[[], JsonObject],
@@ -442,7 +460,7 @@ def _http_listener(
         return HttpListener(
             address,
             registry=metrics.registry,
-            jwks=key.public_set.to_jwks(),
+            jwks=keys.to_jwks,
             is_ready=lambda: not stop.is_set() and readiness.ready,
             status=status,
         )
@@ -464,11 +482,9 @@ def _open_state_directory(path: Path) -> None:
         ) from None
 
 
-def _signing_key(config: Config) -> SigningKey:
-    """The configured key, which must be there, or the sidecar's own, made if need be."""
-    if config.permit.key_file is not None:
-        return SigningKey.from_file(config.permit.key_file)
-    return SigningKey.from_file_or_new(config.state_dir / "permit-key.pem")
+def _permit_keys(config: Config) -> LiveKeys:
+    """The configured keys, which must be there, or the sidecar's own, made if need be."""
+    return LiveKeys(config.permit_key_file, make=config.permit.key_file is None)
 
 
 def ledger_id(digest_key: bytes) -> str:

@@ -13,6 +13,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, Re
 from google.rpc.status_pb2 import Status
 
 from pdp.admission import AdmissionError
+from pdp.budget.ledger import Limit, Window
 from pdp.channel import DETAILS_KEY, ERROR_DOMAIN
 from pdp.errors import PdpError, RequestError
 from pdp.reason import ReasonCode
@@ -25,16 +26,22 @@ STATUS_OF_REASON: Final[Mapping[str, grpc.StatusCode]] = {
     ReasonCode.TENANT_MISSING: grpc.StatusCode.UNAUTHENTICATED,
     ReasonCode.TENANT_MISMATCH: grpc.StatusCode.UNAUTHENTICATED,
     ReasonCode.TENANT_UNKNOWN: grpc.StatusCode.UNAUTHENTICATED,
+    ReasonCode.ACTOR_REVOKED: grpc.StatusCode.UNAUTHENTICATED,
+    ReasonCode.TOKEN_REVOKED: grpc.StatusCode.UNAUTHENTICATED,
+    ReasonCode.REVOCATIONS_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
     ReasonCode.PERMIT_MISSING: grpc.StatusCode.UNAUTHENTICATED,
     ReasonCode.PERMIT_INVALID: grpc.StatusCode.UNAUTHENTICATED,
     ReasonCode.PERMIT_MISMATCH: grpc.StatusCode.PERMISSION_DENIED,
     ReasonCode.PERMIT_EXPIRED: grpc.StatusCode.FAILED_PRECONDITION,
     ReasonCode.PERMIT_USED: grpc.StatusCode.FAILED_PRECONDITION,
+    ReasonCode.PERMIT_REVOKED: grpc.StatusCode.FAILED_PRECONDITION,
     ReasonCode.HOLD_NOT_FOUND: grpc.StatusCode.FAILED_PRECONDITION,
     ReasonCode.HOLD_ALREADY_SETTLED: grpc.StatusCode.FAILED_PRECONDITION,
     ReasonCode.HOLD_ALREADY_RELEASED: grpc.StatusCode.FAILED_PRECONDITION,
     ReasonCode.HOLD_EXPIRED: grpc.StatusCode.FAILED_PRECONDITION,
     ReasonCode.CHARGE_NOT_HELD: grpc.StatusCode.FAILED_PRECONDITION,
+    ReasonCode.REFUND_EXCEEDS_SPEND: grpc.StatusCode.FAILED_PRECONDITION,
+    ReasonCode.ACCOUNT_NOT_FOUND: grpc.StatusCode.FAILED_PRECONDITION,
     ReasonCode.REQUEST_INVALID: grpc.StatusCode.INVALID_ARGUMENT,
     ReasonCode.ARGUMENTS_INVALID: grpc.StatusCode.INVALID_ARGUMENT,
     ReasonCode.IDEMPOTENCY_KEY_REUSED: grpc.StatusCode.ALREADY_EXISTS,
@@ -90,7 +97,7 @@ def _details(error: PdpError) -> list[ErrorInfo | BadRequest | QuotaFailure | Re
                     QuotaFailure.Violation(
                         subject=f"limit:{limit.id}",
                         description=f"{error.refused_by.remaining} {limit.unit} remain of"
-                        f" {limit.limit} per {limit.window}",
+                        f" {_bound_of(limit)}",
                     )
                 ]
             )
@@ -101,3 +108,11 @@ def _details(error: PdpError) -> list[ErrorInfo | BadRequest | QuotaFailure | Re
         delay = Duration(seconds=millis // 1000, nanos=millis % 1000 * 1_000_000)
         details.append(RetryInfo(retry_delay=delay))
     return details
+
+
+def _bound_of(limit: Limit) -> str:
+    if limit.window is Window.ROLLING:
+        return f"{limit.burst} at once and {limit.limit} in {limit.seconds} seconds"
+    if limit.window is Window.CONCURRENT:
+        return f"{limit.limit} at the same time"
+    return f"{limit.limit} per {limit.window}"

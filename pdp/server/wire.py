@@ -16,18 +16,21 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from pdp.api.v1 import authorization_pb2, budget_pb2, common_pb2, execution_pb2
 from pdp.audit.record import AuditReceipt
 from pdp.budget.ledger import MAX_AMOUNT, Charge, LimitState
+from pdp.budget.ledger import Receipt as LedgerReceipt
 from pdp.canonical import JsonError, JsonObject, parse_object, sha256_hex
 from pdp.decision import Asked, Question, Recorded
 from pdp.errors import RequestError
 from pdp.execution import Redeemed, Redemption, Report, Reported
 from pdp.identity.resolver import Credentials
 from pdp.permit.jws import MAX_LENGTH as MAX_PERMIT_LENGTH
+from pdp.policy.question import Usage
 from pdp.reason import ReasonCode
-from pdp.spending import HoldEnd, Spend, Spent
+from pdp.spending import HoldEnd, Refund, Spend, Spent
 
 MAX_ARGUMENTS_BYTES: Final = 1024 * 1024
 MAX_CONTEXT_BYTES: Final = 16 * 1024
 MAX_CHARGES: Final = 16
+MAX_QUANTITIES: Final = 8
 MAX_HOLD_SECONDS: Final = 3600
 LARGE_BYTES: Final = 4 * 1024
 """Arguments above this are parsed and digested in a thread, not on the event loop."""
@@ -145,10 +148,14 @@ def authorize_response(recorded: Recorded) -> authorization_pb2.AuthorizeRespons
             response.hold.hold_id = answer.permit.hold_id
             response.hold.expires_at.seconds = answer.hold_expires_at
             response.hold.charges.extend(charges_out(answer.charges))
-    if answer.refused_by is not None:
-        response.refused_by.CopyFrom(limit_status(answer.refused_by))
-        if answer.retry_after_seconds is not None:
-            response.retry_after.seconds = answer.retry_after_seconds
+    result = answer.result
+    if result is not None:
+        if result.refused_by is not None:
+            response.refused_by.CopyFrom(limit_status(result.refused_by))
+            if result.retry_after_seconds is not None:
+                response.retry_after.seconds = result.retry_after_seconds
+        response.warnings.extend(_warnings(result))
+        response.shadow_refusals.extend(map(limit_status, result.shadow_refusals))
     return response
 
 
@@ -161,11 +168,13 @@ def spend_from(
     ttl_seconds = request.ttl_seconds if isinstance(request, budget_pb2.ReserveBudgetRequest) else 0
     if not 0 <= ttl_seconds <= MAX_HOLD_SECONDS:
         raise RequestError("ttl_seconds", f"must be 0 to {MAX_HOLD_SECONDS}")
-    if not request.charges:
-        raise RequestError("charges", "must name at least one charge")
+    usage = _usage(request.usage) if request.HasField("usage") else None
+    if bool(request.charges) is (usage is not None):
+        raise RequestError("charges", "must name at least one charge, or usage, and not both")
     return Spend(
         idempotency_key=key_from("idempotency_key", request.idempotency_key),
         charges=charges_from(request.charges, least=1),
+        usage=usage,
         tool=tool_from(request.tool),
         ttl_seconds=ttl_seconds,
         trace_id=trace_id,
@@ -178,11 +187,30 @@ def hold_end_from(
     trace_id: str | None,
 ) -> HoldEnd:
     """The settlement or release that is asked for. Raises RequestError."""
-    charges = request.charges if isinstance(request, budget_pb2.SettleBudgetRequest) else ()
+    idempotency_key = key_from("idempotency_key", request.idempotency_key)
+    hold_id = hold_id_from(request.hold_id)
+    if isinstance(request, budget_pb2.ReleaseBudgetRequest):
+        return HoldEnd(idempotency_key=idempotency_key, hold_id=hold_id, trace_id=trace_id)
+    if request.charges and request.quantities:
+        raise RequestError("quantities", "must be empty where charges are named")
+    if request.partial and not request.charges and not request.quantities:
+        raise RequestError("partial", "must name in charges or quantities what is spent")
     return HoldEnd(
+        idempotency_key=idempotency_key,
+        hold_id=hold_id,
+        charges=charges_from(request.charges, least=0),
+        quantities=_quantities("quantities", request.quantities),
+        partial=request.partial,
+        trace_id=trace_id,
+    )
+
+
+def refund_from(request: budget_pb2.RefundBudgetRequest, *, trace_id: str | None) -> Refund:
+    """The refund that is asked for. Raises RequestError."""
+    return Refund(
         idempotency_key=key_from("idempotency_key", request.idempotency_key),
-        hold_id=matching("hold_id", request.hold_id, _UUID, "a UUID in lower case"),
-        charges=charges_from(charges, least=0),
+        hold_id=hold_id_from(request.hold_id),
+        charges=charges_from(request.charges, least=1),
         trace_id=trace_id,
     )
 
@@ -201,6 +229,9 @@ def charge_response(spent: Spent) -> budget_pb2.ChargeBudgetResponse:
         policy_revision=spent.policy_revision,
         audit=receipt_out(spent.receipt),
         replayed=spent.result.replayed,
+        charges=charges_out(spent.result.charges),
+        warnings=_warnings(spent.result),
+        shadow_refusals=map(limit_status, spent.result.shadow_refusals),
     )
 
 
@@ -214,6 +245,9 @@ def reserve_response(spent: Spent) -> budget_pb2.ReserveBudgetResponse:
         policy_revision=spent.policy_revision,
         audit=receipt_out(spent.receipt),
         replayed=spent.result.replayed,
+        charges=charges_out(spent.result.charges),
+        warnings=_warnings(spent.result),
+        shadow_refusals=map(limit_status, spent.result.shadow_refusals),
     )
 
 
@@ -224,6 +258,7 @@ def settle_response(spent: Spent) -> budget_pb2.SettleBudgetResponse:
         late=spent.result.late,
         audit=receipt_out(spent.receipt),
         replayed=spent.result.replayed,
+        settled=charges_out(spent.result.charges),
     )
 
 
@@ -231,6 +266,17 @@ def release_response(spent: Spent) -> budget_pb2.ReleaseBudgetResponse:
     """A release on the wire."""
     return budget_pb2.ReleaseBudgetResponse(
         audit=receipt_out(spent.receipt), replayed=spent.result.replayed
+    )
+
+
+def refund_response(spent: Spent) -> budget_pb2.RefundBudgetResponse:
+    """A refund on the wire."""
+    return budget_pb2.RefundBudgetResponse(
+        refunded=charges_out(spent.result.charges),
+        decision_id=spent.decision_id,
+        policy_revision=spent.policy_revision,
+        audit=receipt_out(spent.receipt),
+        replayed=spent.result.replayed,
     )
 
 
@@ -246,6 +292,11 @@ def limit_status(state: LimitState) -> common_pb2.LimitStatus:
         spent=state.spent,
         held=state.held,
         remaining=state.remaining,
+        granted=state.granted,
+        timezone=state.limit.timezone,
+        seconds=state.limit.seconds,
+        burst=state.limit.burst,
+        shadow=not state.limit.enforced,
     )
     if state.resets_at is not None:
         status.resets_at.seconds = state.resets_at
@@ -300,7 +351,7 @@ def report_response(reported: Reported) -> execution_pb2.ReportOutcomeResponse:
     return execution_pb2.ReportOutcomeResponse(
         settled=charges_out(reported.settled),
         audit=receipt_out(reported.receipt),
-        replayed=reported.replayed,
+        replayed=reported.result.replayed,
     )
 
 
@@ -358,6 +409,43 @@ def charges_from(charges: Sequence[common_pb2.Charge], *, least: int) -> tuple[C
     if len({(charge.budget, charge.unit) for charge in read}) != len(read):
         raise RequestError("charges", "must name each budget and unit at most once")
     return tuple(read)
+
+
+def _usage(usage: common_pb2.Usage) -> Usage:
+    if not usage.quantities:
+        raise RequestError("usage.quantities", "must name at least one quantity")
+    return Usage(
+        model=matching("usage.model", usage.model, _NAME, _NAME_FORM),
+        quantities=_quantities("usage.quantities", usage.quantities),
+    )
+
+
+def _quantities(
+    field: str, quantities: Sequence[common_pb2.Quantity]
+) -> tuple[tuple[str, int], ...]:
+    if len(quantities) > MAX_QUANTITIES:
+        raise RequestError(field, f"must be at most {MAX_QUANTITIES}")
+    read: dict[str, int] = {}
+    for index, quantity in enumerate(quantities):
+        matching(f"{field}[{index}].unit", quantity.unit, _BUDGET, "1 to 64 of [a-z0-9._-]")
+        if not 0 <= quantity.amount <= MAX_AMOUNT:
+            raise RequestError(f"{field}[{index}].amount", f"must be 0 to {MAX_AMOUNT}")
+        read[quantity.unit] = quantity.amount
+    if len(read) != len(quantities):
+        raise RequestError(field, "must name each unit at most once")
+    return tuple(sorted(read.items()))
+
+
+def hold_id_from(value: str) -> str:
+    """The id of a hold or charge. Raises RequestError."""
+    return matching("hold_id", value, _UUID, "a UUID in lower case")
+
+
+def _warnings(result: LedgerReceipt) -> list[common_pb2.BudgetWarning]:
+    return [
+        common_pb2.BudgetWarning(limit_id=each.limit_id, percent=each.percent)
+        for each in result.warnings
+    ]
 
 
 def charges_out(charges: Iterable[Charge]) -> list[common_pb2.Charge]:

@@ -61,6 +61,7 @@ class SidecarProcess:
                             {
                                 "issuer": issuer.issuer,
                                 "audiences": [issuer.audience],
+                                "team_claim": "team",
                                 "jwks_file": str(issuer.write_jwks(directory / "jwks.json")),
                             }
                         ],

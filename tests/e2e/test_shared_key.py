@@ -8,7 +8,7 @@ import pytest
 
 from pdp.client import Guard
 from pdp.permit import PermitError, PermitRedeemer
-from pdp.permit.signing import SigningKey
+from pdp.permit.ring import LiveKeys
 from pdp.testing import SidecarProcess, TokenIssuer
 
 BUNDLE = Path(__file__).resolve().parents[2] / "policies" / "bundle.tar.gz"
@@ -17,7 +17,7 @@ BUNDLE = Path(__file__).resolve().parents[2] / "policies" / "bundle.tar.gz"
 def test_a_permit_is_redeemed_only_where_it_was_issued(tmp_path: Path) -> None:
     idp = TokenIssuer()
     key = tmp_path / "shared.pem"
-    SigningKey.from_file_or_new(key)
+    LiveKeys(key, make=True)
     directories = tmp_path / "one", tmp_path / "two"
     for directory in directories:
         directory.mkdir()

@@ -91,14 +91,17 @@ class _Process:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        self._log = plan.history.with_name(f"{plan.process}.log")
         self.start()
 
     def start(self) -> None:
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.callers", self.plan.text()],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-        )
+        with self._log.open("ab") as log:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "tests.faults.callers", self.plan.text()],
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stderr=log,
+            )
 
     def kill_and_start(self) -> None:
         self.kill()
@@ -114,7 +117,7 @@ class _Process:
         self._child.stdin.close()
 
     def wait(self) -> None:
-        assert self._child.wait(END_SECONDS) == 0, f"{self.plan.process} failed"
+        assert self._child.wait(END_SECONDS) == 0, self._log.read_text(encoding="utf-8")
 
     def kill(self) -> None:
         self._child.kill()

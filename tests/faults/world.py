@@ -77,7 +77,7 @@ class World:
         limits: tuple[Limit, ...] = _LIMITS
         if leased:
             # Room for a lease; and what is leased together expires alike.
-            wide = {"calls-a-session": 400, "money-a-session": 4000, "calls-of-a-tool": 2000}
+            wide = {"calls-a-session": 250, "money-a-session": 2500, "calls-of-a-tool": 4000}
             limits = tuple(
                 replace(
                     limit,
@@ -90,15 +90,15 @@ class World:
 
     def account(self, dice: random.Random, clock: float) -> Account:
         """Sessions come and go with time, each for all callers, so that their limits are
-        reached by many at once.
+        reached by many at once. Where they lease, the same few do so often.
         """
-        tenant, organisation = dice.choice(TENANTS)
+        tenant, organisation = dice.choice(TENANTS[:2] if self.leased else TENANTS)
         kind = dice.choice(("strict", "loose"))
         return Account(
             tenant=tenant,
             organisation=organisation,
-            actor=dice.choice(ACTORS),
-            tool=dice.choice(TOOLS),
+            actor=dice.choice(ACTORS[:1] if self.leased else ACTORS),
+            tool=dice.choice(TOOLS[1:] if self.leased else TOOLS),
             session=f"{kind}-{int(clock) // self.session_seconds}",
         )
 

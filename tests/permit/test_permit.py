@@ -242,27 +242,3 @@ def test_a_key_set_that_is_not_one_is_refused(jwks: str) -> None:
     with pytest.raises(PermitError) as caught:
         PermitKeySet.from_jwks(jwks)
     assert caught.value.reason_code == "permit_unavailable"
-
-
-def test_the_signing_key_is_made_once_and_kept_private(tmp_path: Path) -> None:
-    file = tmp_path / "permit-key.pem"
-    first = SigningKey.from_file_or_new(file)
-    assert SigningKey.from_file_or_new(file).kid == first.kid
-    assert file.stat().st_mode & 0o777 == 0o600
-
-
-def test_a_signing_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "permit-key.pem"
-    SigningKey.from_file_or_new(file)
-    file.chmod(0o640)
-    with pytest.raises(PermitError, match=r"is open to others.*chmod 600"):
-        SigningKey.from_file(file)
-
-
-def test_a_signing_key_that_is_none_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "permit-key.pem"
-    with pytest.raises(PermitError, match="can not be read: No such file"):
-        SigningKey.from_file(file)
-    file.touch(mode=0o600)
-    with pytest.raises(PermitError, match="is not an unencrypted PKCS 8 PEM file"):
-        SigningKey.from_file(file)

@@ -18,7 +18,7 @@ from pdp.api.v1 import authorization_pb2, budget_pb2, common_pb2, execution_pb2
 from pdp.canonical import sha256_hex
 from pdp.permit import Permit, PermitKeySet, PermitVerifier
 from pdp.permit.issuer import PermitIssuer
-from pdp.permit.signing import SigningKey
+from pdp.permit.ring import KeyRing
 from pdp.server.sidecar import ledger_id
 from pdp.testing import Caller, SidecarProcess, TokenIssuer, build_bundle, refusal_of
 
@@ -595,7 +595,7 @@ def test_a_late_report_still_settles(tmp_path: Path) -> None:
 def test_an_expired_permit_is_not_redeemed(
     sidecar: SidecarProcess, caller: Caller, tenant: str
 ) -> None:
-    key = SigningKey.from_file(sidecar.state / "permit-key.pem")
+    key = KeyRing.from_file(sidecar.state / "permit-key.pem").signing
     now = int(time.time())
     expired = PermitIssuer(key, issuer="agent-pdp").sign(
         Permit(

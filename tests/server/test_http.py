@@ -22,7 +22,7 @@ def test_more_connections_than_there_may_be_are_closed_at_once() -> None:
     listener = HttpListener(
         "127.0.0.1:0",
         registry=CollectorRegistry(),
-        jwks="{}",
+        jwks=lambda: "{}",
         is_ready=lambda: True,
         status=dict,
     )

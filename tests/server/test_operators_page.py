@@ -19,7 +19,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from pdp.api.v1 import execution_pb2
 from pdp.permit import PermitKeySet
-from pdp.permit.signing import SigningKey
+from pdp.permit.ring import KeyRing
 from pdp.reason import ReasonCode
 from pdp.server.metrics import Metrics
 from pdp.testing import Caller, SidecarProcess, TokenIssuer, build_bundle, refusal_of
@@ -69,7 +69,7 @@ def test_every_command_works_as_it_stands_there(sidecar: SidecarProcess, command
     assert done.returncode == 0, done.stderr
     if arguments[0] == "openssl":
         (sidecar.directory / "permit-key.pem").chmod(0o600)
-        assert SigningKey.from_file(sidecar.directory / "permit-key.pem").kid
+        assert KeyRing.from_file(sidecar.directory / "permit-key.pem").signing.kid
 
 
 EXAMPLES = [

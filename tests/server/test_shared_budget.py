@@ -13,7 +13,7 @@ import pytest
 
 from pdp.api.v1 import budget_pb2, common_pb2, execution_pb2
 from pdp.canonical import JsonObject, sha256_hex
-from pdp.permit.signing import SigningKey
+from pdp.permit.ring import LiveKeys
 from pdp.testing import Caller, SidecarProcess, TokenIssuer, build_bundle, refusal_of
 from tests.budget.redis_server import RedisServer
 
@@ -38,7 +38,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
 def configured(folder: Path, key: Path, bundle: Path, server: RedisServer) -> SidecarProcess:
     """A sidecar on the server; sidecars with the same key can share permits."""
     folder.mkdir()
-    SigningKey.from_file_or_new(key)
+    LiveKeys(key, make=True)
     return SidecarProcess(
         folder,
         issuer=ISSUER,

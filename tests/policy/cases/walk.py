@@ -28,6 +28,8 @@ from pdp.permit.uses import PermitUses
 from pdp.permit.verifier import PermitVerifier
 from pdp.policy.engine import ActivePolicy, Entrypoint, PolicyEngine, PolicyError
 from pdp.policy.question import Usage
+from pdp.revocation.file import RevocationFile
+from pdp.revocation.revocations import Revocations
 from pdp.rooms import Rooms
 from pdp.storage import Durability
 from pdp.strangers import Strangers
@@ -159,6 +161,7 @@ async def walk(
         hold_ttl_seconds=120,
         ledger_id="ledger-1",
         strangers=Strangers(),
+        revocations=Revocations(RevocationFile(Path("nowhere"))),
         clock=clock,
         new_id=new_id,
     )

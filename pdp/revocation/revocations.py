@@ -1,0 +1,218 @@
+"""Who may no longer act: tenants, actors and single tokens that were revoked.
+
+Revocations are written to a store, which every sidecar on it looks at twice a second. What
+is in force is in memory, so that asking costs nothing, and is asked for every call, those
+under tokens that were verified before included.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, Protocol
+
+from pdp.canonical import JsonError, JsonObject, JsonValue, parse_object
+from pdp.errors import PdpError
+from pdp.reason import ReasonCode
+
+MAX_REVOCATIONS: Final = 10_000
+MAX_BYTES: Final = 8 * 1024 * 1024
+LOOK_SECONDS: Final = 0.5
+STALE_SECONDS: Final = 10.0
+"""For how long what was read last counts where the store can not be read."""
+
+_log: Final = logging.getLogger(__name__)
+
+
+class RevocationError(PdpError):
+    """The store of revocations can not be read or written: reason code
+    revocations_unavailable. The message is for operators.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(ReasonCode.REVOCATIONS_UNAVAILABLE, message)
+
+
+class Kind(StrEnum):
+    """What is revoked."""
+
+    TENANT = "tenant"
+    ACTOR = "actor"
+    TOKEN = "token"  # noqa: S105 - no password
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What is revoked, always within one tenant."""
+
+    kind: Kind
+    tenant: str
+    name: str = ""
+    """The actor, or the token's id (jti); empty for a tenant."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Revocation:
+    """A target, and who revoked it, why and for how long."""
+
+    target: Target
+    by: str
+    reason: str
+    at: int
+    """Unix seconds, as is until."""
+    until: int = 0
+    """When it ends by itself; 0: not before it is lifted."""
+
+
+Known = Mapping[Target, Revocation]
+
+
+class RevocationStore(Protocol):
+    """Where revocations are kept. Every method raises RevocationError."""
+
+    async def version(self) -> str:
+        """Another text whenever something was revoked or lifted."""
+        ...
+
+    async def read(self) -> Known:
+        """All of them."""
+        ...
+
+    async def add(self, revocation: Revocation) -> None:
+        """Revoke, in place of what there is of the same target."""
+        ...
+
+    async def lift(self, target: Target) -> bool:
+        """Take a revocation back. False when there is none."""
+        ...
+
+
+Heard = Callable[[Revocation, bool], Awaitable[None]]
+"""Told of each revocation that came in force (True) or was lifted (False)."""
+
+
+class Revocations:
+    """What is revoked now, as one sidecar knows it."""
+
+    def __init__(
+        self,
+        store: RevocationStore,
+        *,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+        stale_seconds: float = STALE_SECONDS,
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._monotonic = monotonic
+        self._stale_seconds = stale_seconds
+        self._known: Known = {}
+        self._version: str | None = None
+        self._seen_at = 0.0
+        self._failing = False
+
+    def find(self, *, tenant: str, actor: str, token_id: str = "") -> Revocation | None:
+        """What forbids this actor to act, the widest first. Raises RevocationError where
+        what is known is too old to go by.
+        """
+        if self._failing and self._monotonic() - self._seen_at > self._stale_seconds:
+            raise RevocationError("It can not be told who is revoked; try again later.")
+        if not self._known:
+            return None
+        for kind, name in ((Kind.TENANT, ""), (Kind.ACTOR, actor), (Kind.TOKEN, token_id)):
+            found = self._known.get(Target(kind=kind, tenant=tenant, name=name))
+            if found is not None and (not found.until or self._clock() < found.until):
+                return found
+        return None
+
+    async def look(self, heard: Heard | None = None) -> None:
+        """Take up what the store says, if it has changed. Raises RevocationError."""
+        version = await self._store.version()
+        if version != self._version:
+            before, self._known = self._known, await self._store.read()
+            self._version = version
+            if heard is not None:
+                for target in before.keys() - self._known.keys():
+                    await heard(before[target], False)
+                for target in self._known.keys() - before.keys():
+                    await heard(self._known[target], True)
+        self._seen_at = self._monotonic()
+        if self._failing:
+            _log.warning("revocations can be read again")
+        self._failing = False
+
+    async def keep_looking(self, heard: Heard | None = None) -> None:
+        """Look twice a second, whatever happens."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            try:
+                await self.look(heard)
+            except PdpError as error:
+                if not self._failing:
+                    _log.error("revocations can not be read: %s", error.message)
+                self._failing = True
+
+
+def to_json(revocations: Iterable[Revocation]) -> bytes:
+    """Revocations as they are kept."""
+    return json.dumps({"revocations": [_fields(each) for each in revocations]}).encode("utf-8")
+
+
+def from_json(text: bytes) -> Known:
+    """Revocations again. Raises ValueError."""
+    try:
+        members = parse_object(text, max_bytes=MAX_BYTES).get("revocations")
+    except JsonError as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(members, list) or len(members) > MAX_REVOCATIONS:
+        raise ValueError(f"needs a list of at most {MAX_REVOCATIONS} revocations")
+    known = [_revocation(member) for member in members]
+    return {each.target: each for each in known}
+
+
+def _fields(revocation: Revocation) -> JsonObject:
+    return {
+        "kind": revocation.target.kind.value,
+        "tenant": revocation.target.tenant,
+        "name": revocation.target.name,
+        "by": revocation.by,
+        "reason": revocation.reason,
+        "at": revocation.at,
+        "until": revocation.until,
+    }
+
+
+def _revocation(member: JsonValue) -> Revocation:
+    if not isinstance(member, dict) or member.keys() != _FIELDS.keys():
+        raise ValueError(f"needs exactly {', '.join(_FIELDS)} of each revocation")
+    for name, expected in _FIELDS.items():
+        if type(member[name]) is not expected:
+            raise ValueError(f"{name} must be {expected.__name__}")
+    kind = str(member["kind"])
+    if kind not in set(Kind):
+        raise ValueError(f"kind must be one of {', '.join(Kind)}")
+    if (kind == Kind.TENANT) is bool(member["name"]) or not member["tenant"]:
+        raise ValueError("a tenant must be named, and an actor or token unless all of it is meant")
+    at, until = member["at"], member["until"]
+    assert isinstance(at, int)  # noqa: S101 - looked at above
+    assert isinstance(until, int)  # noqa: S101
+    target = Target(kind=Kind(kind), tenant=str(member["tenant"]), name=str(member["name"]))
+    return Revocation(
+        target=target, by=str(member["by"]), reason=str(member["reason"]), at=at, until=until
+    )
+
+
+_FIELDS: Final[Mapping[str, type]] = {
+    "kind": str,
+    "tenant": str,
+    "name": str,
+    "by": str,
+    "reason": str,
+    "at": int,
+    "until": int,
+}

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+
+from pdp.permit.claims import PermitError
+from pdp.permit.keys import PermitKeySet
+from pdp.permit.ring import KeyRing, LiveKeys
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "permit-key.pem"
+
+
+def kids(keys: LiveKeys | KeyRing) -> list[str]:
+    ring = keys.ring if isinstance(keys, LiveKeys) else keys
+    return [key.kid for key in ring.keys]
+
+
+def test_keys_are_made_once_and_kept_private(file: Path) -> None:
+    first = LiveKeys(file, make=True)
+    assert kids(LiveKeys(file, make=True)) == kids(first)
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_no_key_is_made_where_one_is_configured(file: Path) -> None:
+    with pytest.raises(PermitError, match="can not be read: No such file"):
+        LiveKeys(file)
+    assert not file.exists()
+
+
+def test_keys_that_others_can_read_are_refused(file: Path) -> None:
+    LiveKeys(file, make=True)
+    file.chmod(0o640)
+    with pytest.raises(PermitError, match=r"is open to others.*chmod 600"):
+        LiveKeys(file)
+
+
+def encrypted() -> bytes:
+    private = load_pem_private_key(KeyRing.generate().to_pem(), password=None)
+    return private.private_bytes(
+        Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret")
+    )
+
+
+def rsa() -> bytes:
+    private = generate_private_key(65537, 2048)
+    return private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def public_only() -> bytes:
+    return b"".join(key.only_public().to_pem() for key in KeyRing.generate().keys)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    (
+        (b"", "holds no unencrypted PKCS 8 PEM key"),
+        (public_only(), "holds no unencrypted PKCS 8 PEM key"),
+        (encrypted(), "not an unencrypted Ed25519 key"),
+        (rsa(), "not an unencrypted Ed25519 key"),
+        (
+            b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n",
+            "a PEM block that can not be read",
+        ),
+        (KeyRing.generate().to_pem() * 2, "holds a key twice"),
+        (b"x" * 70_000, "is larger than"),
+        (b"".join(KeyRing.generate().to_pem() for _ in range(65)), "holds more than 64 keys"),
+    ),
+)
+def test_a_file_that_holds_no_keys_is_refused(file: Path, content: bytes, told: str) -> None:
+    file.touch(mode=0o600)
+    file.write_bytes(content)
+    with pytest.raises(PermitError) as caught:
+        KeyRing.from_file(file)
+    assert caught.value.reason_code == "permit_unavailable"
+    assert told in caught.value.message
+    assert "AAAA" not in caught.value.message
+
+
+def test_the_next_key_is_published_before_it_signs() -> None:
+    ring = KeyRing.generate()
+    both = ring.with_next()
+    assert both.signing.kid == ring.signing.kid
+    assert all(both.public_set.find(kid) for kid in kids(both))
+    rotated = both.signing_with(kids(both)[1])
+    assert kids(rotated) == kids(both)[::-1]
+    assert rotated.signing.kid == kids(both)[1]
+
+
+def test_a_key_that_has_signed_can_never_sign_again() -> None:
+    both = KeyRing.generate().with_next()
+    old, new = kids(both)
+    rotated = both.signing_with(new)
+    assert rotated.to_pem().count(b"PRIVATE KEY") == 2  # begin and end of one
+    with pytest.raises(PermitError, match="can only verify"):
+        rotated.signing_with(old)
+    assert kids(rotated.without(old)) == [new]
+    with pytest.raises(PermitError, match="is the one that signs"):
+        rotated.without(new)
+    with pytest.raises(PermitError, match="There is no key"):
+        rotated.without("none")
+
+
+def test_what_is_written_is_read_again(file: Path) -> None:
+    both = KeyRing.generate().with_next()
+    rotated = both.signing_with(kids(both)[1]).with_next()
+    rotated.write(file)
+    read = KeyRing.from_file(file)
+    assert kids(read) == kids(rotated)
+    assert read.to_pem() == rotated.to_pem()
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_changed_keys_come_in_force_and_old_permits_still_verify(file: Path) -> None:
+    keys = LiveKeys(file, make=True)
+    old = keys.sign({"jti": "1"})
+    ring = keys.ring.with_next()
+    ring = ring.signing_with(kids(ring)[1])
+    ring.write(file)
+    asyncio.run(keys.look())
+    assert kids(keys) == kids(ring)
+    assert keys.sign({"jti": "1"}) != old
+    assert {jwk["kid"] for jwk in json.loads(keys.to_jwks())["keys"]} == set(kids(ring))
+    assert PermitKeySet.from_jwks(keys.to_jwks()).find(kids(ring)[1])
+    ring.without(kids(ring)[1]).write(file)
+    asyncio.run(keys.look())
+    assert keys.find(kids(ring)[1]) is None
+
+
+@pytest.mark.parametrize("how", ("broken", "open", "gone"))
+def test_a_file_that_goes_bad_leaves_the_keys_in_force(
+    file: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = LiveKeys(file, make=True)
+    before = kids(keys)
+    if how == "broken":
+        file.write_bytes(b"nothing")
+    elif how == "open":
+        file.chmod(0o644)
+    else:
+        file.unlink()
+    asyncio.run(keys.look())
+    assert kids(keys) == before
+    assert "stay in force" in caplog.text
+    caplog.clear()
+    asyncio.run(keys.look())
+    assert caplog.text == ""

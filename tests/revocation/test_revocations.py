@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pdp.config import RedisSettings
+from pdp.redis_store import open_redis
+from pdp.revocation.file import RevocationFile
+from pdp.revocation.redis import RedisRevocations
+from pdp.revocation.revocations import (
+    Kind,
+    Revocation,
+    RevocationError,
+    Revocations,
+    RevocationStore,
+    Target,
+    from_json,
+    to_json,
+)
+from tests.budget.conftest import redis_server, session_redis
+from tests.budget.redis_server import RedisServer
+
+__all__ = ["redis_server", "session_redis"]
+
+ALICE = Target(kind=Kind.ACTOR, tenant="acme", name="alice")
+ACME = Target(kind=Kind.TENANT, tenant="acme")
+TOKEN = Target(kind=Kind.TOKEN, tenant="acme", name="jti-1")
+Open = Callable[[], AbstractAsyncContextManager[RevocationStore]]
+
+
+def revoked(target: Target, *, until: int = 0) -> Revocation:
+    return Revocation(target=target, by="eve", reason="left the company", at=1_000, until=until)
+
+
+@pytest.fixture(params=("file", "redis"))
+def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
+    """How a store is opened, any number of times."""
+
+    @asynccontextmanager
+    async def open_file() -> AsyncIterator[RevocationStore]:
+        yield RevocationFile(tmp_path / "revocations.json")
+
+    if request.param == "file":
+        return open_file
+    server: RedisServer = request.getfixturevalue("redis_server")
+
+    @asynccontextmanager
+    async def open_shared() -> AsyncIterator[RevocationStore]:
+        store = await open_redis(RedisSettings(unix=server.socket, timeout_ms=10_000))
+        try:
+            yield RedisRevocations(store)
+        finally:
+            await store.close()
+
+    return open_shared
+
+
+def test_who_is_revoked_is_found_and_nobody_else(opened: Open) -> None:
+    async def run() -> None:
+        async with opened() as store, opened() as elsewhere:
+            revocations = Revocations(store)
+            await revocations.look()
+            assert revocations.find(tenant="acme", actor="alice") is None
+            for target in (ALICE, TOKEN):
+                await elsewhere.add(revoked(target))
+            await revocations.look()
+            assert revocations.find(tenant="acme", actor="alice") == revoked(ALICE)
+            assert revocations.find(tenant="acme", actor="bob", token_id="jti-1") == revoked(TOKEN)
+            for tenant, actor, token_id in (
+                ("globex", "alice", "jti-1"),
+                ("acme", "bob", ""),
+                ("acme", "jti-1", "alice"),
+                ("acme", "", ""),
+            ):
+                found = revocations.find(tenant=tenant, actor=actor, token_id=token_id)
+                assert found is None
+            await elsewhere.add(revoked(ACME))
+            await revocations.look()
+            assert revocations.find(tenant="acme", actor="bob") == revoked(ACME)
+            assert await elsewhere.lift(ACME)
+            assert not await elsewhere.lift(ACME)
+            await revocations.look()
+            assert revocations.find(tenant="acme", actor="bob") is None
+
+    asyncio.run(run())
+
+
+def test_what_comes_in_force_and_what_is_lifted_is_told_once(opened: Open) -> None:
+    heard: list[tuple[Target, bool]] = []
+
+    async def hear(revocation: Revocation, in_force: bool) -> None:  # noqa: FBT001 - as Heard
+        heard.append((revocation.target, in_force))
+
+    async def run() -> None:
+        async with opened() as store:
+            await store.add(revoked(ALICE))
+            revocations = Revocations(store)
+            await revocations.look(hear)
+            await revocations.look(hear)
+            await store.lift(ALICE)
+            await revocations.look(hear)
+
+    asyncio.run(run())
+    assert heard == [(ALICE, True), (ALICE, False)]
+
+
+def test_a_revocation_can_end_by_itself(tmp_path: Path) -> None:
+    now = 1_000.0
+    store = RevocationFile(tmp_path / "revocations.json")
+    revocations = Revocations(store, clock=lambda: now)
+    asyncio.run(store.add(revoked(ALICE, until=1_060)))
+    asyncio.run(revocations.look())
+    assert revocations.find(tenant="acme", actor="alice")
+    now = 1_060
+    assert revocations.find(tenant="acme", actor="alice") is None
+
+
+def test_the_last_word_on_a_target_counts(tmp_path: Path) -> None:
+    store = RevocationFile(tmp_path / "revocations.json")
+    asyncio.run(store.add(revoked(ALICE, until=5)))
+    asyncio.run(store.add(revoked(ALICE)))
+    assert asyncio.run(store.read()) == {ALICE: revoked(ALICE)}
+
+
+def test_changes_of_many_at_once_are_all_kept(tmp_path: Path) -> None:
+    path = tmp_path / "revocations.json"
+    targets = [replace(ALICE, name=f"actor-{number}") for number in range(20)]
+
+    async def run() -> None:
+        await asyncio.gather(*(RevocationFile(path).add(revoked(each)) for each in targets))
+
+    asyncio.run(run())
+    assert asyncio.run(RevocationFile(path).read()).keys() == set(targets)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert {each.name for each in tmp_path.iterdir()} == {path.name, f"{path.name}.lock"}
+
+
+def test_a_store_that_fails_for_long_lets_nobody_act(tmp_path: Path) -> None:
+    path = tmp_path / "revocations.json"
+    times = {"now": 0.0}
+    revocations = Revocations(RevocationFile(path), monotonic=lambda: times["now"])
+
+    async def run() -> None:
+        await revocations.look()
+        path.write_text("nonsense")
+        looking = asyncio.create_task(revocations.keep_looking())
+        for _ in range(100):
+            if revocations._failing:
+                break
+            await asyncio.sleep(0.05)
+        times["now"] = 9.0
+        assert revocations.find(tenant="acme", actor="alice") is None
+        times["now"] = 10.5
+        with pytest.raises(RevocationError) as caught:
+            revocations.find(tenant="acme", actor="alice")
+        assert caught.value.reason_code == "revocations_unavailable"
+        path.unlink()
+        for _ in range(100):
+            if not revocations._failing:
+                break
+            await asyncio.sleep(0.05)
+        assert revocations.find(tenant="acme", actor="alice") is None
+        looking.cancel()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "text",
+    (
+        b"",
+        b"[]",
+        b"{}",
+        b'{"revocations": [{}]}',
+        b'{"revocations": [1]}',
+        to_json([revoked(ALICE)]).replace(b'"actor"', b'"planet"'),
+        to_json([revoked(ALICE)]).replace(b"1000", b'"1000"'),
+        to_json([revoked(ALICE)]).replace(b"alice", b""),
+        to_json([revoked(ACME)]).replace(b'"name": ""', b'"name": "x"'),
+        to_json([revoked(ALICE)]).replace(b"acme", b""),
+    ),
+)
+def test_a_file_that_holds_no_revocations_is_refused(text: bytes, tmp_path: Path) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 - each has its own message
+        from_json(text)
+    path = tmp_path / "revocations.json"
+    path.write_bytes(text)
+    with pytest.raises(RevocationError, match=r"revocations\.json"):
+        asyncio.run(Revocations(RevocationFile(path)).look())

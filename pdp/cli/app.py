@@ -8,6 +8,7 @@ import typer
 
 from pdp import __version__
 from pdp.cli.audit import app as audit
+from pdp.cli.budget import app as budget
 from pdp.cli.config import app as config
 from pdp.cli.demo import demo
 from pdp.cli.explain import explain
@@ -30,6 +31,7 @@ app.command()(explain)
 app.command()(demo)
 app.add_typer(config, name="config", help="Check and describe the configuration.")
 app.add_typer(audit, name="audit", help="Read and verify the audit log.")
+app.add_typer(budget, name="budget", help="Show budgets, and correct them by hand.")
 app.add_typer(keys, name="keys", help="Show and rotate the keys that sign permits.")
 app.add_typer(revoke, name="revoke", help="Say who may no longer act, and take it back.")
 app.add_typer(policy, name="policy", help="Write, check, compare and release policy bundles.")

@@ -7,7 +7,7 @@ OPA := .tools/opa
 REDIS := .tools/redis-server
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check fmt proto policies docs lock bench bench-budget clean
+.PHONY: help demo test test-slow check check-history fmt proto policies docs lock bench bench-budget clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -18,8 +18,13 @@ demo: .venv/demo ## Watch the main job and the attacks on it (no Go, no service 
 test: .venv/dev $(OPA) .tools/regal .tools/opa-cases $(REDIS) ## Set up what the tests need and run them
 	@.venv/bin/pytest -m "not slow" --cov --cov-report=term
 
-test-slow: .venv/dev $(OPA) .tools/opa-cases .tools/crane $(REDIS) ## The suites that take longer: kill loops, long property tests
+test-slow: .venv/dev $(OPA) .tools/opa-cases .tools/crane .tools/toxiproxy-server $(REDIS) ## The suites that take longer: kill loops, long property tests
 	@.venv/bin/pytest -m slow
+
+SECONDS ?= 600
+SEED ?= 1
+check-history: .venv/dev $(OPA) .tools/toxiproxy-server $(REDIS) ## Break every store of budgets for SECONDS=600, from SEED=1, and check what came of it
+	@$(PY) -m tests.faults.rounds --seconds $(SECONDS) --seed $(SEED)
 
 check: .venv/dev $(OPA) .tools/regal ## Lint, types, and that everything generated is current
 	.venv/bin/ruff format --check .
@@ -90,7 +95,7 @@ $(REDIS): scripts/install_redis.py | .venv/bin/python
 	$(PY) scripts/install_redis.py
 	@touch -h $@
 
-# OPA, Regal and crane are built from their Go modules once (minutes), unless they are on PATH.
+# OPA, Regal, crane and toxiproxy are built from their Go modules once (minutes), unless they are on PATH.
 .tools/%: scripts/install_opa.py | .venv/bin/python
 	$(PY) scripts/install_opa.py $*
 	@touch -h $@  # it may be a link to a command of the system

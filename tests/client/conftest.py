@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,12 @@ def actor() -> str:
 
 
 @pytest.fixture
-def token_of(issuer: TokenIssuer) -> Callable[[str, str], str]:
+def token_of(issuer: TokenIssuer) -> Callable[..., str]:
     """The token of an actor of a tenant, who may use the orders' tools and mail."""
 
-    def token(tenant: str, actor: str) -> str:
+    def token(tenant: str, actor: str, roles: Sequence[str] = ("support_agent",)) -> str:
         scopes = ["orders:read", "orders:write", "mail:send"]
-        return issuer.token(tenant, actor, roles=["support_agent"], scopes=scopes)
+        return issuer.token(tenant, actor, roles=roles, scopes=scopes)
 
     return token
 

@@ -13,10 +13,14 @@ PAGE = Path(__file__).parents[2] / "docs" / "runtime-developers.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 
 
-def test_every_example_runs(target: str, token_of: Callable[[str, str], str], actor: str) -> None:
+def test_every_example_runs(
+    target: str, token_of: Callable[..., str], actor: str, tmp_path: Path
+) -> None:
     names: dict[str, Any] = {
         "token": token_of("tenant_acme", actor),
         "globex_token": token_of("tenant_globex", actor),
+        "agent_token": token_of("tenant_acme", actor, ["agent"]),
+        "once_file": tmp_path / "once.sqlite",
     }
     text = TEXT.replace("unix:///run/pdp/pdp.sock", target)
     examples = list(re.finditer(r"```python\n(.*?)```", text, re.DOTALL))

@@ -20,12 +20,13 @@ from typing import Any
 import pytest
 import yaml
 
+from pdp.budget.ledger import OnExpiry, Scope, Window
 from pdp.identity.subject import Subject
 from pdp.policy.bundle import load_bundle
 from pdp.policy.engine import Entrypoint
-from pdp.policy.question import authorize_input
-from pdp.policy.verdict import parse_limits, parse_verdict
-from pdp.policy.wasm import WasmEngine
+from pdp.policy.question import Usage, authorize_input, budget_input
+from pdp.policy.verdict import parse_budget_verdict, parse_limits, parse_verdict
+from pdp.policy.wasm import WasmEngine, WasmEvaluator
 from pdp.reason import ReasonCode
 from pdp.testing import Caller, SidecarProcess, TokenIssuer
 
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.timeout(300)  # the walk is some twenty commands
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE = (ROOT / "docs" / "policy-authors.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)(?: (\S+))?\n(.*?)```", PAGE, flags=re.DOTALL)
-INPUT, DECISION, LIMITS = (
+INPUT, DECISION, LIMITS, KINDS, PRICED = (
     json.loads(text) for language, name, text in BLOCKS if language == "json" and not name
 )
 CLERK = Subject(
@@ -195,6 +196,25 @@ def test_the_input_is_what_a_policy_is_asked() -> None:
 def test_the_answers_are_of_the_agreed_form() -> None:
     assert parse_verdict(DECISION).allow
     assert [limit.id for limit in parse_limits(LIMITS)] == ["tools-per-day"]
+
+
+def test_every_kind_of_limit_is_shown_in_the_agreed_form() -> None:
+    shown = parse_limits(KINDS)
+    assert {limit.window for limit in shown} >= {Window.ROLLING, Window.CONCURRENT, Window.DAY}
+    assert {limit.enforced for limit in shown} == {True, False}
+    assert {limit.on_expiry for limit in shown} == set(OnExpiry)
+    assert {limit.scope for limit in shown} >= {Scope.ORGANISATION, Scope.TEAM, Scope.SESSION}
+
+
+def test_the_starter_bundle_prices_as_told() -> None:
+    subject = Subject(tenant="tenant_acme", actor="planner", roles=("agent",))
+    usage = Usage("gpt-x", (("tokens_in", 1200), ("tokens_out", 4000)))
+    document = budget_input(
+        subject, operation="reserve", charges=(), tool="", time=0, request_id="r", usage=usage
+    )
+    with WasmEvaluator(load_bundle(ROOT / "policies" / "bundle.tar.gz")) as evaluator:
+        answer = parse_budget_verdict(evaluator.evaluate(Entrypoint.BUDGET_DECISION, document))
+    assert answer == parse_budget_verdict(PRICED)
 
 
 def test_the_ladder_is_that_of_the_starter_bundle() -> None:

@@ -397,7 +397,7 @@ def test_another_tenants_id_in_any_field_changes_no_tenant(
     """Field by field, by the descriptors: a field that is added later is tried too."""
     permit = caller.authorize("orders.read").permit
     for field in text_fields(method.input_type):
-        request = whole(method.input_type, permit=permit)
+        request = whole(method.input_type, permit=permit, priced=field[0] in PRICED)
         put(request, field, "tenant_globex")
         before = len(records(sidecar))
         with contextlib.suppress(grpc.RpcError):
@@ -420,8 +420,13 @@ def call(caller: Caller, method: Any, request: Message) -> Any:
     return next(answer) if method.server_streaming else answer
 
 
-def whole(kind: Descriptor, *, permit: str = "x") -> Message:
-    """A well-formed request of that kind, with every field set."""
+PRICED = {"usage", "quantities"}
+"""Fields that stand in place of charges."""
+
+
+def whole(kind: Descriptor, *, permit: str = "x", priced: bool = False) -> Message:
+    """A well-formed request of that kind, with every field set that can be."""
+    quantities = [common_pb2.Quantity(unit="tokens_in", amount=1)]
     values: dict[str, Any] = {
         "request_id": str(uuid.uuid4()),
         "idempotency_key": str(uuid.uuid4()),
@@ -431,6 +436,9 @@ def whole(kind: Descriptor, *, permit: str = "x") -> Message:
         "context_json": b"{}",
         "audience": "tools",
         "charges": [tokens(1)],
+        "usage": common_pb2.Usage(model="gpt-x", quantities=quantities),
+        "quantities": quantities,
+        "partial": True,
         "tool": "orders.read",
         "ttl_seconds": 5,
         "hold_id": str(uuid.uuid4()),
@@ -439,7 +447,9 @@ def whole(kind: Descriptor, *, permit: str = "x") -> Message:
         "outcome": execution_pb2.OUTCOME_FAILED,
         "error_type": "OSError",
     }
-    return GetMessageClass(kind)(**{field.name: values[field.name] for field in kind.fields})
+    names = {field.name for field in kind.fields}
+    left_out = {"charges"} if priced else PRICED
+    return GetMessageClass(kind)(**{name: values[name] for name in names - left_out})
 
 
 def text_fields(kind: Descriptor, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

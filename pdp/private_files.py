@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from collections.abc import Callable
@@ -33,12 +34,21 @@ def write_once(path: Path, content: Callable[[], bytes]) -> None:
     It is there whole or not at all, whenever the process is killed, and nothing is
     written through a link that somebody has laid. Raises OSError.
     """
-    if path.exists():
-        return
+    if not path.exists():
+        replace(path, content)
+
+
+def replace(path: Path, content: Callable[[], bytes]) -> None:
+    """Put the content in the file's place, mode 0600, whole or not at all. Raises OSError."""
     scratch = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content())
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.rename(path)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content())
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+        raise

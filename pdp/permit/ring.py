@@ -12,7 +12,6 @@ import asyncio
 import logging
 import os
 import re
-import secrets
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from pdp.canonical import JsonObject
 from pdp.permit.claims import PermitError
 from pdp.permit.keys import MAX_KEYS, PermitKeySet, thumbprint
 from pdp.permit.signing import SigningKey
-from pdp.private_files import write_once
+from pdp.private_files import replace, write_once
 from pdp.reason import ReasonCode
 
 MAX_FILE_BYTES: Final = 64 * 1024
@@ -112,13 +111,7 @@ class KeyRing:
 
     def write(self, path: Path) -> None:
         """Put it in the file's place, whole or not at all, mode 0600. Raises OSError."""
-        scratch = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
-        write_once(scratch, self.to_pem)
-        try:
-            scratch.replace(path)
-        except OSError:
-            scratch.unlink(missing_ok=True)
-            raise
+        replace(path, self.to_pem)
 
     def with_next(self) -> KeyRing:
         """With a new key, which is published and does not sign yet."""

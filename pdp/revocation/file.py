@@ -6,11 +6,10 @@ import asyncio
 import contextlib
 import fcntl
 import os
-import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pdp.private_files import write_once
+from pdp.private_files import replace
 from pdp.revocation.revocations import (
     MAX_BYTES,
     MAX_REVOCATIONS,
@@ -83,13 +82,9 @@ class RevocationFile:
             known = dict(self._read())
             if not change(known):
                 return False
-            scratch = self._path.with_name(f"{self._path.name}.{secrets.token_hex(8)}")
             try:
-                write_once(scratch, lambda: to_json(known.values()))
-                scratch.replace(self._path)
+                replace(self._path, lambda: to_json(known.values()))
             except OSError as error:
-                with contextlib.suppress(OSError):
-                    scratch.unlink(missing_ok=True)
                 raise self._failed("written", error) from None
         return True
 

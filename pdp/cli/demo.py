@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pdp.cli import exit_codes
+from pdp.cli.output import Output
 
 if TYPE_CHECKING:
     from pdp.demo.show import Show
-
-
-class Output(StrEnum):
-    """How it is shown."""
-
-    TEXT = "text"
-    JSON = "json"
 
 
 def demo(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from pdp.cli import exit_codes
-from pdp.cli.policy.analysis import printable
+from pdp.cli.output import Output, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -23,13 +22,6 @@ if TYPE_CHECKING:
 
 MAX_INPUT_BYTES: Final = 4 * 1024 * 1024
 REQUEST_ID: Final = "explain"
-
-
-class Output(StrEnum):
-    """How an explanation is written."""
-
-    TEXT = "text"
-    JSON = "json"
 
 
 def explain(

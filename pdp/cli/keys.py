@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pdp.cli import exit_codes
+from pdp.cli.output import Output
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,13 +26,6 @@ KeyFile = Annotated[
     typer.Option("--file", help="The keys themselves, for a file that is mounted elsewhere."),
 ]
 Kid = Annotated[str, typer.Argument(help="The key's id, as pdp keys list shows it.")]
-
-
-class Output(StrEnum):
-    """How keys are printed."""
-
-    TEXT = "text"
-    JSON = "json"
 
 
 @app.command("list")

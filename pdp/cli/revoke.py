@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, NoReturn, TypeVar
 
 import typer
 
 from pdp.cli import exit_codes
+from pdp.cli.output import Output, printable
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -34,13 +34,6 @@ By = Annotated[str, typer.Option(help="Who does it, for the audit log. [default:
 Hours = Annotated[
     int, typer.Option("--hours", min=0, max=87_600, help="When it ends by itself; 0: never.")
 ]
-
-
-class Output(StrEnum):
-    """How revocations are printed."""
-
-    TEXT = "text"
-    JSON = "json"
 
 
 @app.command()
@@ -116,7 +109,6 @@ def list_revocations(
     """
     from datetime import UTC, datetime  # noqa: PLC0415 - start-up imports only what it needs
 
-    from pdp.cli.policy.analysis import printable  # noqa: PLC0415
     from pdp.revocation.revocations import to_json  # noqa: PLC0415
 
     known = _run(config, lambda store: store.read())

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from pdp.cli import exit_codes
+from pdp.cli.output import Output
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,13 +18,6 @@ TIMEOUT_SECONDS: Final = 5.0
 MAX_STATUS_BYTES: Final = 4 * 1024 * 1024
 WIDTH_OF_A_FILE: Final = 240
 """Columns of the table where it is not written to a terminal."""
-
-
-class Output(StrEnum):
-    """How the status is printed."""
-
-    TEXT = "text"
-    JSON = "json"
 
 
 def status(

@@ -11,7 +11,6 @@ import typer
 from pdp.cli.budget.line import (
     TIMEOUT_SECONDS,
     ConfigFile,
-    Output,
     OutputOption,
     Socket,
     Tenant,
@@ -20,6 +19,7 @@ from pdp.cli.budget.line import (
     operators_line,
     refuse,
 )
+from pdp.cli.output import Output
 
 if TYPE_CHECKING:
     from pdp.api.v1 import admin_pb2, common_pb2

@@ -11,14 +11,13 @@ import typer
 
 from pdp.cli.budget.line import (
     ConfigFile,
-    Output,
     OutputOption,
     Tenant,
     console_for_people,
     refuse,
     settings_of,
 )
-from pdp.cli.policy.analysis import printable
+from pdp.cli.output import Output, printable
 
 if TYPE_CHECKING:
     from datetime import datetime

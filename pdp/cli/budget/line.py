@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 
 import typer
 
 from pdp.cli import exit_codes
+from pdp.cli.output import Output, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,13 +24,6 @@ TIMEOUT_SECONDS: Final = 30.0
 """For one call, tries again included."""
 WIDTH_OF_A_FILE: Final = 240
 """Columns where what is shown goes to no terminal."""
-
-
-class Output(StrEnum):
-    """How results are printed."""
-
-    TEXT = "text"
-    JSON = "json"
 
 
 Tenant = Annotated[str, typer.Argument(help="The tenant.")]
@@ -100,8 +93,6 @@ def _socket_path(config: Path | None, socket: Path | None) -> Path:
 
 
 def _fail(error: CallError) -> NoReturn:
-    from pdp.cli.policy.analysis import printable  # noqa: PLC0415
-
     typer.echo(f"pdp: {error.reason_code}: {printable(error.message)}", err=True)
     raise typer.Exit(exit_codes.USAGE if error.reason_code in _COULD_NOT_ASK else exit_codes.FAILED)
 
@@ -121,8 +112,6 @@ _COULD_NOT_ASK: Final = frozenset(
 
 def refuse(what: str) -> NoReturn:
     """End the command: what it was given can not be used."""
-    from pdp.cli.policy.analysis import printable  # noqa: PLC0415
-
     for row in what.splitlines():
         typer.echo(f"pdp: {printable(row)}", err=True)
     raise typer.Exit(exit_codes.USAGE)
@@ -145,6 +134,4 @@ def charges_json(charges: Iterable[common_pb2.Charge]) -> list[JsonValue]:
 
 def charges_text(charges: Iterable[common_pb2.Charge]) -> str:
     """Charges for people, as --charge takes them."""
-    from pdp.cli.policy.analysis import printable  # noqa: PLC0415
-
     return printable(" ".join(f"{each.budget}/{each.unit}={each.amount}" for each in charges))

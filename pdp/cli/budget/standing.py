@@ -11,7 +11,6 @@ import typer
 from pdp.cli.budget.line import (
     TIMEOUT_SECONDS,
     ConfigFile,
-    Output,
     OutputOption,
     Socket,
     Tenant,
@@ -20,7 +19,7 @@ from pdp.cli.budget.line import (
     console_for_people,
     operators_line,
 )
-from pdp.cli.policy.analysis import printable
+from pdp.cli.output import Output, printable
 
 if TYPE_CHECKING:
     from google.protobuf.timestamp_pb2 import Timestamp

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Final, TextIO
 import typer
 
 from pdp.cli import exit_codes
+from pdp.cli.output import Output, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,13 +59,6 @@ class DiffOutput(StrEnum):
 
     TABLE = "table"
     CSV = "csv"
-    JSON = "json"
-
-
-class Output(StrEnum):
-    """How a finding is written."""
-
-    TEXT = "text"
     JSON = "json"
 
 
@@ -373,11 +367,6 @@ def _check_chain(audit: Path, *, allow_broken: bool) -> None:
             f"{message} See `pdp audit verify`; --allow-broken replays it all the same.",
         )
     typer.echo(message, err=True)
-
-
-def printable(text: str) -> str:
-    """A text in one line, without what would act on the terminal."""
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
 def _console() -> Console:

@@ -7,14 +7,13 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from pdp.cli import exit_codes
-from pdp.cli.policy.analysis import printable
+from pdp.cli.output import Output, printable
 
 if TYPE_CHECKING:
     from pdp.canonical import JsonObject
@@ -30,13 +29,6 @@ FINDINGS_SHOWN: Final = 100
 """Findings that people are shown; JSON has them all."""
 ROWS_SHOWN: Final = 20
 """Lines without a test that are shown of one file."""
-
-
-class Output(StrEnum):
-    """How results are written."""
-
-    TEXT = "text"
-    JSON = "json"
 
 
 OutputOption = Annotated[Output, typer.Option("--output", help="For people, or as JSON.")]

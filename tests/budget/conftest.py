@@ -1,4 +1,4 @@
-"""A Redis for the session, emptied for each test, and every store in turn."""
+"""Every store in turn, and a teller at each."""
 
 from __future__ import annotations
 
@@ -7,24 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.budget.redis_server import RedisServer
 from tests.budget.stores import MemoryStore, RedisStoreOfTests, SqliteStore, Store
-
-
-@pytest.fixture(scope="session")
-def session_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def redis_server(session_redis: RedisServer) -> RedisServer:
-    """Empty, with appendonly on."""
-    session_redis.command("FLUSHALL")
-    session_redis.command("SCRIPT", "FLUSH")
-    return session_redis
+from tests.budget.teller import Teller
 
 
 @pytest.fixture(params=("memory", "sqlite", "redis"))
@@ -34,3 +18,10 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param == "sqlite":
         return SqliteStore(tmp_path)
     return RedisStoreOfTests(request.getfixturevalue("redis_server"))
+
+
+@pytest.fixture
+def teller(store: Store) -> Iterator[Teller]:
+    teller = Teller(store)
+    yield teller
+    teller.close()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
+
+import pytest
 
 from pdp.budget.ledger import (
     Account,
@@ -13,6 +15,7 @@ from pdp.budget.ledger import (
     Charge,
     HoldState,
     IdempotencyKey,
+    LedgerError,
     Limit,
     LimitState,
     OnExpiry,
@@ -83,6 +86,12 @@ def rate(most: int, *, seconds: int = 60, burst: int = 0, scope: Scope = Scope.T
 
 
 TEN = limit(10)
+
+
+def refused(reason_code: str, call: Callable[[], object]) -> None:
+    with pytest.raises(LedgerError) as caught:
+        call()
+    assert caught.value.reason_code == reason_code
 
 
 class Teller:

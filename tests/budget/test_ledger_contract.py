@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -33,21 +32,8 @@ from tests.budget.teller import (
     calls,
     limit,
     money,
+    refused,
 )
-
-
-@pytest.fixture
-def teller(store: Store) -> Iterator[Teller]:
-    teller = Teller(store)
-    yield teller
-    teller.close()
-
-
-def refused(reason_code: str, call: Callable[[], object]) -> None:
-    with pytest.raises(LedgerError) as caught:
-        call()
-    assert caught.value.reason_code == reason_code
-
 
 # Reserve
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -11,7 +11,6 @@ import pytest
 from pdp.budget.ledger import (
     MAX_AMOUNT,
     Account,
-    LedgerError,
     Limit,
     LimitState,
     OnExpiry,
@@ -21,7 +20,6 @@ from pdp.budget.ledger import (
     Warned,
     Window,
 )
-from tests.budget.stores import Store
 from tests.budget.teller import (
     ALICE,
     BOB,
@@ -34,21 +32,8 @@ from tests.budget.teller import (
     limit,
     money,
     rate,
+    refused,
 )
-
-
-@pytest.fixture
-def teller(store: Store) -> Iterator[Teller]:
-    teller = Teller(store)
-    yield teller
-    teller.close()
-
-
-def refused(reason_code: str, call: Callable[[], object]) -> None:
-    with pytest.raises(LedgerError) as caught:
-        call()
-    assert caught.value.reason_code == reason_code
-
 
 # Windows in a time zone
 

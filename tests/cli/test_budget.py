@@ -14,10 +14,7 @@ import pytest
 
 from pdp.api.v1 import budget_pb2, common_pb2
 from pdp.testing import Caller, SidecarProcess, TokenIssuer
-from tests.budget.conftest import redis_server, session_redis
 from tests.budget.redis_server import RedisServer
-
-__all__ = ["redis_server", "session_redis"]
 
 BUNDLE = Path(__file__).parents[2] / "policies" / "bundle.tar.gz"
 IDP = TokenIssuer()

@@ -22,10 +22,7 @@ from pdp.revocation.revocations import (
     from_json,
     to_json,
 )
-from tests.budget.conftest import redis_server, session_redis
 from tests.budget.redis_server import RedisServer
-
-__all__ = ["redis_server", "session_redis"]
 
 ALICE = Target(kind=Kind.ACTOR, tenant="acme", name="alice")
 ACME = Target(kind=Kind.TENANT, tenant="acme")

@@ -11,11 +11,8 @@ from redis import Redis
 
 from pdp.canonical import JsonValue
 from pdp.tool import Once, OnceError, RedisOnce, SqliteOnce
-from tests.budget.conftest import redis_server, session_redis
 from tests.budget.redis_server import RedisServer
 from tests.tool.permits import permit
-
-__all__ = ["redis_server", "session_redis"]
 
 
 @pytest.fixture(params=("sqlite", "redis"))

@@ -152,9 +152,10 @@ class Revocations:
             await asyncio.sleep(LOOK_SECONDS)
             try:
                 await self.look(heard)
-            except PdpError as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, they grow stale
                 if not self._failing:
-                    _log.error("revocations can not be read: %s", error.message)
+                    told = error.message if isinstance(error, PdpError) else type(error).__name__
+                    _log.error("revocations can not be read: %s", told)
                 self._failing = True
 
 

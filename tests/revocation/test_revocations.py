@@ -167,6 +167,33 @@ def test_a_store_that_fails_for_long_lets_nobody_act(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_a_store_that_fails_in_a_way_nobody_thought_of_lets_nobody_act_either(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(RevocationFile):
+        async def version(self) -> str:
+            raise RuntimeError("a secret")
+
+    now = 0.0
+    revocations = Revocations(Broken(tmp_path / "revocations.json"), monotonic=lambda: now)
+
+    async def run() -> None:
+        looking = asyncio.create_task(revocations.keep_looking())
+        for _ in range(100):
+            if caplog.records:
+                break
+            await asyncio.sleep(0.05)
+        assert not looking.done()
+        looking.cancel()
+
+    asyncio.run(run())
+    now = 11.0
+    with pytest.raises(RevocationError):
+        revocations.find(tenant="acme", actor="alice")
+    assert "RuntimeError" in caplog.text
+    assert "a secret" not in caplog.text
+
+
 @pytest.mark.parametrize(
     "text",
     (

@@ -15,6 +15,7 @@ import pytest
 from pdp.api.v1 import budget_pb2, common_pb2
 from pdp.testing import Caller, SidecarProcess, TokenIssuer
 from tests.budget.redis_server import RedisServer
+from tests.e2e.operating import refused
 
 BUNDLE = Path(__file__).parents[2] / "policies" / "bundle.tar.gz"
 IDP = TokenIssuer()
@@ -128,20 +129,18 @@ def test_grants_refunds_and_releases_are_done_once_and_on_record(
 
 
 def test_what_can_not_be_asked_says_what_to_do(tmp_path: Path) -> None:
-    def told(*words: str) -> str:
-        ran = subprocess.run(
-            [sys.executable, "-m", "pdp", "budget", *words],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
-        assert (ran.returncode, ran.stdout) == (2, "")
-        return ran.stderr
-
-    assert "--config or by --socket" in told("show")
-    assert "is no socket" in told("show", "--socket", str(tmp_path / "admin.sock"))
-    assert "--config or by --audit" in told("history", ACME)
-    assert "BUDGET/UNIT=AMOUNT" in told(
-        "refund", ACME, "hold", "--charge", "llm", "--reason", "x", "--socket", "admin.sock"
+    assert "--config or by --socket" in refused("budget", "show")
+    assert "is no socket" in refused("budget", "show", "--socket", str(tmp_path / "admin.sock"))
+    assert "--config or by --audit" in refused("budget", "history", ACME)
+    assert "BUDGET/UNIT=AMOUNT" in refused(
+        "budget",
+        "refund",
+        ACME,
+        "hold",
+        "--charge",
+        "llm",
+        "--reason",
+        "x",
+        "--socket",
+        "admin.sock",
     )

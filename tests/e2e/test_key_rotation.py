@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,27 +11,14 @@ from pdp.canonical import JsonObject
 from pdp.client import Guard
 from pdp.permit import PermitError, PermitRedeemer, PermitVerifier
 from pdp.testing import SidecarProcess, TokenIssuer
+from tests.e2e.operating import command, refused, soon
 
 BUNDLE = Path(__file__).resolve().parents[2] / "policies" / "bundle.tar.gz"
 ORDER: JsonObject = {"order_id": "918", "status": "shipped"}
 
 
 def keys(sidecar: SidecarProcess, *words: str) -> str:
-    ran = subprocess.run(
-        [sys.executable, "-m", "pdp", "keys", *words, "--config", str(sidecar.config_file)],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
-    return ran.stdout
-
-
-def soon(holds: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 10
-    while not holds() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return holds()
+    return command(sidecar, "keys", *words)
 
 
 def test_keys_rotate_without_a_call_lost_and_old_permits_count_until_retired(
@@ -92,19 +75,8 @@ def test_a_rotation_that_was_stopped_goes_on_with_the_key_that_is_published(
 
 
 def test_what_can_not_be_done_with_keys_says_what_to_do(tmp_path: Path) -> None:
-    def told(*words: str) -> str:
-        ran = subprocess.run(
-            [sys.executable, "-m", "pdp", "keys", *words],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
-        assert (ran.returncode, ran.stdout) == (2, "")
-        return ran.stderr
-
     file = str(tmp_path / "absent.pem")
-    assert "--config or by --file" in told("list")
-    assert "can not be read: No such file" in told("list", "--file", file)
+    assert "--config or by --file" in refused("keys", "list")
+    assert "can not be read: No such file" in refused("keys", "list", "--file", file)
     (tmp_path / "pdp.yaml").write_text("identity: {mode: jwt}\n")
-    assert "pdp.yaml" in told("rotate", "--config", str(tmp_path / "pdp.yaml"))
+    assert "pdp.yaml" in refused("keys", "rotate", "--config", str(tmp_path / "pdp.yaml"))

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +14,7 @@ from pdp.permit import PermitError, PermitRedeemer
 from pdp.permit.ring import LiveKeys
 from pdp.testing import SidecarProcess, TokenIssuer
 from tests.budget.redis_server import RedisServer
+from tests.e2e.operating import command, records, soon
 
 BUNDLE = Path(__file__).resolve().parents[2] / "policies" / "bundle.tar.gz"
 ORDER = {"order_id": "918", "status": "shipped"}
@@ -29,15 +26,7 @@ def token(tenant: str = "tenant_acme", actor: str = "user-7", **claims: Any) -> 
 
 
 def revoke(sidecar: SidecarProcess, *words: str, code: int = 0) -> str:
-    ran = subprocess.run(
-        [sys.executable, "-m", "pdp", "revoke", *words, "--config", str(sidecar.config_file)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert ran.returncode == code, ran.stderr
-    return ran.stdout
+    return command(sidecar, "revoke", *words, code=code)
 
 
 def refusal(guard: Guard, bearer: str) -> str:
@@ -52,21 +41,6 @@ def refusal(guard: Guard, bearer: str) -> str:
 
 def is_revoked(guard: Guard, bearer: str) -> bool:
     return refusal(guard, bearer) == "actor_revoked"
-
-
-def soon(holds: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 10
-    while not holds() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return holds()
-
-
-def records(sidecar: SidecarProcess) -> list[dict[str, Any]]:
-    return [
-        json.loads(line)
-        for segment in sorted((sidecar.state / "audit").glob("*.jsonl"))
-        for line in segment.read_text(encoding="utf-8").splitlines()
-    ]
 
 
 def test_a_revoked_actor_is_refused_with_tokens_and_permits_of_before(tmp_path: Path) -> None:

@@ -196,7 +196,8 @@ def _rule(limit: common_pb2.LimitStatus) -> str:
         return f"{what}: {limit.limit:,} in {limit.seconds:,} s, {limit.burst:,} at once{scope}"
     if limit.window == "concurrent":
         return f"{what}: {limit.limit:,} at the same time{scope}"
-    return f"{what}: {limit.limit:,} in a {limit.window}{scope}"
+    article = "an" if limit.window == "hour" else "a"
+    return f"{what}: {limit.limit:,} in {article} {limit.window}{scope}"
 
 
 def _bar(account: admin_pb2.BudgetAccount, blocks: tuple[str, ...]) -> Text:

@@ -37,6 +37,7 @@ from pdp.rooms import (
     admitted,
     charges_json,
     identify,
+    identity_json,
     isolate,
     limits_for,
     receipt_detail,
@@ -65,7 +66,7 @@ class Question:
         """
         return sha256_hex(
             {
-                "issuer": subject.issuer,
+                "identity": identity_json(subject),
                 "roles": list(subject.roles),
                 "scopes": list(subject.scopes),
                 "tool": self.tool,
@@ -154,6 +155,7 @@ async def authorize(rooms: Rooms, credentials: Credentials, asked: Asked) -> Rec
         tenant=subject.tenant,
         actor=subject.actor,
         action=asked.tool,
+        identity=identity_json(subject),
         request_id=asked.request_id,
         trace_id=asked.trace_id,
     ):
@@ -290,6 +292,7 @@ def _execute(rooms: Rooms, subject: Subject, question: Question, receipt: Receip
                 expires_at=first["expires_at"],
                 hold_id=receipt.id,
                 resource=_resource_text(question.resource),
+                agents=subject.delegation.agents if subject.delegation else (),
             )
         )
     return Answer(
@@ -316,6 +319,7 @@ def _record(rooms: Rooms, question: Question, answer: Answer, document: JsonObje
         type="decision",
         tenant_id=subject.tenant,
         actor_id=subject.actor,
+        identity=identity_json(subject),
         action=question.tool,
         outcome=Outcome.DENIED if permit is None else Outcome.ALLOWED,
         reason_code=answer.reason_code,
@@ -340,6 +344,7 @@ def _record_of_unread(asked: Asked, subject: Subject, error: RequestError) -> Au
         type="decision",
         tenant_id=subject.tenant,
         actor_id=subject.actor,
+        identity=identity_json(subject),
         action=asked.tool,
         outcome=Outcome.DENIED,
         reason_code=error.reason_code,

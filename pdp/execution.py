@@ -278,6 +278,7 @@ def _record(
         type=type,
         tenant_id=permit.tenant if permit else None,
         actor_id=permit.actor if permit else None,
+        identity={"agents": list(permit.agents)} if permit and permit.agents else None,
         action=action,
         outcome=outcome if failure is None else Outcome.DENIED,
         reason_code=success if failure is None else failure.reason_code,

@@ -53,6 +53,16 @@ class ReasonCode(StrEnum):
         "It can not be told who is revoked.",
     )
 
+    WORKLOAD_REVOKED = "workload_revoked", "The workload may not ask any more."
+    WORKLOAD_MISSING = (
+        "workload_missing",
+        "The workload that asks has not shown who it is, as it must here.",
+    )
+    WORKLOAD_INVALID = (
+        "workload_invalid",
+        "The workload's token is not valid, or its certificate names none that is known.",
+    )
+
     # Authorize
     POLICY_DENIED = "policy_denied", "The policy says no, without a code of its own."
     TOOL_NOT_ALLOWED = (
@@ -60,6 +70,10 @@ class ReasonCode(StrEnum):
         "The tool is not on the tenant's allowlist, or does not exist.",
     )
     ROLE_NOT_ALLOWED = "role_not_allowed", "None of the actor's roles may use the tool."
+    WORKLOAD_NOT_ALLOWED = (
+        "workload_not_allowed",
+        "The workload that asks may not use the tool, for this tenant or at all.",
+    )
     SCOPE_MISSING = (
         "scope_missing",
         "The token, or the tenant, lacks a scope that the tool needs.",
@@ -106,6 +120,27 @@ class ReasonCode(StrEnum):
     )
     RATE_LIMITED = "rate_limited", "Too many calls at once."
 
+    BATCH_REFUSED = (
+        "batch_refused",
+        "Another call of the batch is refused, and either all are made or none.",
+    )
+
+    # Delegation
+    TOOL_NOT_DELEGATED = "tool_not_delegated", "The tool was not delegated to the agent."
+    ARGUMENT_NOT_DELEGATED = (
+        "argument_not_delegated",
+        "An argument is outside what was delegated to the agent.",
+    )
+    BUDGET_NOT_DELEGATED = (
+        "budget_not_delegated",
+        "The budget was not delegated to the agent, or is counted by another sidecar.",
+    )
+    DELEGATION_TOO_WIDE = (
+        "delegation_too_wide",
+        "More would be delegated than the caller itself may.",
+    )
+    DELEGATION_TOO_DEEP = "delegation_too_deep", "Too many agents would act one for another."
+
     # Holds
     HOLD_NOT_FOUND = "hold_not_found", "There is no such hold of this actor."
     HOLD_ALREADY_SETTLED = "hold_already_settled", "The hold was settled before."
@@ -142,7 +177,11 @@ class ReasonCode(StrEnum):
     )
     PERMIT_MISMATCH = (
         "permit_mismatch",
-        "The permit is for another tool, other arguments, audience or tenant.",
+        "The permit is for another tool, other arguments, audience, tenant or sender.",
+    )
+    SENDER_UNKNOWN = (
+        "sender_unknown",
+        "Permits are bound to client certificates here, and the call came without one.",
     )
     PERMIT_UNAVAILABLE = (
         "permit_unavailable",

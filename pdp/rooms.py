@@ -111,11 +111,24 @@ async def identify(
     return subject
 
 
+def identity_json(subject: Subject) -> JsonObject | None:
+    """AuditRecord.identity of a subject."""
+    known: JsonObject = {}
+    if subject.issuer:
+        known["issuer"] = subject.issuer
+    if subject.workload:
+        known["workload"] = subject.workload
+    if subject.delegation is not None:
+        known["agents"] = list(subject.delegation.agents)
+        known["delegations"] = [link.id for link in subject.delegation.links]
+    return known or None
+
+
 def _check_not_revoked(rooms: Rooms, subject: Subject) -> None:
     """Raises IdentityError, for tokens that were verified before too."""
     try:
         found = rooms.revocations.find(
-            tenant=subject.tenant, actor=subject.actor, token_id=subject.token_id
+            tenant=subject.tenant, actor=subject.actor, token_ids=subject.token_ids
         )
     except RevocationError as error:
         code, message = error.reason_code, error.message
@@ -141,6 +154,7 @@ async def admitted(
     tenant: str,
     actor: str,
     action: str,
+    identity: JsonObject | None = None,
     request_id: str | None = None,
     trace_id: str | None = None,
 ) -> AsyncIterator[None]:
@@ -159,6 +173,7 @@ async def admitted(
                         type="decision",
                         tenant_id=tenant,
                         actor_id=actor,
+                        identity=identity,
                         action=action,
                         outcome=Outcome.DENIED,
                         reason_code=error.reason_code,

@@ -50,6 +50,10 @@ class AuditRecord:
     """The tool, or the name of the operation."""
     outcome: Outcome
     reason_code: str
+    identity: JsonObject | None = None
+    """What else is known of who asks, as far as there is any: "issuer" (who vouches for the
+    actor), "workload" (the runtime), "agents" (who acts for the actor, the first that was
+    delegated to first) and "delegations" (their ids)."""
     decision_id: str | None = None
     request_id: str | None = None
     trace_id: str | None = None

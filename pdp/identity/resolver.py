@@ -10,11 +10,28 @@ from pdp.identity.subject import Subject
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """What the transport itself knows of a call: nothing that the caller has written."""
+
+    listener: str = ""
+    """Name of the listener that it came in by; empty for the usual ones."""
+    certificate_sha256: str = ""
+    """As Subject.certificate_sha256. TLS has verified the certificate, as it has what
+    stands in uris and dns_names."""
+    uris: tuple[str, ...] = ()
+    """The certificate's subject alternative names that are URIs, SPIFFE ids among them."""
+    dns_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Credentials:
-    """What a caller shows. Everything in it is a secret."""
+    """What a caller shows, and how it came in. The tokens are secrets."""
 
     bearer: str | None = field(repr=False)
     """The bearer token, without the word Bearer; None when the call carries none."""
+    workload_token: str | None = field(default=None, repr=False)
+    """The token of the workload that asks; None when the call carries none."""
+    peer: Peer = Peer()
 
 
 class IdentityError(PdpError):

@@ -1,12 +1,13 @@
 """What a permit says, and its claims on the wire.
 
-Names follow RFC 7519 (registered claims), RFC 9396 (authorization_details) and
-the OAuth transaction-token draft (txn, tctx).
+Names follow RFC 7519 (registered claims), RFC 9396 (authorization_details), RFC 8693
+(act), RFC 8705 (cnf) and the OAuth transaction-token draft (txn, tctx).
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
@@ -31,8 +32,16 @@ _CLAIMS: Final = frozenset(
         "tctx",
     ]
 )
-_DETAIL: Final = frozenset(["type", "locations", "actions", "args_sha256"])
+_OPTIONAL_CLAIMS: Final = frozenset({"act", "cnf"})
+_DETAIL: Final = frozenset(["type", "locations", "actions"])
+_OPTIONAL_DETAIL: Final = frozenset({"args_sha256", "identifier", "max_uses"})
 _TENANT_CONTEXT: Final = frozenset({"tenant", "decision_id", "policy_revision", "ledger"})
+_OPTIONAL_TENANT_CONTEXT: Final = frozenset({"hold_id"})
+_THUMBPRINT: Final = re.compile(r"[A-Za-z0-9_-]{43}")
+MAX_USES: Final = 1_000
+"""Most uses of one permit."""
+MAX_AGENTS: Final = 16
+"""Most agents that act one for another."""
 
 
 class PermitError(PdpError):
@@ -45,7 +54,9 @@ class PermitError(PdpError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Permit:
-    """Leave to make one call of one tool for one tenant, once."""
+    """Leave to call one tool for one tenant: with one set of arguments, once, unless the
+    policy has said otherwise.
+    """
 
     id: str
     """The jti."""
@@ -56,7 +67,8 @@ class Permit:
     actor: str
     tool: str
     arguments_sha256: str
-    """SHA-256 over the RFC 8785 form of the arguments, in hexadecimal."""
+    """SHA-256 over the RFC 8785 form of the arguments, in hexadecimal; empty where the
+    permit is for the tool with any arguments."""
     scopes: tuple[str, ...]
     """The scopes under which the tool is to run."""
     transaction: str
@@ -72,7 +84,15 @@ class Permit:
     hold_id: str = ""
     """What is held for the call; empty when nothing is."""
     resource: str = ""
-    """What the call is done to, as type/id; empty if the question did not say."""
+    """What the call is done to, as type/id; empty if the question did not say, and where
+    arguments_sha256 is."""
+    max_uses: int = 1
+    """How often it can be redeemed; once, where it is for one set of arguments."""
+    agents: tuple[str, ...] = ()
+    """Who acts for the actor, the one that was delegated to first is first."""
+    certificate_sha256: str = ""
+    """The client certificate with which it must be shown: SHA-256 of its DER form, in
+    base64url; empty where it can be shown by anybody who has it."""
     token: str = field(default="", repr=False, compare=False)
     """The signed permit itself. A secret."""
 
@@ -87,7 +107,6 @@ class Permit:
             "type": DETAIL_TYPE,
             "locations": [self.audience],
             "actions": [self.tool],
-            "args_sha256": self.arguments_sha256,
         }
         context: JsonObject = {
             "tenant": self.tenant,
@@ -95,11 +114,15 @@ class Permit:
             "policy_revision": self.policy_revision,
             "ledger": self.ledger,
         }
+        if self.arguments_sha256:
+            detail["args_sha256"] = self.arguments_sha256
         if self.resource:
             detail["identifier"] = self.resource
+        if self.max_uses != 1:
+            detail["max_uses"] = self.max_uses
         if self.hold_id:
             context["hold_id"] = self.hold_id
-        return {
+        claims: JsonObject = {
             "iss": self.issuer,
             "aud": self.audience,
             "iat": self.issued_at,
@@ -112,6 +135,11 @@ class Permit:
             "authorization_details": [detail],
             "tctx": context,
         }
+        if self.agents:
+            claims["act"] = _act(self.agents)
+        if self.certificate_sha256:
+            claims["cnf"] = {"x5t#S256": self.certificate_sha256}
+        return claims
 
 
 def from_claims(claims: JsonObject, *, token: str) -> Permit:
@@ -119,23 +147,29 @@ def from_claims(claims: JsonObject, *, token: str) -> Permit:
 
     A claim that is not known is refused, not ignored: it may be a restriction.
     """
-    _members(claims, _CLAIMS)
+    _members(claims, _CLAIMS, _OPTIONAL_CLAIMS)
     details = _typed(claims, "authorization_details", list)
     detail = details[0] if len(details) == 1 else None
     context = claims["tctx"]
     if not isinstance(detail, dict) or not isinstance(context, dict):
         raise _invalid()
-    _members(detail, _DETAIL, optional="identifier")
-    _members(context, _TENANT_CONTEXT, optional="hold_id")
+    _members(detail, _DETAIL, _OPTIONAL_DETAIL)
+    _members(context, _TENANT_CONTEXT, _OPTIONAL_TENANT_CONTEXT)
     audience = _text(claims, "aud")
-    arguments_sha256 = _text(detail, "args_sha256")
+    arguments_sha256 = _text(detail, "args_sha256") if "args_sha256" in detail else ""
+    max_uses = _typed(detail, "max_uses", int) if "max_uses" in detail else 1
     issued_at = _typed(claims, "iat", int)
     if (
         detail["type"] != DETAIL_TYPE
         or detail["locations"] != [audience]
         or claims["nbf"] != issued_at
-        or not _SHA256.fullmatch(arguments_sha256)
+        or not 1 <= max_uses <= MAX_USES
     ):
+        raise _invalid()
+    if arguments_sha256:
+        if not _SHA256.fullmatch(arguments_sha256) or max_uses != 1:
+            raise _invalid()
+    elif "identifier" in detail:
         raise _invalid()
     actions = _typed(detail, "actions", list)
     if len(actions) != 1 or not isinstance(actions[0], str):
@@ -158,16 +192,46 @@ def from_claims(claims: JsonObject, *, token: str) -> Permit:
         expires_at=_typed(claims, "exp", int),
         hold_id=_text(context, "hold_id") if "hold_id" in context else "",
         resource=_text(detail, "identifier") if "identifier" in detail else "",
+        max_uses=max_uses,
+        agents=_agents(claims["act"]) if "act" in claims else (),
+        certificate_sha256=_thumbprint(claims["cnf"]) if "cnf" in claims else "",
         token=token,
     )
+
+
+def _act(agents: Sequence[str]) -> JsonObject:
+    """The act claim: who acts now is outermost (RFC 8693 4.1)."""
+    act: JsonObject = {}
+    for agent in agents:
+        act = {"sub": agent, **({"act": act} if act else {})}
+    return act
+
+
+def _agents(value: JsonValue) -> tuple[str, ...]:
+    agents: list[str] = []
+    while isinstance(value, dict) and len(agents) < MAX_AGENTS:
+        _members(value, frozenset({"sub"}), frozenset({"act"}))
+        agents.append(_text(value, "sub"))
+        if "act" not in value:
+            return tuple(reversed(agents))
+        value = value["act"]
+    raise _invalid()
+
+
+def _thumbprint(value: JsonValue) -> str:
+    if isinstance(value, dict) and value.keys() == {"x5t#S256"}:
+        thumbprint = _text(value, "x5t#S256")
+        if _THUMBPRINT.fullmatch(thumbprint):
+            return thumbprint
+    raise _invalid()
 
 
 def _invalid() -> PermitError:
     return PermitError(ReasonCode.PERMIT_INVALID, "The permit's claims are not those of a permit.")
 
 
-def _members(claims: JsonObject, names: frozenset[str], *, optional: str | None = None) -> None:
-    if claims.keys() - {optional} != names:
+def _members(claims: JsonObject, names: frozenset[str], optional: frozenset[str]) -> None:
+    if claims.keys() - optional != names:
         raise _invalid()
 
 

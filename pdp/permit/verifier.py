@@ -40,13 +40,20 @@ class PermitVerifier:
         self._clock = clock
 
     def verify(
-        self, permit: str, *, tool: str, arguments: JsonObject, tenant: str | None = None
+        self,
+        permit: str,
+        *,
+        tool: str,
+        arguments: JsonObject,
+        tenant: str | None = None,
+        certificate_sha256: str = "",
     ) -> Permit:
         """The permit, if it allows this call of ``tool`` with these ``arguments``.
 
         ``tenant`` is for a tool that serves one tenant only: the permit must be
         that tenant's. A tool that serves several takes the tenant from the result
-        and from nowhere else.
+        and from nowhere else. ``certificate_sha256`` is of the client certificate
+        that the caller has shown, as in :attr:`Permit.certificate_sha256`.
 
         Raises PermitError: permit_missing, permit_invalid, permit_expired,
         permit_mismatch.
@@ -63,6 +70,7 @@ class PermitVerifier:
         self.check_binding(found, tool=tool, arguments_sha256=digest, audience=self._audience)
         if tenant is not None and not _equal(found.tenant, tenant):
             raise PermitError(ReasonCode.PERMIT_MISMATCH, "The permit is another tenant's.")
+        self.check_sender(found, certificate_sha256)
         self.check_time(found)
         return found
 
@@ -84,14 +92,26 @@ class PermitVerifier:
     def check_binding(
         self, permit: Permit, *, tool: str, arguments_sha256: str, audience: str
     ) -> None:
-        """Raises permit_mismatch unless the permit is for exactly this."""
+        """Raises permit_mismatch unless the permit is for this."""
         for name, allowed, asked in (
             ("audience", permit.audience, audience),
             ("tool", permit.tool, tool),
-            ("call's arguments", permit.arguments_sha256, arguments_sha256),
+            # One that names no arguments is for all: the policy has said so.
+            ("call's arguments", permit.arguments_sha256 or arguments_sha256, arguments_sha256),
         ):
             if not _equal(allowed, asked):
                 raise PermitError(ReasonCode.PERMIT_MISMATCH, f"The permit is not for this {name}.")
+
+    def check_sender(self, permit: Permit, certificate_sha256: str) -> None:
+        """Raises permit_mismatch where the permit is bound to a client certificate, and
+        it was not shown with that one.
+        """
+        bound = permit.certificate_sha256
+        if bound and not _equal(bound, certificate_sha256):
+            raise PermitError(
+                ReasonCode.PERMIT_MISMATCH,
+                "The permit is bound to the client certificate of another caller.",
+            )
 
     def check_time(self, permit: Permit) -> None:
         """Raises permit_expired unless the permit is valid now."""

@@ -11,7 +11,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, Protocol
@@ -116,7 +116,7 @@ class Revocations:
         self._seen_at = 0.0
         self._failing = False
 
-    def find(self, *, tenant: str, actor: str, token_id: str = "") -> Revocation | None:
+    def find(self, *, tenant: str, actor: str, token_ids: Sequence[str] = ()) -> Revocation | None:
         """What forbids this actor to act, the widest first. Raises RevocationError where
         what is known is too old to go by.
         """
@@ -124,7 +124,8 @@ class Revocations:
             raise RevocationError("It can not be told who is revoked; try again later.")
         if not self._known:
             return None
-        for kind, name in ((Kind.TENANT, ""), (Kind.ACTOR, actor), (Kind.TOKEN, token_id)):
+        tokens = [(Kind.TOKEN, token_id) for token_id in token_ids]
+        for kind, name in ((Kind.TENANT, ""), (Kind.ACTOR, actor), *tokens):
             found = self._known.get(Target(kind=kind, tenant=tenant, name=name))
             if found is not None and (not found.until or self._clock() < found.until):
                 return found

@@ -22,11 +22,11 @@ from pdp.api.v1 import (
     execution_pb2_grpc,
 )
 from pdp.errors import PdpError
-from pdp.identity.resolver import Credentials
 from pdp.permit.ring import LiveKeys
 from pdp.reason import ReasonCode
 from pdp.rooms import Rooms, identify
 from pdp.server import wire
+from pdp.server.caller import caller_of, trace_id
 from pdp.server.metrics import Metrics
 from pdp.server.status import abort, status_code
 from pdp.server.watch import Watchers
@@ -137,13 +137,39 @@ class AuthorizationServicer(authorization_pb2_grpc.AuthorizationServiceServicer)
         """Decide one call."""
 
         async def work() -> authorization_pb2.AuthorizeResponse:
-            credentials, trace_id = _caller(context)
-            asked = self._reader.asked(request, trace_id=trace_id)
+            credentials, trace = caller_of(context)
+            asked = self._reader.asked(request, trace_id=trace)
             recorded = await decision.authorize(self._rooms, credentials, asked)
             self._metrics.decided(recorded)
             return wire.authorize_response(recorded)
 
         return await self._runner.run(context, "Authorize", work)
+
+    async def AuthorizeBatch(  # noqa: N802 - the contract's name
+        self, request: authorization_pb2.AuthorizeBatchRequest, context: _Context
+    ) -> authorization_pb2.AuthorizeBatchResponse:
+        """Decide several calls."""
+        return await context.abort(grpc.StatusCode.UNIMPLEMENTED)
+
+    def AuthorizeStream(  # noqa: N802 - the contract's name
+        self,
+        request_iterator: AsyncIterator[authorization_pb2.AuthorizeStreamRequest],
+        context: _Context,
+    ) -> AsyncIterator[authorization_pb2.AuthorizeStreamResponse]:
+        """Decide calls over one stream."""
+        raise NotImplementedError
+
+    async def ListTools(  # noqa: N802 - the contract's name
+        self, request: authorization_pb2.ListToolsRequest, context: _Context
+    ) -> authorization_pb2.ListToolsResponse:
+        """Tell which tools the caller may see."""
+        return await context.abort(grpc.StatusCode.UNIMPLEMENTED)
+
+    async def Delegate(  # noqa: N802 - the contract's name
+        self, request: authorization_pb2.DelegateRequest, context: _Context
+    ) -> authorization_pb2.DelegateResponse:
+        """Make a narrower identity."""
+        return await context.abort(grpc.StatusCode.UNIMPLEMENTED)
 
     async def Watch(  # noqa: N802 - the contract's name
         self,
@@ -155,8 +181,8 @@ class AuthorizationServicer(authorization_pb2_grpc.AuthorizationServiceServicer)
         async def first() -> tuple[
             authorization_pb2.WatchResponse, AsyncGenerator[authorization_pb2.WatchResponse]
         ]:
-            credentials, trace_id = _caller(context)
-            subject = await identify(self._rooms, credentials, action="watch", trace_id=trace_id)
+            credentials, trace = caller_of(context)
+            subject = await identify(self._rooms, credentials, action="watch", trace_id=trace)
             events = self._watchers.events(subject.tenant)
             return await anext(events), events
 
@@ -181,8 +207,8 @@ class BudgetServicer(budget_pb2_grpc.BudgetServiceServicer):
         """Charge now."""
 
         async def work() -> budget_pb2.ChargeBudgetResponse:
-            credentials, trace_id = _caller(context)
-            spend = wire.spend_from(request, trace_id=trace_id)
+            credentials, trace = caller_of(context)
+            spend = wire.spend_from(request, trace_id=trace)
             spent = await spending.charge(self._rooms, credentials, spend)
             self._metrics.spent(spent.result)
             return wire.charge_response(spent)
@@ -195,8 +221,8 @@ class BudgetServicer(budget_pb2_grpc.BudgetServiceServicer):
         """Hold amounts."""
 
         async def work() -> budget_pb2.ReserveBudgetResponse:
-            credentials, trace_id = _caller(context)
-            spend = wire.spend_from(request, trace_id=trace_id)
+            credentials, trace = caller_of(context)
+            spend = wire.spend_from(request, trace_id=trace)
             spent = await spending.reserve(self._rooms, credentials, spend)
             self._metrics.spent(spent.result)
             return wire.reserve_response(spent)
@@ -209,8 +235,8 @@ class BudgetServicer(budget_pb2_grpc.BudgetServiceServicer):
         """End a hold with what was spent."""
 
         async def work() -> budget_pb2.SettleBudgetResponse:
-            credentials, trace_id = _caller(context)
-            end = wire.hold_end_from(request, trace_id=trace_id)
+            credentials, trace = caller_of(context)
+            end = wire.hold_end_from(request, trace_id=trace)
             spent = await spending.settle(self._rooms, credentials, end)
             self._metrics.spent(spent.result)
             return wire.settle_response(spent)
@@ -223,8 +249,8 @@ class BudgetServicer(budget_pb2_grpc.BudgetServiceServicer):
         """End a hold with nothing spent."""
 
         async def work() -> budget_pb2.ReleaseBudgetResponse:
-            credentials, trace_id = _caller(context)
-            end = wire.hold_end_from(request, trace_id=trace_id)
+            credentials, trace = caller_of(context)
+            end = wire.hold_end_from(request, trace_id=trace)
             return wire.release_response(await spending.release(self._rooms, credentials, end))
 
         return await self._runner.run(context, "ReleaseBudget", work)
@@ -235,8 +261,8 @@ class BudgetServicer(budget_pb2_grpc.BudgetServiceServicer):
         """Take back what was spent."""
 
         async def work() -> budget_pb2.RefundBudgetResponse:
-            credentials, trace_id = _caller(context)
-            refund = wire.refund_from(request, trace_id=trace_id)
+            credentials, trace = caller_of(context)
+            refund = wire.refund_from(request, trace_id=trace)
             return wire.refund_response(await spending.refund(self._rooms, credentials, refund))
 
         return await self._runner.run(context, "RefundBudget", work)
@@ -247,7 +273,7 @@ class BudgetServicer(budget_pb2_grpc.BudgetServiceServicer):
         """The caller's limits as they stand."""
 
         async def work() -> budget_pb2.GetBudgetResponse:
-            credentials, _ = _caller(context)
+            credentials, _ = caller_of(context)
             limits, revision = await spending.state(
                 self._rooms, credentials, tool=wire.tool_from(request.tool)
             )
@@ -273,7 +299,7 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
         """Spend the permit's one use."""
 
         async def work() -> execution_pb2.RedeemPermitResponse:
-            redemption = wire.redemption_from(request, trace_id=_trace_id(context))
+            redemption = wire.redemption_from(request, trace_id=trace_id(context))
             return wire.redeem_response(await execution.redeem(self._rooms, redemption))
 
         return await self._runner.run(context, "RedeemPermit", work)
@@ -284,7 +310,7 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
         """Take in what became of a call."""
 
         async def work() -> execution_pb2.ReportOutcomeResponse:
-            report = wire.report_from(request, trace_id=_trace_id(context))
+            report = wire.report_from(request, trace_id=trace_id(context))
             reported = await execution.report(self._rooms, report)
             self._metrics.spent(reported.result)
             return wire.report_response(reported)
@@ -302,12 +328,3 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
             return execution_pb2.GetPermitKeysResponse(jwks_json=self._keys.to_jwks())
 
         return await self._runner.run(context, "GetPermitKeys", work)
-
-
-def _caller(context: _Context) -> tuple[Credentials, str | None]:
-    metadata = context.invocation_metadata() or ()
-    return wire.credentials_of(metadata), wire.trace_id_of(metadata)
-
-
-def _trace_id(context: _Context) -> str | None:
-    return wire.trace_id_of(context.invocation_metadata() or ())

@@ -39,9 +39,10 @@ from pdp.budget.ledger import Ledger
 from pdp.budget.sqlite import SqliteLedger
 from pdp.canonical import JsonObject
 from pdp.config import Config, ServerLimits, SingleTenantIdentity, Tls
+from pdp.identity.claims import TenantRule
 from pdp.identity.keys import load_jwks_file
 from pdp.identity.resolver import IdentityResolver, SingleTenant
-from pdp.identity.tokens import Issuer, TenantRule, TokenIdentity
+from pdp.identity.tokens import Issuer, TokenIdentity
 from pdp.permit.issuer import PermitIssuer
 from pdp.permit.ring import LiveKeys
 from pdp.permit.uses import PermitUses, UsedPermits

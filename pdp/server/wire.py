@@ -21,7 +21,7 @@ from pdp.canonical import JsonError, JsonObject, parse_object, sha256_hex
 from pdp.decision import Asked, Question, Recorded
 from pdp.errors import RequestError
 from pdp.execution import Redeemed, Redemption, Report, Reported
-from pdp.identity.resolver import Credentials
+from pdp.identity.resolver import Credentials, Peer
 from pdp.permit.jws import MAX_LENGTH as MAX_PERMIT_LENGTH
 from pdp.policy.question import Usage
 from pdp.reason import ReasonCode
@@ -51,17 +51,24 @@ _MALFORMED: Final = "malformed"
 Metadata = Iterable[tuple[str, str | bytes]]
 
 
-def credentials_of(metadata: Metadata) -> Credentials:
-    """The bearer token of a call. What is no bearer token, or several, comes out as
-    a token that is not valid, so that it is refused and put on record like one.
+def credentials_of(metadata: Metadata, peer: Peer) -> Credentials:
+    """What a caller shows. What is no bearer token, or several, comes out as a token that
+    is not valid, so that it is refused and put on record like one.
     """
-    values = [value for key, value in metadata if key == "authorization"]
-    if not values:
-        return Credentials(bearer=None)
+    found: dict[str, str | None] = {}
+    for name in ("authorization", "workload-authorization"):
+        values = [value for key, value in metadata if key == name]
+        found[name] = _bearer(values) if values else None
+    return Credentials(
+        bearer=found["authorization"],
+        workload_token=found["workload-authorization"],
+        peer=peer,
+    )
+
+
+def _bearer(values: Sequence[str | bytes]) -> str:
     scheme, _, token = str(values[0]).partition(" ")
-    if len(values) > 1 or scheme.lower() != "bearer" or not token:
-        return Credentials(bearer=_MALFORMED)
-    return Credentials(bearer=token)
+    return token if len(values) == 1 and scheme.lower() == "bearer" and token else _MALFORMED
 
 
 def trace_id_of(metadata: Metadata) -> str | None:

@@ -15,10 +15,11 @@ from joserfc import jwk, jws
 from pdp import base64url
 from pdp.budget.bounds import check_account
 from pdp.canonical import JsonObject
+from pdp.identity.claims import TenantRule
 from pdp.identity.keys import IssuerKey, KeyFileError, load_jwks_file
 from pdp.identity.resolver import Credentials, IdentityError, SingleTenant
 from pdp.identity.subject import Subject
-from pdp.identity.tokens import Issuer, TenantRule, TokenIdentity
+from pdp.identity.tokens import Issuer, TokenIdentity
 from pdp.rooms import isolate
 from pdp.testing import TokenIssuer
 
@@ -84,6 +85,7 @@ def test_a_valid_token_names_tenant_actor_roles_and_scopes(
     )
     subject = resolve(identity, token)
     assert subject == Subject(
+        expires_at=NOW + 3_600,
         tenant="tenant_acme",
         actor="user-7",
         roles=("support_agent",),

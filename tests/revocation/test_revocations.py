@@ -67,14 +67,18 @@ def test_who_is_revoked_is_found_and_nobody_else(opened: Open) -> None:
                 await elsewhere.add(revoked(target))
             await revocations.look()
             assert revocations.find(tenant="acme", actor="alice") == revoked(ALICE)
-            assert revocations.find(tenant="acme", actor="bob", token_id="jti-1") == revoked(TOKEN)
+            assert revocations.find(tenant="acme", actor="bob", token_ids=["jti-1"]) == revoked(
+                TOKEN
+            )
             for tenant, actor, token_id in (
                 ("globex", "alice", "jti-1"),
                 ("acme", "bob", ""),
                 ("acme", "jti-1", "alice"),
                 ("acme", "", ""),
             ):
-                found = revocations.find(tenant=tenant, actor=actor, token_id=token_id)
+                found = revocations.find(
+                    tenant=tenant, actor=actor, token_ids=[token_id] if token_id else []
+                )
                 assert found is None
             await elsewhere.add(revoked(ACME))
             await revocations.look()

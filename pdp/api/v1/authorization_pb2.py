@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from pdp.api.v1 import common_pb2 as pdp_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1apdp/v1/authorization.proto\x12\x06pdp.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x13pdp/v1/common.proto\"\xaa\x01\n\x10\x41uthorizeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x06\x61\x63tion\x18\x02 \x01(\x0b\x32\x0e.pdp.v1.Action\x12\"\n\x08resource\x18\x03 \x01(\x0b\x32\x10.pdp.v1.Resource\x12\x16\n\x0e\x61rguments_json\x18\x04 \x01(\x0c\x12\x14\n\x0c\x63ontext_json\x18\x05 \x01(\x0c\x12\x10\n\x08\x61udience\x18\x06 \x01(\t\"\x16\n\x06\x41\x63tion\x12\x0c\n\x04name\x18\x01 \x01(\t\"$\n\x08Resource\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\"\x9f\x04\n\x11\x41uthorizeResponse\x12\x10\n\x08\x64\x65\x63ision\x18\x01 \x01(\x08\x12\x13\n\x0breason_code\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65\x63ision_id\x18\x03 \x01(\t\x12\x0e\n\x06permit\x18\x04 \x01(\t\x12\x35\n\x11permit_expires_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06scopes\x18\x06 \x03(\t\x12\x11\n\ttenant_id\x18\x07 \x01(\t\x12\x10\n\x08\x61\x63tor_id\x18\x08 \x01(\t\x12\x11\n\tnamespace\x18\t \x01(\t\x12\x17\n\x0fpolicy_revision\x18\n \x01(\t\x12\x1a\n\x04hold\x18\x0b \x01(\x0b\x32\x0c.pdp.v1.Hold\x12\'\n\nrefused_by\x18\x0c \x01(\x0b\x32\x13.pdp.v1.LimitStatus\x12.\n\x0bretry_after\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\x12#\n\x05\x61udit\x18\x0e \x01(\x0b\x32\x14.pdp.v1.AuditReceipt\x12\x10\n\x08replayed\x18\x0f \x01(\x08\x12#\n\x05steps\x18\x10 \x03(\x0b\x32\x14.pdp.v1.StepDuration\x12\'\n\x08warnings\x18\x11 \x03(\x0b\x32\x15.pdp.v1.BudgetWarning\x12,\n\x0fshadow_refusals\x18\x12 \x03(\x0b\x32\x13.pdp.v1.LimitStatus\"h\n\x04Hold\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1f\n\x07\x63harges\x18\x03 \x03(\x0b\x32\x0e.pdp.v1.Charge\"I\n\x0cStepDuration\x12\x0c\n\x04step\x18\x01 \x01(\t\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x0e\n\x0cWatchRequest\"g\n\rWatchResponse\x12\'\n\x06policy\x18\x01 \x01(\x0b\x32\x15.pdp.v1.PolicyInForceH\x00\x12$\n\x08\x64raining\x18\x02 \x01(\x0b\x32\x10.pdp.v1.DrainingH\x00\x42\x07\n\x05\x65vent\"!\n\rPolicyInForce\x12\x10\n\x08revision\x18\x01 \x01(\t\"\n\n\x08\x44raining2\x90\x01\n\x14\x41uthorizationService\x12@\n\tAuthorize\x12\x18.pdp.v1.AuthorizeRequest\x1a\x19.pdp.v1.AuthorizeResponse\x12\x36\n\x05Watch\x12\x14.pdp.v1.WatchRequest\x1a\x15.pdp.v1.WatchResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1apdp/v1/authorization.proto\x12\x06pdp.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x13pdp/v1/common.proto\"\xaa\x01\n\x10\x41uthorizeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x06\x61\x63tion\x18\x02 \x01(\x0b\x32\x0e.pdp.v1.Action\x12\"\n\x08resource\x18\x03 \x01(\x0b\x32\x10.pdp.v1.Resource\x12\x16\n\x0e\x61rguments_json\x18\x04 \x01(\x0c\x12\x14\n\x0c\x63ontext_json\x18\x05 \x01(\x0c\x12\x10\n\x08\x61udience\x18\x06 \x01(\t\"\x16\n\x06\x41\x63tion\x12\x0c\n\x04name\x18\x01 \x01(\t\"$\n\x08Resource\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\"\xb1\x04\n\x11\x41uthorizeResponse\x12\x10\n\x08\x64\x65\x63ision\x18\x01 \x01(\x08\x12\x13\n\x0breason_code\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65\x63ision_id\x18\x03 \x01(\t\x12\x0e\n\x06permit\x18\x04 \x01(\t\x12\x35\n\x11permit_expires_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06scopes\x18\x06 \x03(\t\x12\x11\n\ttenant_id\x18\x07 \x01(\t\x12\x10\n\x08\x61\x63tor_id\x18\x08 \x01(\t\x12\x11\n\tnamespace\x18\t \x01(\t\x12\x17\n\x0fpolicy_revision\x18\n \x01(\t\x12\x1a\n\x04hold\x18\x0b \x01(\x0b\x32\x0c.pdp.v1.Hold\x12\'\n\nrefused_by\x18\x0c \x01(\x0b\x32\x13.pdp.v1.LimitStatus\x12.\n\x0bretry_after\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\x12#\n\x05\x61udit\x18\x0e \x01(\x0b\x32\x14.pdp.v1.AuditReceipt\x12\x10\n\x08replayed\x18\x0f \x01(\x08\x12#\n\x05steps\x18\x10 \x03(\x0b\x32\x14.pdp.v1.StepDuration\x12\'\n\x08warnings\x18\x11 \x03(\x0b\x32\x15.pdp.v1.BudgetWarning\x12,\n\x0fshadow_refusals\x18\x12 \x03(\x0b\x32\x13.pdp.v1.LimitStatus\x12\x10\n\x08max_uses\x18\x13 \x01(\x05\"\xe8\x01\n\x16\x41uthorizeStreamRequest\x12\n\n\x02id\x18\x01 \x01(\x04\x12,\n\x08question\x18\x02 \x01(\x0b\x32\x18.pdp.v1.AuthorizeRequestH\x00\x12 \n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x0e.pdp.v1.CancelH\x00\x12\x0e\n\x06\x62\x65\x61rer\x18\x04 \x01(\t\x12\x16\n\x0eworkload_token\x18\x05 \x01(\t\x12\x13\n\x0btraceparent\x18\x06 \x01(\t\x12*\n\x07timeout\x18\x07 \x01(\x0b\x32\x19.google.protobuf.DurationB\t\n\x07message\"\x08\n\x06\x43\x61ncel\"\x80\x01\n\x17\x41uthorizeStreamResponse\x12\n\n\x02id\x18\x01 \x01(\x04\x12+\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x19.pdp.v1.AuthorizeResponseH\x00\x12\"\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x0f.pdp.v1.FailureH\x00\x42\x08\n\x06result\"m\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x13\n\x0breason_code\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12.\n\x0bretry_after\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\\\n\x15\x41uthorizeBatchRequest\x12+\n\tquestions\x18\x01 \x03(\x0b\x32\x18.pdp.v1.AuthorizeRequest\x12\x16\n\x0e\x61ll_or_nothing\x18\x02 \x01(\x08\">\n\x16\x41uthorizeBatchResponse\x12$\n\x07results\x18\x01 \x03(\x0b\x32\x13.pdp.v1.BatchResult\"h\n\x0b\x42\x61tchResult\x12+\n\x06\x61nswer\x18\x01 \x01(\x0b\x32\x19.pdp.v1.AuthorizeResponseH\x00\x12\"\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x0f.pdp.v1.FailureH\x00\x42\x08\n\x06result\"(\n\x10ListToolsRequest\x12\x14\n\x0c\x63ontext_json\x18\x01 \x01(\x0c\"P\n\x11ListToolsResponse\x12\"\n\x05tools\x18\x01 \x03(\x0b\x32\x13.pdp.v1.VisibleTool\x12\x17\n\x0fpolicy_revision\x18\x02 \x01(\t\"B\n\x0bVisibleTool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x63\x61llable\x18\x02 \x01(\x08\x12\x13\n\x0breason_code\x18\x03 \x01(\t\"\x93\x01\n\x0f\x44\x65legateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08\x64\x65legate\x18\x02 \x01(\t\x12\r\n\x05tools\x18\x03 \x03(\t\x12\x16\n\x0e\x61rguments_json\x18\x04 \x01(\x0c\x12\x13\n\x0bttl_seconds\x18\x05 \x01(\x05\x12\x1e\n\x06\x62udget\x18\x06 \x03(\x0b\x32\x0e.pdp.v1.Charge\"\xaf\x01\n\x10\x44\x65legateResponse\x12\r\n\x05token\x18\x01 \x01(\t\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rdelegation_id\x18\x03 \x01(\t\x12\x0e\n\x06\x61gents\x18\x04 \x03(\t\x12#\n\x05\x61udit\x18\x05 \x01(\x0b\x32\x14.pdp.v1.AuditReceipt\x12\x10\n\x08replayed\x18\x06 \x01(\x08\"h\n\x04Hold\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1f\n\x07\x63harges\x18\x03 \x03(\x0b\x32\x0e.pdp.v1.Charge\"I\n\x0cStepDuration\x12\x0c\n\x04step\x18\x01 \x01(\t\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x0e\n\x0cWatchRequest\"\x8b\x01\n\rWatchResponse\x12\'\n\x06policy\x18\x01 \x01(\x0b\x32\x15.pdp.v1.PolicyInForceH\x00\x12$\n\x08\x64raining\x18\x02 \x01(\x0b\x32\x10.pdp.v1.DrainingH\x00\x12\"\n\x07revoked\x18\x03 \x01(\x0b\x32\x0f.pdp.v1.RevokedH\x00\x42\x07\n\x05\x65vent\"\t\n\x07Revoked\"!\n\rPolicyInForce\x12\x10\n\x08revision\x18\x01 \x01(\t\"\n\n\x08\x44raining2\xba\x03\n\x14\x41uthorizationService\x12@\n\tAuthorize\x12\x18.pdp.v1.AuthorizeRequest\x1a\x19.pdp.v1.AuthorizeResponse\x12V\n\x0f\x41uthorizeStream\x12\x1e.pdp.v1.AuthorizeStreamRequest\x1a\x1f.pdp.v1.AuthorizeStreamResponse(\x01\x30\x01\x12O\n\x0e\x41uthorizeBatch\x12\x1d.pdp.v1.AuthorizeBatchRequest\x1a\x1e.pdp.v1.AuthorizeBatchResponse\x12@\n\tListTools\x12\x18.pdp.v1.ListToolsRequest\x1a\x19.pdp.v1.ListToolsResponse\x12=\n\x08\x44\x65legate\x12\x17.pdp.v1.DelegateRequest\x1a\x18.pdp.v1.DelegateResponse\x12\x36\n\x05Watch\x12\x14.pdp.v1.WatchRequest\x1a\x15.pdp.v1.WatchResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,19 +41,45 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESOURCE']._serialized_start=321
   _globals['_RESOURCE']._serialized_end=357
   _globals['_AUTHORIZERESPONSE']._serialized_start=360
-  _globals['_AUTHORIZERESPONSE']._serialized_end=903
-  _globals['_HOLD']._serialized_start=905
-  _globals['_HOLD']._serialized_end=1009
-  _globals['_STEPDURATION']._serialized_start=1011
-  _globals['_STEPDURATION']._serialized_end=1084
-  _globals['_WATCHREQUEST']._serialized_start=1086
-  _globals['_WATCHREQUEST']._serialized_end=1100
-  _globals['_WATCHRESPONSE']._serialized_start=1102
-  _globals['_WATCHRESPONSE']._serialized_end=1205
-  _globals['_POLICYINFORCE']._serialized_start=1207
-  _globals['_POLICYINFORCE']._serialized_end=1240
-  _globals['_DRAINING']._serialized_start=1242
-  _globals['_DRAINING']._serialized_end=1252
-  _globals['_AUTHORIZATIONSERVICE']._serialized_start=1255
-  _globals['_AUTHORIZATIONSERVICE']._serialized_end=1399
+  _globals['_AUTHORIZERESPONSE']._serialized_end=921
+  _globals['_AUTHORIZESTREAMREQUEST']._serialized_start=924
+  _globals['_AUTHORIZESTREAMREQUEST']._serialized_end=1156
+  _globals['_CANCEL']._serialized_start=1158
+  _globals['_CANCEL']._serialized_end=1166
+  _globals['_AUTHORIZESTREAMRESPONSE']._serialized_start=1169
+  _globals['_AUTHORIZESTREAMRESPONSE']._serialized_end=1297
+  _globals['_FAILURE']._serialized_start=1299
+  _globals['_FAILURE']._serialized_end=1408
+  _globals['_AUTHORIZEBATCHREQUEST']._serialized_start=1410
+  _globals['_AUTHORIZEBATCHREQUEST']._serialized_end=1502
+  _globals['_AUTHORIZEBATCHRESPONSE']._serialized_start=1504
+  _globals['_AUTHORIZEBATCHRESPONSE']._serialized_end=1566
+  _globals['_BATCHRESULT']._serialized_start=1568
+  _globals['_BATCHRESULT']._serialized_end=1672
+  _globals['_LISTTOOLSREQUEST']._serialized_start=1674
+  _globals['_LISTTOOLSREQUEST']._serialized_end=1714
+  _globals['_LISTTOOLSRESPONSE']._serialized_start=1716
+  _globals['_LISTTOOLSRESPONSE']._serialized_end=1796
+  _globals['_VISIBLETOOL']._serialized_start=1798
+  _globals['_VISIBLETOOL']._serialized_end=1864
+  _globals['_DELEGATEREQUEST']._serialized_start=1867
+  _globals['_DELEGATEREQUEST']._serialized_end=2014
+  _globals['_DELEGATERESPONSE']._serialized_start=2017
+  _globals['_DELEGATERESPONSE']._serialized_end=2192
+  _globals['_HOLD']._serialized_start=2194
+  _globals['_HOLD']._serialized_end=2298
+  _globals['_STEPDURATION']._serialized_start=2300
+  _globals['_STEPDURATION']._serialized_end=2373
+  _globals['_WATCHREQUEST']._serialized_start=2375
+  _globals['_WATCHREQUEST']._serialized_end=2389
+  _globals['_WATCHRESPONSE']._serialized_start=2392
+  _globals['_WATCHRESPONSE']._serialized_end=2531
+  _globals['_REVOKED']._serialized_start=2533
+  _globals['_REVOKED']._serialized_end=2542
+  _globals['_POLICYINFORCE']._serialized_start=2544
+  _globals['_POLICYINFORCE']._serialized_end=2577
+  _globals['_DRAINING']._serialized_start=2579
+  _globals['_DRAINING']._serialized_end=2589
+  _globals['_AUTHORIZATIONSERVICE']._serialized_start=2592
+  _globals['_AUTHORIZATIONSERVICE']._serialized_end=3034
 # @@protoc_insertion_point(module_scope)

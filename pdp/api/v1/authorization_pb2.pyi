@@ -157,6 +157,7 @@ class AuthorizeResponse(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
     SHADOW_REFUSALS_FIELD_NUMBER: _builtins.int
+    MAX_USES_FIELD_NUMBER: _builtins.int
     decision: _builtins.bool
     """True exactly when permit is set."""
     reason_code: _builtins.str
@@ -180,6 +181,10 @@ class AuthorizeResponse(_message.Message):
     replayed: _builtins.bool
     """True when this is the first answer to an earlier call with the same
     request_id.
+    """
+    max_uses: _builtins.int
+    """How many calls the permit allows. More than 1 only where the policy says so, and
+    then the permit binds the tool and not the arguments; the hold is for all of them.
     """
     @_builtins.property
     def permit_expires_at(self) -> _timestamp_pb2.Timestamp:
@@ -242,14 +247,428 @@ class AuthorizeResponse(_message.Message):
         steps: _abc.Iterable[Global___StepDuration] | None = ...,
         warnings: _abc.Iterable[_common_pb2.BudgetWarning] | None = ...,
         shadow_refusals: _abc.Iterable[_common_pb2.LimitStatus] | None = ...,
+        max_uses: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit", "hold", b"hold", "permit_expires_at", b"permit_expires_at", "refused_by", b"refused_by", "retry_after", b"retry_after"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor_id", b"actor_id", "audit", b"audit", "decision", b"decision", "decision_id", b"decision_id", "hold", b"hold", "namespace", b"namespace", "permit", b"permit", "permit_expires_at", b"permit_expires_at", "policy_revision", b"policy_revision", "reason_code", b"reason_code", "refused_by", b"refused_by", "replayed", b"replayed", "retry_after", b"retry_after", "scopes", b"scopes", "shadow_refusals", b"shadow_refusals", "steps", b"steps", "tenant_id", b"tenant_id", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor_id", b"actor_id", "audit", b"audit", "decision", b"decision", "decision_id", b"decision_id", "hold", b"hold", "max_uses", b"max_uses", "namespace", b"namespace", "permit", b"permit", "permit_expires_at", b"permit_expires_at", "policy_revision", b"policy_revision", "reason_code", b"reason_code", "refused_by", b"refused_by", "replayed", b"replayed", "retry_after", b"retry_after", "scopes", b"scopes", "shadow_refusals", b"shadow_refusals", "steps", b"steps", "tenant_id", b"tenant_id", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AuthorizeResponse: _TypeAlias = AuthorizeResponse  # noqa: Y015
+
+@_typing.final
+class AuthorizeStreamRequest(_message.Message):
+    """A question on a stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    QUESTION_FIELD_NUMBER: _builtins.int
+    CANCEL_FIELD_NUMBER: _builtins.int
+    BEARER_FIELD_NUMBER: _builtins.int
+    WORKLOAD_TOKEN_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
+    TIMEOUT_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """Chosen by the client; no two questions under way on a stream have the same."""
+    bearer: _builtins.str
+    """What the metadata of a call would hold: the bearer token, without the word Bearer."""
+    workload_token: _builtins.str
+    """The workload's token, if it has one."""
+    traceparent: _builtins.str
+    """W3C trace context."""
+    @_builtins.property
+    def question(self) -> Global___AuthorizeRequest:
+        """A question."""
+
+    @_builtins.property
+    def cancel(self) -> Global___Cancel:
+        """The question with this id needs no answer any more. It is finished all the same
+        where it has begun.
+        """
+
+    @_builtins.property
+    def timeout(self) -> _duration_pb2.Duration:
+        """How long the answer is waited for; unset leaves it to the sidecar."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        question: Global___AuthorizeRequest | None = ...,
+        cancel: Global___Cancel | None = ...,
+        bearer: _builtins.str = ...,
+        workload_token: _builtins.str = ...,
+        traceparent: _builtins.str = ...,
+        timeout: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "message", b"message", "question", b"question", "timeout", b"timeout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bearer", b"bearer", "cancel", b"cancel", "id", b"id", "message", b"message", "question", b"question", "timeout", b"timeout", "traceparent", b"traceparent", "workload_token", b"workload_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["question", "cancel"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___AuthorizeStreamRequest: _TypeAlias = AuthorizeStreamRequest  # noqa: Y015
+
+@_typing.final
+class Cancel(_message.Message):
+    """A question is not waited for any more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Cancel: _TypeAlias = Cancel  # noqa: Y015
+
+@_typing.final
+class AuthorizeStreamResponse(_message.Message):
+    """An answer on a stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    ANSWER_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """The question's."""
+    @_builtins.property
+    def answer(self) -> Global___AuthorizeResponse:
+        """The answer."""
+
+    @_builtins.property
+    def failure(self) -> Global___Failure:
+        """Why there is none."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        answer: Global___AuthorizeResponse | None = ...,
+        failure: Global___Failure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "failure", b"failure", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "failure", b"failure", "id", b"id", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["answer", "failure"]  # noqa: Y015
+    _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
+
+Global___AuthorizeStreamResponse: _TypeAlias = AuthorizeStreamResponse  # noqa: Y015
+
+@_typing.final
+class Failure(_message.Message):
+    """What would be the status of a call."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: _builtins.int
+    REASON_CODE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    RETRY_AFTER_FIELD_NUMBER: _builtins.int
+    code: _builtins.int
+    """The number of a gRPC status code, never OK."""
+    reason_code: _builtins.str
+    """"reason_code" of the google.rpc.ErrorInfo."""
+    message: _builtins.str
+    """For people."""
+    @_builtins.property
+    def retry_after(self) -> _duration_pb2.Duration:
+        """When to ask again, if waiting can help."""
+
+    def __init__(
+        self,
+        *,
+        code: _builtins.int = ...,
+        reason_code: _builtins.str = ...,
+        message: _builtins.str = ...,
+        retry_after: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["retry_after", b"retry_after"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message", "reason_code", b"reason_code", "retry_after", b"retry_after"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Failure: _TypeAlias = Failure  # noqa: Y015
+
+@_typing.final
+class AuthorizeBatchRequest(_message.Message):
+    """Calls to be made at the same time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUESTIONS_FIELD_NUMBER: _builtins.int
+    ALL_OR_NOTHING_FIELD_NUMBER: _builtins.int
+    all_or_nothing: _builtins.bool
+    """True: either all of the calls are allowed, or none, and then nothing stays held."""
+    @_builtins.property
+    def questions(self) -> _containers.RepeatedCompositeFieldContainer[Global___AuthorizeRequest]:
+        """1 to 32 questions, no two of them with the same request_id."""
+
+    def __init__(
+        self,
+        *,
+        questions: _abc.Iterable[Global___AuthorizeRequest] | None = ...,
+        all_or_nothing: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_or_nothing", b"all_or_nothing", "questions", b"questions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuthorizeBatchRequest: _TypeAlias = AuthorizeBatchRequest  # noqa: Y015
+
+@_typing.final
+class AuthorizeBatchResponse(_message.Message):
+    """What came of each."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___BatchResult]:
+        """In the order of the questions."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___BatchResult] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuthorizeBatchResponse: _TypeAlias = AuthorizeBatchResponse  # noqa: Y015
+
+@_typing.final
+class BatchResult(_message.Message):
+    """What came of one question of a batch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANSWER_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def answer(self) -> Global___AuthorizeResponse:
+        """The answer. Of all_or_nothing, where another call is refused: a refusal with
+        batch_refused.
+        """
+
+    @_builtins.property
+    def failure(self) -> Global___Failure:
+        """Why there is none."""
+
+    def __init__(
+        self,
+        *,
+        answer: Global___AuthorizeResponse | None = ...,
+        failure: Global___Failure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "failure", b"failure", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "failure", b"failure", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["answer", "failure"]  # noqa: Y015
+    _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
+
+Global___BatchResult: _TypeAlias = BatchResult  # noqa: Y015
+
+@_typing.final
+class ListToolsRequest(_message.Message):
+    """Asks which tools the caller may see."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_JSON_FIELD_NUMBER: _builtins.int
+    context_json: _builtins.bytes
+    """As AuthorizeRequest.context_json."""
+    def __init__(
+        self,
+        *,
+        context_json: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_json", b"context_json"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListToolsRequest: _TypeAlias = ListToolsRequest  # noqa: Y015
+
+@_typing.final
+class ListToolsResponse(_message.Message):
+    """Which tools the caller may see."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOOLS_FIELD_NUMBER: _builtins.int
+    POLICY_REVISION_FIELD_NUMBER: _builtins.int
+    policy_revision: _builtins.str
+    """Revision of the policy bundle that says so."""
+    @_builtins.property
+    def tools(self) -> _containers.RepeatedCompositeFieldContainer[Global___VisibleTool]:
+        """By name, at most 1,024."""
+
+    def __init__(
+        self,
+        *,
+        tools: _abc.Iterable[Global___VisibleTool] | None = ...,
+        policy_revision: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy_revision", b"policy_revision", "tools", b"tools"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListToolsResponse: _TypeAlias = ListToolsResponse  # noqa: Y015
+
+@_typing.final
+class VisibleTool(_message.Message):
+    """A tool, as far as the caller may know of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    CALLABLE_FIELD_NUMBER: _builtins.int
+    REASON_CODE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """As Action.name."""
+    callable: _builtins.bool
+    """Whether a call can be allowed, if its arguments are."""
+    reason_code: _builtins.str
+    """"ok", or why not."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        callable: _builtins.bool = ...,
+        reason_code: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["callable", b"callable", "name", b"name", "reason_code", b"reason_code"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VisibleTool: _TypeAlias = VisibleTool  # noqa: Y015
+
+@_typing.final
+class DelegateRequest(_message.Message):
+    """A narrower identity is asked for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    DELEGATE_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
+    ARGUMENTS_JSON_FIELD_NUMBER: _builtins.int
+    TTL_SECONDS_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """As AuthorizeRequest.request_id."""
+    delegate: _builtins.str
+    """Who is to act: the agent's name, 1 to 255 printable characters."""
+    arguments_json: _builtins.bytes
+    """What their arguments must be besides: a JSON object of tools, of arguments, of rules
+    ({"refunds.create": {"amount": {"max": 500}}}), at most 2 KiB. Rules are "one_of" (a
+    list), "min", "max" (numbers) and "prefix" (a text); an argument that has rules must be
+    given. Empty means no more rules than the caller is under.
+    """
+    ttl_seconds: _builtins.int
+    """How long it lasts: 1 to 86,400 seconds, and no longer than the caller's own identity;
+    0 means the configured default.
+    """
+    @_builtins.property
+    def tools(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The tools that it may call, each one that the caller may: 1 to 128."""
+
+    @_builtins.property
+    def budget(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Charge]:
+        """The most that it may spend, it and whoever it delegates to, and the only budgets it may
+        spend of; at most 16. Empty means what the caller may.
+        """
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        delegate: _builtins.str = ...,
+        tools: _abc.Iterable[_builtins.str] | None = ...,
+        arguments_json: _builtins.bytes = ...,
+        ttl_seconds: _builtins.int = ...,
+        budget: _abc.Iterable[_common_pb2.Charge] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments_json", b"arguments_json", "budget", b"budget", "delegate", b"delegate", "request_id", b"request_id", "tools", b"tools", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DelegateRequest: _TypeAlias = DelegateRequest  # noqa: Y015
+
+@_typing.final
+class DelegateResponse(_message.Message):
+    """The narrower identity."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    DELEGATION_ID_FIELD_NUMBER: _builtins.int
+    AGENTS_FIELD_NUMBER: _builtins.int
+    AUDIT_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    token: _builtins.str
+    """A bearer token (a compact JWS, type tool-delegation+jwt). A secret."""
+    delegation_id: _builtins.str
+    """Its id, which can be revoked like a token's."""
+    replayed: _builtins.bool
+    """True when this is the first answer to an earlier call."""
+    @_builtins.property
+    def expires_at(self) -> _timestamp_pb2.Timestamp:
+        """When it ends."""
+
+    @_builtins.property
+    def agents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Who acts for whom: the agents, the first that was delegated to first."""
+
+    @_builtins.property
+    def audit(self) -> _common_pb2.AuditReceipt:
+        """The audit record."""
+
+    def __init__(
+        self,
+        *,
+        token: _builtins.str = ...,
+        expires_at: _timestamp_pb2.Timestamp | None = ...,
+        delegation_id: _builtins.str = ...,
+        agents: _abc.Iterable[_builtins.str] | None = ...,
+        audit: _common_pb2.AuditReceipt | None = ...,
+        replayed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["audit", b"audit", "expires_at", b"expires_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agents", b"agents", "audit", b"audit", "delegation_id", b"delegation_id", "expires_at", b"expires_at", "replayed", b"replayed", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DelegateResponse: _TypeAlias = DelegateResponse  # noqa: Y015
 
 @_typing.final
 class Hold(_message.Message):
@@ -338,6 +757,7 @@ class WatchResponse(_message.Message):
 
     POLICY_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    REVOKED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def policy(self) -> Global___PolicyInForce:
         """A policy revision is in force now."""
@@ -346,21 +766,45 @@ class WatchResponse(_message.Message):
     def draining(self) -> Global___Draining:
         """The sidecar stops soon: it takes no new calls."""
 
+    @_builtins.property
+    def revoked(self) -> Global___Revoked:
+        """Something was revoked: whatever is kept may not count any more."""
+
     def __init__(
         self,
         *,
         policy: Global___PolicyInForce | None = ...,
         draining: Global___Draining | None = ...,
+        revoked: Global___Revoked | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "event", b"event", "policy", b"policy"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "event", b"event", "policy", b"policy", "revoked", b"revoked"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "event", b"event", "policy", b"policy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "event", b"event", "policy", b"policy", "revoked", b"revoked"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["policy", "draining"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["policy", "draining", "revoked"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___WatchResponse: _TypeAlias = WatchResponse  # noqa: Y015
+
+@_typing.final
+class Revoked(_message.Message):
+    """A tenant, an actor, a workload or a token was revoked. It is not said which: that is
+    not every watcher's business.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Revoked: _TypeAlias = Revoked  # noqa: Y015
 
 @_typing.final
 class PolicyInForce(_message.Message):

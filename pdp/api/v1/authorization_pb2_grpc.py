@@ -28,7 +28,8 @@ if _version_not_supported:
 class AuthorizationServiceStub:
     """Decides tool calls. Every method needs a bearer token in the metadata key
     "authorization" ("Bearer <JWT>"), unless the sidecar runs in single-tenant
-    mode.
+    mode: a user's, or one that Delegate made. A workload that has a token of its own
+    sends it as well, in "workload-authorization".
     """
 
     def __init__(self, channel):
@@ -42,6 +43,26 @@ class AuthorizationServiceStub:
                 request_serializer=pdp_dot_v1_dot_authorization__pb2.AuthorizeRequest.SerializeToString,
                 response_deserializer=pdp_dot_v1_dot_authorization__pb2.AuthorizeResponse.FromString,
                 _registered_method=True)
+        self.AuthorizeStream = channel.stream_stream(
+                '/pdp.v1.AuthorizationService/AuthorizeStream',
+                request_serializer=pdp_dot_v1_dot_authorization__pb2.AuthorizeStreamRequest.SerializeToString,
+                response_deserializer=pdp_dot_v1_dot_authorization__pb2.AuthorizeStreamResponse.FromString,
+                _registered_method=True)
+        self.AuthorizeBatch = channel.unary_unary(
+                '/pdp.v1.AuthorizationService/AuthorizeBatch',
+                request_serializer=pdp_dot_v1_dot_authorization__pb2.AuthorizeBatchRequest.SerializeToString,
+                response_deserializer=pdp_dot_v1_dot_authorization__pb2.AuthorizeBatchResponse.FromString,
+                _registered_method=True)
+        self.ListTools = channel.unary_unary(
+                '/pdp.v1.AuthorizationService/ListTools',
+                request_serializer=pdp_dot_v1_dot_authorization__pb2.ListToolsRequest.SerializeToString,
+                response_deserializer=pdp_dot_v1_dot_authorization__pb2.ListToolsResponse.FromString,
+                _registered_method=True)
+        self.Delegate = channel.unary_unary(
+                '/pdp.v1.AuthorizationService/Delegate',
+                request_serializer=pdp_dot_v1_dot_authorization__pb2.DelegateRequest.SerializeToString,
+                response_deserializer=pdp_dot_v1_dot_authorization__pb2.DelegateResponse.FromString,
+                _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/pdp.v1.AuthorizationService/Watch',
                 request_serializer=pdp_dot_v1_dot_authorization__pb2.WatchRequest.SerializeToString,
@@ -52,7 +73,8 @@ class AuthorizationServiceStub:
 class AuthorizationServiceServicer:
     """Decides tool calls. Every method needs a bearer token in the metadata key
     "authorization" ("Bearer <JWT>"), unless the sidecar runs in single-tenant
-    mode.
+    mode: a user's, or one that Delegate made. A workload that has a token of its own
+    sends it as well, in "workload-authorization".
     """
 
     def Authorize(self, request, context):
@@ -77,9 +99,47 @@ class AuthorizationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AuthorizeStream(self, request_iterator, context):
+        """The same question and answer, many of them, over one stream: a round trip on an
+        open stream costs less than a call. Each message brings its own credentials, which
+        are verified for it alone; those of the stream's own metadata count for nothing.
+        Answers come in any order, and name the message that they answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AuthorizeBatch(self, request, context):
+        """Decides calls that a model wants to make at the same time, in one round trip. Each is
+        decided on its own, and one that fails hides no other. Errors in asking for the whole
+        are statuses as for Authorize.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListTools(self, request, context):
+        """Tells which tools the caller may see, for showing them to a model. It allows nothing:
+        each call is authorized when it is made. A bundle that has no such rule shows none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Delegate(self, request, context):
+        """Makes a narrower identity for an agent that is to act on the caller's behalf: fewer
+        tools, tighter arguments, less time, a part of the budget, and never another tenant or
+        actor. INVALID_ARGUMENT: request_invalid. PERMISSION_DENIED: delegation_too_wide,
+        delegation_too_deep.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Watch(self, request, context):
         """Tells what a client that keeps answers must know: first the policy revision
-        in force, then each new one, and that the sidecar is about to stop. Ends
+        in force, then each new one, that something was revoked, and that the sidecar is
+        about to stop. Ends
         after at most an hour with OK; a client that still watches asks again, and
         takes for gone whatever it may have missed in between. Errors in asking are
         statuses as for Authorize.
@@ -95,6 +155,26 @@ def add_AuthorizationServiceServicer_to_server(servicer, server):
                     servicer.Authorize,
                     request_deserializer=pdp_dot_v1_dot_authorization__pb2.AuthorizeRequest.FromString,
                     response_serializer=pdp_dot_v1_dot_authorization__pb2.AuthorizeResponse.SerializeToString,
+            ),
+            'AuthorizeStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.AuthorizeStream,
+                    request_deserializer=pdp_dot_v1_dot_authorization__pb2.AuthorizeStreamRequest.FromString,
+                    response_serializer=pdp_dot_v1_dot_authorization__pb2.AuthorizeStreamResponse.SerializeToString,
+            ),
+            'AuthorizeBatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.AuthorizeBatch,
+                    request_deserializer=pdp_dot_v1_dot_authorization__pb2.AuthorizeBatchRequest.FromString,
+                    response_serializer=pdp_dot_v1_dot_authorization__pb2.AuthorizeBatchResponse.SerializeToString,
+            ),
+            'ListTools': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTools,
+                    request_deserializer=pdp_dot_v1_dot_authorization__pb2.ListToolsRequest.FromString,
+                    response_serializer=pdp_dot_v1_dot_authorization__pb2.ListToolsResponse.SerializeToString,
+            ),
+            'Delegate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Delegate,
+                    request_deserializer=pdp_dot_v1_dot_authorization__pb2.DelegateRequest.FromString,
+                    response_serializer=pdp_dot_v1_dot_authorization__pb2.DelegateResponse.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
@@ -112,7 +192,8 @@ def add_AuthorizationServiceServicer_to_server(servicer, server):
 class AuthorizationService:
     """Decides tool calls. Every method needs a bearer token in the metadata key
     "authorization" ("Bearer <JWT>"), unless the sidecar runs in single-tenant
-    mode.
+    mode: a user's, or one that Delegate made. A workload that has a token of its own
+    sends it as well, in "workload-authorization".
     """
 
     @staticmethod
@@ -132,6 +213,114 @@ class AuthorizationService:
             '/pdp.v1.AuthorizationService/Authorize',
             pdp_dot_v1_dot_authorization__pb2.AuthorizeRequest.SerializeToString,
             pdp_dot_v1_dot_authorization__pb2.AuthorizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AuthorizeStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/pdp.v1.AuthorizationService/AuthorizeStream',
+            pdp_dot_v1_dot_authorization__pb2.AuthorizeStreamRequest.SerializeToString,
+            pdp_dot_v1_dot_authorization__pb2.AuthorizeStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AuthorizeBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdp.v1.AuthorizationService/AuthorizeBatch',
+            pdp_dot_v1_dot_authorization__pb2.AuthorizeBatchRequest.SerializeToString,
+            pdp_dot_v1_dot_authorization__pb2.AuthorizeBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTools(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdp.v1.AuthorizationService/ListTools',
+            pdp_dot_v1_dot_authorization__pb2.ListToolsRequest.SerializeToString,
+            pdp_dot_v1_dot_authorization__pb2.ListToolsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Delegate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdp.v1.AuthorizationService/Delegate',
+            pdp_dot_v1_dot_authorization__pb2.DelegateRequest.SerializeToString,
+            pdp_dot_v1_dot_authorization__pb2.DelegateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -29,7 +29,8 @@ GRPC_VERSION: str
 class AuthorizationServiceStub:
     """Decides tool calls. Every method needs a bearer token in the metadata key
     "authorization" ("Bearer <JWT>"), unless the sidecar runs in single-tenant
-    mode.
+    mode: a user's, or one that Delegate made. A workload that has a token of its own
+    sends it as well, in "workload-authorization".
     """
 
     @_typing.overload
@@ -54,9 +55,31 @@ class AuthorizationServiceStub:
     DEADLINE_EXCEEDED (deadline_exceeded), INTERNAL (internal). Nothing is
     allowed by any of them.
     """
+    AuthorizeStream: _grpc.StreamStreamMultiCallable[_authorization_pb2.AuthorizeStreamRequest, _authorization_pb2.AuthorizeStreamResponse]
+    """The same question and answer, many of them, over one stream: a round trip on an
+    open stream costs less than a call. Each message brings its own credentials, which
+    are verified for it alone; those of the stream's own metadata count for nothing.
+    Answers come in any order, and name the message that they answer.
+    """
+    AuthorizeBatch: _grpc.UnaryUnaryMultiCallable[_authorization_pb2.AuthorizeBatchRequest, _authorization_pb2.AuthorizeBatchResponse]
+    """Decides calls that a model wants to make at the same time, in one round trip. Each is
+    decided on its own, and one that fails hides no other. Errors in asking for the whole
+    are statuses as for Authorize.
+    """
+    ListTools: _grpc.UnaryUnaryMultiCallable[_authorization_pb2.ListToolsRequest, _authorization_pb2.ListToolsResponse]
+    """Tells which tools the caller may see, for showing them to a model. It allows nothing:
+    each call is authorized when it is made. A bundle that has no such rule shows none.
+    """
+    Delegate: _grpc.UnaryUnaryMultiCallable[_authorization_pb2.DelegateRequest, _authorization_pb2.DelegateResponse]
+    """Makes a narrower identity for an agent that is to act on the caller's behalf: fewer
+    tools, tighter arguments, less time, a part of the budget, and never another tenant or
+    actor. INVALID_ARGUMENT: request_invalid. PERMISSION_DENIED: delegation_too_wide,
+    delegation_too_deep.
+    """
     Watch: _grpc.UnaryStreamMultiCallable[_authorization_pb2.WatchRequest, _authorization_pb2.WatchResponse]
     """Tells what a client that keeps answers must know: first the policy revision
-    in force, then each new one, and that the sidecar is about to stop. Ends
+    in force, then each new one, that something was revoked, and that the sidecar is
+    about to stop. Ends
     after at most an hour with OK; a client that still watches asks again, and
     takes for gone whatever it may have missed in between. Errors in asking are
     statuses as for Authorize.
@@ -66,7 +89,8 @@ class AuthorizationServiceStub:
 class AuthorizationServiceAsyncStub(AuthorizationServiceStub):
     """Decides tool calls. Every method needs a bearer token in the metadata key
     "authorization" ("Bearer <JWT>"), unless the sidecar runs in single-tenant
-    mode.
+    mode: a user's, or one that Delegate made. A workload that has a token of its own
+    sends it as well, in "workload-authorization".
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -88,9 +112,31 @@ class AuthorizationServiceAsyncStub(AuthorizationServiceStub):
     DEADLINE_EXCEEDED (deadline_exceeded), INTERNAL (internal). Nothing is
     allowed by any of them.
     """
+    AuthorizeStream: _aio.StreamStreamMultiCallable[_authorization_pb2.AuthorizeStreamRequest, _authorization_pb2.AuthorizeStreamResponse]  # type: ignore[assignment]
+    """The same question and answer, many of them, over one stream: a round trip on an
+    open stream costs less than a call. Each message brings its own credentials, which
+    are verified for it alone; those of the stream's own metadata count for nothing.
+    Answers come in any order, and name the message that they answer.
+    """
+    AuthorizeBatch: _aio.UnaryUnaryMultiCallable[_authorization_pb2.AuthorizeBatchRequest, _authorization_pb2.AuthorizeBatchResponse]  # type: ignore[assignment]
+    """Decides calls that a model wants to make at the same time, in one round trip. Each is
+    decided on its own, and one that fails hides no other. Errors in asking for the whole
+    are statuses as for Authorize.
+    """
+    ListTools: _aio.UnaryUnaryMultiCallable[_authorization_pb2.ListToolsRequest, _authorization_pb2.ListToolsResponse]  # type: ignore[assignment]
+    """Tells which tools the caller may see, for showing them to a model. It allows nothing:
+    each call is authorized when it is made. A bundle that has no such rule shows none.
+    """
+    Delegate: _aio.UnaryUnaryMultiCallable[_authorization_pb2.DelegateRequest, _authorization_pb2.DelegateResponse]  # type: ignore[assignment]
+    """Makes a narrower identity for an agent that is to act on the caller's behalf: fewer
+    tools, tighter arguments, less time, a part of the budget, and never another tenant or
+    actor. INVALID_ARGUMENT: request_invalid. PERMISSION_DENIED: delegation_too_wide,
+    delegation_too_deep.
+    """
     Watch: _aio.UnaryStreamMultiCallable[_authorization_pb2.WatchRequest, _authorization_pb2.WatchResponse]  # type: ignore[assignment]
     """Tells what a client that keeps answers must know: first the policy revision
-    in force, then each new one, and that the sidecar is about to stop. Ends
+    in force, then each new one, that something was revoked, and that the sidecar is
+    about to stop. Ends
     after at most an hour with OK; a client that still watches asks again, and
     takes for gone whatever it may have missed in between. Errors in asking are
     statuses as for Authorize.
@@ -99,7 +145,8 @@ class AuthorizationServiceAsyncStub(AuthorizationServiceStub):
 class AuthorizationServiceServicer(metaclass=_abc_1.ABCMeta):
     """Decides tool calls. Every method needs a bearer token in the metadata key
     "authorization" ("Bearer <JWT>"), unless the sidecar runs in single-tenant
-    mode.
+    mode: a user's, or one that Delegate made. A workload that has a token of its own
+    sends it as well, in "workload-authorization".
     """
 
     @_abc_1.abstractmethod
@@ -127,13 +174,59 @@ class AuthorizationServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def AuthorizeStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[_authorization_pb2.AuthorizeStreamRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_authorization_pb2.AuthorizeStreamResponse], _abc.AsyncIterator[_authorization_pb2.AuthorizeStreamResponse]]:
+        """The same question and answer, many of them, over one stream: a round trip on an
+        open stream costs less than a call. Each message brings its own credentials, which
+        are verified for it alone; those of the stream's own metadata count for nothing.
+        Answers come in any order, and name the message that they answer.
+        """
+
+    @_abc_1.abstractmethod
+    def AuthorizeBatch(
+        self,
+        request: _authorization_pb2.AuthorizeBatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_authorization_pb2.AuthorizeBatchResponse, _abc.Awaitable[_authorization_pb2.AuthorizeBatchResponse]]:
+        """Decides calls that a model wants to make at the same time, in one round trip. Each is
+        decided on its own, and one that fails hides no other. Errors in asking for the whole
+        are statuses as for Authorize.
+        """
+
+    @_abc_1.abstractmethod
+    def ListTools(
+        self,
+        request: _authorization_pb2.ListToolsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_authorization_pb2.ListToolsResponse, _abc.Awaitable[_authorization_pb2.ListToolsResponse]]:
+        """Tells which tools the caller may see, for showing them to a model. It allows nothing:
+        each call is authorized when it is made. A bundle that has no such rule shows none.
+        """
+
+    @_abc_1.abstractmethod
+    def Delegate(
+        self,
+        request: _authorization_pb2.DelegateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_authorization_pb2.DelegateResponse, _abc.Awaitable[_authorization_pb2.DelegateResponse]]:
+        """Makes a narrower identity for an agent that is to act on the caller's behalf: fewer
+        tools, tighter arguments, less time, a part of the budget, and never another tenant or
+        actor. INVALID_ARGUMENT: request_invalid. PERMISSION_DENIED: delegation_too_wide,
+        delegation_too_deep.
+        """
+
+    @_abc_1.abstractmethod
     def Watch(
         self,
         request: _authorization_pb2.WatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_authorization_pb2.WatchResponse], _abc.AsyncIterator[_authorization_pb2.WatchResponse]]:
         """Tells what a client that keeps answers must know: first the policy revision
-        in force, then each new one, and that the sidecar is about to stop. Ends
+        in force, then each new one, that something was revoked, and that the sidecar is
+        about to stop. Ends
         after at most an hour with OK; a client that still watches asks again, and
         takes for gone whatever it may have missed in between. Errors in asking are
         statuses as for Authorize.

@@ -25,27 +25,27 @@ _sym_db = _symbol_database.Default()
 from pdp.api.v1 import common_pb2 as pdp_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16pdp/v1/execution.proto\x12\x06pdp.v1\x1a\x13pdp/v1/common.proto\"x\n\x13RedeemPermitRequest\x12\x0e\n\x06permit\x18\x01 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\x12\x0c\n\x04tool\x18\x03 \x01(\t\x12\x18\n\x10\x61rguments_sha256\x18\x04 \x01(\t\x12\x10\n\x08\x61udience\x18\x05 \x01(\t\"\x9a\x01\n\x14RedeemPermitResponse\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x10\n\x08\x61\x63tor_id\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65\x63ision_id\x18\x03 \x01(\t\x12\x11\n\tuses_left\x18\x04 \x01(\x05\x12#\n\x05\x61udit\x18\x05 \x01(\x0b\x32\x14.pdp.v1.AuditReceipt\x12\x10\n\x08replayed\x18\x06 \x01(\x08\"}\n\x14ReportOutcomeRequest\x12\x0e\n\x06permit\x18\x01 \x01(\t\x12 \n\x07outcome\x18\x02 \x01(\x0e\x32\x0f.pdp.v1.Outcome\x12\x1f\n\x07\x63harges\x18\x03 \x03(\x0b\x32\x0e.pdp.v1.Charge\x12\x12\n\nerror_type\x18\x04 \x01(\t\"o\n\x15ReportOutcomeResponse\x12\x1f\n\x07settled\x18\x01 \x03(\x0b\x32\x0e.pdp.v1.Charge\x12#\n\x05\x61udit\x18\x02 \x01(\x0b\x32\x14.pdp.v1.AuditReceipt\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"\x16\n\x14GetPermitKeysRequest\"*\n\x15GetPermitKeysResponse\x12\x11\n\tjwks_json\x18\x01 \x01(\t*L\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x14\n\x10OUTCOME_EXECUTED\x10\x01\x12\x12\n\x0eOUTCOME_FAILED\x10\x02\x32\xf9\x01\n\x10\x45xecutionService\x12I\n\x0cRedeemPermit\x12\x1b.pdp.v1.RedeemPermitRequest\x1a\x1c.pdp.v1.RedeemPermitResponse\x12L\n\rReportOutcome\x12\x1c.pdp.v1.ReportOutcomeRequest\x1a\x1d.pdp.v1.ReportOutcomeResponse\x12L\n\rGetPermitKeys\x12\x1c.pdp.v1.GetPermitKeysRequest\x1a\x1d.pdp.v1.GetPermitKeysResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16pdp/v1/execution.proto\x12\x06pdp.v1\x1a\x13pdp/v1/common.proto\"x\n\x13RedeemPermitRequest\x12\x0e\n\x06permit\x18\x01 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\x12\x0c\n\x04tool\x18\x03 \x01(\t\x12\x18\n\x10\x61rguments_sha256\x18\x04 \x01(\t\x12\x10\n\x08\x61udience\x18\x05 \x01(\t\"\x9a\x01\n\x14RedeemPermitResponse\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x10\n\x08\x61\x63tor_id\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65\x63ision_id\x18\x03 \x01(\t\x12\x11\n\tuses_left\x18\x04 \x01(\x05\x12#\n\x05\x61udit\x18\x05 \x01(\x0b\x32\x14.pdp.v1.AuditReceipt\x12\x10\n\x08replayed\x18\x06 \x01(\x08\"\x8b\x01\n\x14ReportOutcomeRequest\x12\x0e\n\x06permit\x18\x01 \x01(\t\x12 \n\x07outcome\x18\x02 \x01(\x0e\x32\x0f.pdp.v1.Outcome\x12\x1f\n\x07\x63harges\x18\x03 \x03(\x0b\x32\x0e.pdp.v1.Charge\x12\x12\n\nerror_type\x18\x04 \x01(\t\x12\x0c\n\x04uses\x18\x05 \x01(\x05\"o\n\x15ReportOutcomeResponse\x12\x1f\n\x07settled\x18\x01 \x03(\x0b\x32\x0e.pdp.v1.Charge\x12#\n\x05\x61udit\x18\x02 \x01(\x0b\x32\x14.pdp.v1.AuditReceipt\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"\x16\n\x14GetPermitKeysRequest\"*\n\x15GetPermitKeysResponse\x12\x11\n\tjwks_json\x18\x01 \x01(\t*L\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x14\n\x10OUTCOME_EXECUTED\x10\x01\x12\x12\n\x0eOUTCOME_FAILED\x10\x02\x32\xf9\x01\n\x10\x45xecutionService\x12I\n\x0cRedeemPermit\x12\x1b.pdp.v1.RedeemPermitRequest\x1a\x1c.pdp.v1.RedeemPermitResponse\x12L\n\rReportOutcome\x12\x1c.pdp.v1.ReportOutcomeRequest\x1a\x1d.pdp.v1.ReportOutcomeResponse\x12L\n\rGetPermitKeys\x12\x1c.pdp.v1.GetPermitKeysRequest\x1a\x1d.pdp.v1.GetPermitKeysResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pdp.api.v1.execution_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_OUTCOME']._serialized_start=642
-  _globals['_OUTCOME']._serialized_end=718
+  _globals['_OUTCOME']._serialized_start=657
+  _globals['_OUTCOME']._serialized_end=733
   _globals['_REDEEMPERMITREQUEST']._serialized_start=55
   _globals['_REDEEMPERMITREQUEST']._serialized_end=175
   _globals['_REDEEMPERMITRESPONSE']._serialized_start=178
   _globals['_REDEEMPERMITRESPONSE']._serialized_end=332
-  _globals['_REPORTOUTCOMEREQUEST']._serialized_start=334
-  _globals['_REPORTOUTCOMEREQUEST']._serialized_end=459
-  _globals['_REPORTOUTCOMERESPONSE']._serialized_start=461
-  _globals['_REPORTOUTCOMERESPONSE']._serialized_end=572
-  _globals['_GETPERMITKEYSREQUEST']._serialized_start=574
-  _globals['_GETPERMITKEYSREQUEST']._serialized_end=596
-  _globals['_GETPERMITKEYSRESPONSE']._serialized_start=598
-  _globals['_GETPERMITKEYSRESPONSE']._serialized_end=640
-  _globals['_EXECUTIONSERVICE']._serialized_start=721
-  _globals['_EXECUTIONSERVICE']._serialized_end=970
+  _globals['_REPORTOUTCOMEREQUEST']._serialized_start=335
+  _globals['_REPORTOUTCOMEREQUEST']._serialized_end=474
+  _globals['_REPORTOUTCOMERESPONSE']._serialized_start=476
+  _globals['_REPORTOUTCOMERESPONSE']._serialized_end=587
+  _globals['_GETPERMITKEYSREQUEST']._serialized_start=589
+  _globals['_GETPERMITKEYSREQUEST']._serialized_end=611
+  _globals['_GETPERMITKEYSRESPONSE']._serialized_start=613
+  _globals['_GETPERMITKEYSRESPONSE']._serialized_end=655
+  _globals['_EXECUTIONSERVICE']._serialized_start=736
+  _globals['_EXECUTIONSERVICE']._serialized_end=985
 # @@protoc_insertion_point(module_scope)

@@ -141,6 +141,7 @@ class ReportOutcomeRequest(_message.Message):
     OUTCOME_FIELD_NUMBER: _builtins.int
     CHARGES_FIELD_NUMBER: _builtins.int
     ERROR_TYPE_FIELD_NUMBER: _builtins.int
+    USES_FIELD_NUMBER: _builtins.int
     permit: _builtins.str
     """The permit of the call; it may have expired since. At most 8 KiB."""
     outcome: Global___Outcome.ValueType
@@ -149,6 +150,8 @@ class ReportOutcomeRequest(_message.Message):
     """For OUTCOME_FAILED: the kind of error, for the audit record; 1 to 64
     characters of [A-Za-z0-9_.], never its message.
     """
+    uses: _builtins.int
+    """Of a permit for several calls: how many were made, those that failed included."""
     @_builtins.property
     def charges(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Charge]:
         """What it cost, each pair of budget and unit one that is held. Left empty,
@@ -162,10 +165,11 @@ class ReportOutcomeRequest(_message.Message):
         outcome: Global___Outcome.ValueType = ...,
         charges: _abc.Iterable[_common_pb2.Charge] | None = ...,
         error_type: _builtins.str = ...,
+        uses: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["charges", b"charges", "error_type", b"error_type", "outcome", b"outcome", "permit", b"permit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["charges", b"charges", "error_type", b"error_type", "outcome", b"outcome", "permit", b"permit", "uses", b"uses"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

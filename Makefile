@@ -95,7 +95,7 @@ $(REDIS): scripts/install_redis.py | .venv/bin/python
 	$(PY) scripts/install_redis.py
 	@touch -h $@
 
-# OPA, Regal, crane and toxiproxy are built from their Go modules once (minutes), unless they are on PATH.
-.tools/%: scripts/install_opa.py | .venv/bin/python
-	$(PY) scripts/install_opa.py $*
+# OPA, Regal and the other commands written in Go are built from their Go modules once (minutes), unless they are on PATH.
+.tools/%: scripts/install_tool.py | .venv/bin/python
+	$(PY) scripts/install_tool.py $*
 	@touch -h $@  # it may be a link to a command of the system

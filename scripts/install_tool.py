@@ -1,8 +1,8 @@
-"""Put OPA and what belongs to it into .tools: `python scripts/install_opa.py NAME`.
+"""Put a tool that is written in Go into .tools: `python scripts/install_tool.py NAME`.
 
-opa itself, its linter regal, its conformance cases (opa-cases), crane, whose OCI
-registry the tests pull bundles from, and toxiproxy-server, through which they break
-the way to a Redis.
+opa, its linter regal, its conformance cases (opa-cases); crane, whose OCI registry the
+tests pull bundles from; toxiproxy-server, through which they break the way to a Redis;
+and helm, kubectl and kube-apiserver, for the tests of the chart.
 
 Taken from PATH when the right version is there. Otherwise built from the Go module,
 whose content Go checks against its checksum database, with the Go on PATH or, where
@@ -46,13 +46,17 @@ class Tool:
     version: str
     accepted: re.Pattern[str]
     """What the command then prints when it is a version that will do."""
-    asks_version: str = "version"
+    asks_version: tuple[str, ...] = ("version",)
     """What makes it print its version."""
     package: str = ""
     """Below the module, where it is not the module itself."""
     ldflags: str = ""
+    staging: str = ""
+    """The version of the modules that this one keeps in its own repository, and requires as
+    v0.0.0."""
 
 
+KUBERNETES: Final = "1.36.3"
 TOOLS: Final = {
     tool.name: tool
     for tool in (
@@ -83,9 +87,33 @@ TOOLS: Final = {
             module="github.com/Shopify/toxiproxy/v2",
             version="2.5.0",
             accepted=re.compile(r"^toxiproxy-server version 2\.5\.0$", re.MULTILINE),
-            asks_version="-version",
+            asks_version=("-version",),
             package="/cmd/server",
             ldflags="-X github.com/Shopify/toxiproxy/v2.Version=2.5.0",
+        ),
+        Tool(
+            name="helm",
+            module="helm.sh/helm/v3",
+            version="3.22.0",
+            accepted=re.compile(r'Version:"v3\.22\.\d+"'),
+            package="/cmd/helm",
+            ldflags="-X helm.sh/helm/v3/internal/version.version=v3.22.0",
+        ),
+        *(
+            Tool(
+                name=name,
+                module="k8s.io/kubernetes",
+                version=KUBERNETES,
+                accepted=re.compile(rf"v{re.escape(KUBERNETES)}$", re.MULTILINE),
+                asks_version=asks_version,
+                package=f"/cmd/{name}",
+                ldflags=f"-X k8s.io/component-base/version.gitVersion=v{KUBERNETES}",
+                staging=f"v0.{KUBERNETES.partition('.')[2]}",
+            )
+            for name, asks_version in (
+                ("kube-apiserver", ("--version",)),
+                ("kubectl", ("version", "--client")),
+            )
         ),
     )
 }
@@ -118,7 +146,7 @@ def is_right(tool: Tool, command: Path) -> bool:
     """Whether a command is there, runs, and is a version that will do."""
     try:
         printed = subprocess.run(
-            [command, tool.asks_version], capture_output=True, text=True, timeout=30, check=True
+            [command, *tool.asks_version], capture_output=True, text=True, timeout=30, check=True
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return False
@@ -137,17 +165,8 @@ def install_cases(folder: Path) -> None:
         scratch = Path(place)
         go, environment = go_command(scratch)
         say(f"fetching the conformance cases of OPA {opa.version}")
-        listing = scratch / "module.json"
-        with listing.open("wb") as output:
-            run(
-                [go, "mod", "download", "-json", f"{opa.module}@v{opa.version}"],
-                f"The module of OPA {opa.version} could not be fetched: make the Go module proxy"
-                " (GOPROXY) reachable, and try again.",
-                cwd=scratch,
-                env=environment,
-                stdout=output,
-            )
-        module = Path(json.loads(listing.read_text(encoding="utf-8"))["Dir"])
+        found = download(f"{opa.module}@v{opa.version}", go, environment, scratch)
+        module = Path(found["Dir"])
         copied = scratch / CASES
         shutil.copytree(module / "v1" / "test" / "cases" / "testdata", copied)
         for path in (copied, *copied.rglob("*")):
@@ -179,9 +198,12 @@ def build(tool: Tool, scratch: Path) -> Path:
     # module is deprecated, which not every proxy answers.
     module = scratch / "module"
     module.mkdir()
-    module.joinpath("go.mod").write_text(
-        f"module tools\n\ngo 1.26.0\n\nrequire {tool.module} v{tool.version}\n", encoding="utf-8"
-    )
+    replaced = staged_modules(tool, go, environment, scratch) if tool.staging else ()
+    lines = [
+        *("module tools", "go 1.26.0", f"require {tool.module} v{tool.version}"),
+        *(f"replace {name} => {name} {tool.staging}" for name in replaced),
+    ]
+    module.joinpath("go.mod").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
     module.joinpath("tools.go").write_text(
         f'//go:build tools\n\npackage tools\n\nimport _ "{tool.module}{tool.package}"\n',
         encoding="utf-8",
@@ -206,6 +228,33 @@ def build(tool: Tool, scratch: Path) -> Path:
     if not is_right(tool, built):
         raise InstallError(f"{tool.name} was built, and does not run or is another version.")
     return built
+
+
+def staged_modules(
+    tool: Tool, go: str, environment: Mapping[str, str], scratch: Path
+) -> tuple[str, ...]:
+    """The modules that a tool's own go.mod replaces with folders beside it. Raises
+    InstallError.
+    """
+    module = download(f"{tool.module}@v{tool.version}", go, environment, scratch)
+    required = Path(module["GoMod"]).read_text(encoding="utf-8")
+    return tuple(re.findall(r"^\s+(\S+) v0\.0\.0$", required, re.MULTILINE))
+
+
+def download(module: str, go: str, environment: Mapping[str, str], scratch: Path) -> dict[str, str]:
+    """Fetch a module; where Go has put it. Raises InstallError."""
+    listing = scratch / "module.json"
+    with listing.open("wb") as output:
+        run(
+            [go, "mod", "download", "-json", module],
+            f"The module {module} could not be fetched: make the Go module proxy (GOPROXY)"
+            " reachable, and try again.",
+            cwd=scratch,
+            env=environment,
+            stdout=output,
+        )
+    found: dict[str, str] = json.loads(listing.read_text(encoding="utf-8"))
+    return found
 
 
 def go_on_path(environment: Mapping[str, str]) -> str | None:
@@ -256,12 +305,12 @@ def run(
 
 def say(line: str) -> None:
     """A line of progress, seen at once."""
-    print(f"install_opa: {line}", flush=True)
+    print(f"install_tool: {line}", flush=True)
 
 
 def main() -> int:
     """Install one of them."""
-    parser = argparse.ArgumentParser(description="Put OPA and what belongs to it into .tools.")
+    parser = argparse.ArgumentParser(description="Put a tool that is written in Go into .tools.")
     parser.add_argument("tool", choices=sorted({*TOOLS, CASES}))
     parser.add_argument("--into", type=Path, default=ROOT / ".tools", help="another folder")
     arguments = parser.parse_args()
@@ -271,7 +320,7 @@ def main() -> int:
         else:
             install(TOOLS[arguments.tool], arguments.into.resolve())
     except InstallError as error:
-        print(f"install_opa: {error}", file=sys.stderr)
+        print(f"install_tool: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 OPA_VERSION = "Version: 1.22.2"
 # Stands for Go: builds a command that prints the version which it was built as.
 GO = """case $1 in
@@ -48,7 +48,7 @@ def install(path: Path, tool: str, **environment: str) -> subprocess.CompletedPr
     return subprocess.run(
         [
             sys.executable,
-            ROOT / "scripts" / "install_opa.py",
+            ROOT / "scripts" / "install_tool.py",
             tool,
             "--into",
             path.parent / "tools",

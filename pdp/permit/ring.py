@@ -83,16 +83,19 @@ class KeyRing:
 
     @classmethod
     def from_file(cls, path: Path) -> KeyRing:
-        """Read a file that nobody but its owner may read. Raises PermitError
-        (permit_unavailable) with what to do.
+        """Read a file that nobody but its owner may read; or, as a secret that Kubernetes
+        mounts for a user who is not root, one of root's that a group may read too. Raises
+        PermitError (permit_unavailable) with what to do.
         """
         try:
             with path.open("rb") as file:
-                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+                found = os.fstat(file.fileno())
                 content = file.read(MAX_FILE_BYTES + 1)
         except OSError as error:
             raise _unusable(path, f"can not be read: {error.strerror}") from None
-        if mode & 0o077:
+        mode = stat.S_IMODE(found.st_mode)
+        mounted = found.st_uid == 0 and os.geteuid() != 0
+        if mode & (0o037 if mounted else 0o077):
             raise _unusable(path, f"is open to others (mode {mode:04o}); run chmod 600 on it")
         if len(content) > MAX_FILE_BYTES:
             raise _unusable(path, f"is larger than {MAX_FILE_BYTES} bytes")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,38 @@ def test_keys_that_others_can_read_are_refused(file: Path) -> None:
     file.chmod(0o640)
     with pytest.raises(PermitError, match=r"is open to others.*chmod 600"):
         LiveKeys(file)
+
+
+@pytest.mark.parametrize(
+    ("owner", "reader", "mode", "taken"),
+    (
+        (0, 65532, 0o440, True),
+        (0, 65532, 0o400, True),
+        (0, 65532, 0o444, False),
+        (0, 65532, 0o460, False),
+        (0, 0, 0o440, False),
+        (65532, 65532, 0o440, False),
+        (1000, 65532, 0o440, False),
+    ),
+)
+def test_a_group_may_read_only_what_root_has_mounted_for_it(
+    file: Path, monkeypatch: pytest.MonkeyPatch, owner: int, reader: int, mode: int, taken: bool
+) -> None:
+    LiveKeys(file, make=True)
+    really = os.fstat
+
+    def fstat(descriptor: int) -> os.stat_result:
+        found = list(really(descriptor))
+        found[0], found[4] = 0o100000 | mode, owner
+        return os.stat_result(found)
+
+    monkeypatch.setattr(os, "fstat", fstat)
+    monkeypatch.setattr(os, "geteuid", lambda: reader)
+    if taken:
+        assert KeyRing.from_file(file).keys
+    else:
+        with pytest.raises(PermitError, match="is open to others"):
+            KeyRing.from_file(file)
 
 
 def encrypted() -> bytes:

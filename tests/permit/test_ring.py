@@ -62,7 +62,7 @@ def test_keys_that_others_can_read_are_refused(file: Path) -> None:
     ),
 )
 def test_a_group_may_read_only_what_root_has_mounted_for_it(
-    file: Path, monkeypatch: pytest.MonkeyPatch, owner: int, reader: int, mode: int, taken: bool
+    file: Path, monkeypatch: pytest.MonkeyPatch, *, owner: int, reader: int, mode: int, taken: bool
 ) -> None:
     LiveKeys(file, make=True)
     really = os.fstat

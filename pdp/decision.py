@@ -59,23 +59,25 @@ class Question:
     context: JsonObject = field(repr=False)
     audience: str
     trace_id: str | None = None
+    batch: str = ""
+    """Of a batch that is to be allowed as a whole or not at all: its digest, so that
+    none of its questions is another one's that is asked alone."""
 
     def content_sha256(self, subject: Subject) -> str:
         """The same for the same question of the same subject, whenever and however
         often it is asked. A token with other roles or scopes asks another question.
         """
-        return sha256_hex(
-            {
-                "identity": identity_json(subject),
-                "roles": list(subject.roles),
-                "scopes": list(subject.scopes),
-                "tool": self.tool,
-                "resource": self.resource,
-                "arguments_sha256": self.arguments_sha256,
-                "context": self.context,
-                "audience": self.audience,
-            }
-        )
+        content: JsonObject = {
+            "identity": identity_json(subject),
+            "roles": list(subject.roles),
+            "scopes": list(subject.scopes),
+            "tool": self.tool,
+            "resource": self.resource,
+            "arguments_sha256": self.arguments_sha256,
+            "context": self.context,
+            "audience": self.audience,
+        }
+        return sha256_hex({**content, "batch": self.batch} if self.batch else content)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +151,13 @@ async def authorize(rooms: Rooms, credentials: Credentials, asked: Asked) -> Rec
         trace_id=asked.trace_id,
     )
     watch.done("identify")
+    return await authorize_as(rooms, subject, asked, watch)
+
+
+async def authorize_as(rooms: Rooms, subject: Subject, asked: Asked, watch: StepWatch) -> Recorded:
+    """Decide one call of a caller who is identified. Raises as :func:`authorize` does, but
+    for IdentityError.
+    """
     async with admitted(
         rooms,
         Lane.QUESTIONS,

@@ -172,6 +172,12 @@ class Connection(_Connection):
         except grpc.RpcError as error:
             raise call_error(error) from None
 
+    def stream(self, method: str, request: Message, metadata: Metadata = ()) -> Any:  # noqa: ANN401
+        """The call, to be iterated over for its messages, however long they take: it has
+        no deadline, and is ended with its ``cancel()``. Iterating raises grpc.RpcError.
+        """
+        return self._method(method, os.getpid(), connect)(request, metadata=metadata)
+
     def close(self) -> None:
         """Close it; the next call opens it again."""
         channel = self._take_channel()
@@ -223,6 +229,7 @@ def _methods(channel: Any) -> Mapping[str, Callable[..., Any]]:  # noqa: ANN401 
         "ReportOutcome": execution.ReportOutcome,
         "ReserveBudget": budget.ReserveBudget,
         "SettleBudget": budget.SettleBudget,
+        "Watch": authorization.Watch,
     }
 
 

@@ -159,12 +159,18 @@ class PermitDesk:
             audience=call.audience or permit.audience,
         )
         verifier.check_time(permit)
-        if (permit.transaction, permit.resource, permit.decision_id, permit.tenant) != (
-            call.request_id,
-            "/".join(call.resource) if call.resource is not None else "",
-            response.decision_id,
-            response.tenant_id,
-        ):
+        # What names no arguments is for any, on any resource: only where the answer says
+        # for how many calls, and it is for just as many.
+        binds_arguments = bool(permit.arguments_sha256)
+        resource = "/".join(call.resource) if call.resource and binds_arguments else ""
+        max_uses = response.max_uses or int(binds_arguments)
+        if (
+            permit.transaction,
+            permit.resource,
+            permit.decision_id,
+            permit.tenant,
+            permit.max_uses,
+        ) != (call.request_id, resource, response.decision_id, response.tenant_id, max_uses):
             raise PermitError(ReasonCode.PERMIT_MISMATCH, "The permit answers another question.")
         return permit
 

@@ -22,7 +22,7 @@ import contextlib
 import random
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
@@ -143,6 +143,7 @@ class Admission:
         self._random = random
         self._held_back = 0
         self._waiting_tasks: set[asyncio.Task[object]] = set()
+        self._parts: dict[asyncio.Task[object], Iterable[asyncio.Task[object]]] = {}
         self._lanes = {
             lane: _Lane(
                 places=max_concurrent_calls,
@@ -200,20 +201,36 @@ class Admission:
 
     @contextlib.contextmanager
     def _may_be_abandoned(self) -> Iterator[None]:
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101 - within a coroutine
+        task = _running()
         self._waiting_tasks.add(task)
         try:
             yield
         finally:
             self._waiting_tasks.discard(task)
 
+    @contextlib.contextmanager
+    def together(self, parts: Iterable[asyncio.Task[object]]) -> Iterator[None]:
+        """While the running task waits for these, they have the same caller as it has."""
+        task = _running()
+        self._parts[task] = parts
+        try:
+            yield
+        finally:
+            del self._parts[task]
+
     def abandon(self, task: asyncio.Task[object]) -> None:
         """The caller of a task has gone: if it still waits, it leaves. What was let in
         goes on.
         """
-        if task in self._waiting_tasks:
-            task.cancel()
+        for each in (task, *self._parts.get(task, ())):
+            if each in self._waiting_tasks:
+                each.cancel()
+
+
+def _running() -> asyncio.Task[object]:
+    task = asyncio.current_task()
+    assert task is not None  # noqa: S101 - within a coroutine
+    return task
 
 
 class Pace:

@@ -13,6 +13,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, Re
 from google.rpc.status_pb2 import Status
 
 from pdp.admission import AdmissionError
+from pdp.api.v1 import authorization_pb2
 from pdp.budget.ledger import Limit, Window
 from pdp.channel import DETAILS_KEY, ERROR_DOMAIN
 from pdp.errors import PdpError, RequestError
@@ -82,6 +83,24 @@ async def abort(context: grpc.aio.ServicerContext[object, object], error: PdpErr
     raise AssertionError  # abort always raises; mypy can not know
 
 
+def failure_out(error: PdpError) -> authorization_pb2.Failure:
+    """The same for one question of many, whose call goes on."""
+    return authorization_pb2.Failure(
+        code=status_code(error).value[0],
+        reason_code=error.reason_code,
+        message=error.message,
+        retry_after=_retry_after(error),
+    )
+
+
+def _retry_after(error: PdpError) -> Duration | None:
+    if not isinstance(error, SpendingError | AdmissionError) or error.retry_after_seconds is None:
+        return None
+    # Never rounded down: whoever waits so long is not told to wait again.
+    millis = math.ceil(error.retry_after_seconds * 1000)
+    return Duration(seconds=millis // 1000, nanos=millis % 1000 * 1_000_000)
+
+
 def _details(error: PdpError) -> list[ErrorInfo | BadRequest | QuotaFailure | RetryInfo]:
     details: list[ErrorInfo | BadRequest | QuotaFailure | RetryInfo] = [
         ErrorInfo(reason=error.reason_code, domain=ERROR_DOMAIN)
@@ -102,10 +121,8 @@ def _details(error: PdpError) -> list[ErrorInfo | BadRequest | QuotaFailure | Re
                 ]
             )
         )
-    if isinstance(error, SpendingError | AdmissionError) and error.retry_after_seconds is not None:
-        # Never rounded down: whoever waits so long is not told to wait again.
-        millis = math.ceil(error.retry_after_seconds * 1000)
-        delay = Duration(seconds=millis // 1000, nanos=millis % 1000 * 1_000_000)
+    delay = _retry_after(error)
+    if delay is not None:
         details.append(RetryInfo(retry_delay=delay))
     return details
 

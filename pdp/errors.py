@@ -41,6 +41,17 @@ class RequestError(PdpError):
         self.description = description
 
 
+class FetchError(PdpError):
+    """What lies elsewhere can not be had now. The message names the place and what to do;
+    it is for operators and holds no credential.
+    """
+
+    status: int | None = None
+    """What a server answered instead, where that is why."""
+    retry_after_seconds: float | None = None
+    """How long the server asks to be left alone."""
+
+
 def _restored(kind: type[PdpError], state: dict[str, object]) -> PdpError:
     error = kind.__new__(kind, state["message"])
     error.__dict__.update(state)

@@ -11,14 +11,15 @@ import hashlib
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from http import HTTPStatus
 from typing import Final
 
 from pdp.config import HttpSource
 from pdp.errors import PdpError
+from pdp.http_connection import Connection, Pace, Reply, shown
 from pdp.policy.archive import MAX_ARCHIVE_BYTES, read_archive
-from pdp.policy.sources.connection import Connection, Pace, Reply, shown
-from pdp.policy.sources.source import Fetched
+from pdp.policy.sources.source import Fetched, fault_of
 
 MEDIA_TYPE: Final = "application/vnd.openpolicyagent.bundles"
 """By this type of a bundle a server says that it holds requests until there is a change."""
@@ -41,7 +42,7 @@ class HttpBundleSource:
         self._settings = settings
         self._clock = clock
         self._connection = Connection(
-            self.place,
+            partial(fault_of, self.place),
             ca_file=settings.ca_file,
             client_certificate=(certificate, key) if certificate and key else None,
         )

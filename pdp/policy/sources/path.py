@@ -18,7 +18,7 @@ from typing import Final
 
 from pdp.policy.archive import MAX_ARCHIVE_BYTES, MAX_ENTRIES, Files, read_archive, read_directory
 from pdp.policy.engine import BundleError
-from pdp.policy.sources.source import Fetched, SourceError
+from pdp.policy.sources.source import Fetched, SourceError, fault_of
 from pdp.reason import ReasonCode
 
 MAX_TRIES: Final = 5
@@ -147,7 +147,7 @@ class PathSource:
             return file.read(MAX_ARCHIVE_BYTES + 1)
 
     def _error(self, what: str) -> SourceError:
-        return SourceError(ReasonCode.POLICY_UNAVAILABLE, f"The policy bundle {self._path} {what}.")
+        return fault_of(str(self._path), what)
 
 
 def _glance(path: Path) -> _Glance:

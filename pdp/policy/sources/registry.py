@@ -12,11 +12,13 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, Literal
 from urllib.parse import urlencode, urljoin, urlsplit
 
 from pdp.config import OciSource, is_loopback
-from pdp.policy.sources.connection import OK, Connection, Reply
+from pdp.http_connection import OK, Connection, Reply
+from pdp.policy.sources.source import fault_of
 
 MAX_TOKEN_BYTES: Final = 64 * 1024
 TOKEN_SECONDS: Final = 60.0
@@ -49,7 +51,7 @@ class Registry:
         self._repository = repository
         scheme = "http" if settings.plain_http else "https"
         self._url = f"{scheme}://{host}/v2/{repository}"
-        self._connection = Connection(settings.image, ca_file=settings.ca_file)
+        self._connection = Connection(partial(fault_of, settings.image), ca_file=settings.ca_file)
         self._clock = clock
         self._token: _Token | None = None
         self._wants_password = False

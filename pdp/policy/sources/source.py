@@ -6,13 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pdp.errors import PdpError
+from pdp.errors import FetchError
+from pdp.reason import ReasonCode
 
 
-class SourceError(PdpError):
-    """A source can not be read now: reason code policy_unavailable. The message names
-    the place and what to do; it is for operators and holds no credential.
-    """
+class SourceError(FetchError):
+    """A source can not be read now: reason code policy_unavailable."""
+
+
+def fault_of(place: str, what: str) -> SourceError:
+    """The error for a place; ``what`` follows its name."""
+    return SourceError(ReasonCode.POLICY_UNAVAILABLE, f"The policy bundle {place} {what}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,21 +11,23 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from pdp.policy.engine import BundleError
-from pdp.policy.sources.connection import (
+from pdp.errors import FetchError, PdpError
+from pdp.http_connection import (
     MAX_RETRY_AFTER_SECONDS,
     MAX_SECRET_BYTES,
     Connection,
     Pace,
     Reply,
-    StatusError,
     shown,
 )
-from pdp.policy.sources.source import SourceError
 from pdp.reason import ReasonCode
 from tests.policy.sources.servers import Authority, answering, web_server
 
-ANY = SourceError(ReasonCode.POLICY_UNAVAILABLE, "It failed.")
+ANY = FetchError(ReasonCode.INTERNAL, "It failed.")
+
+
+def fault(what: str) -> FetchError:
+    return FetchError(ReasonCode.INTERNAL, f"The thing {what}.")
 
 
 def asked(address: str, connection: Connection, *, scheme: str = "http", query: str = "") -> Reply:
@@ -53,13 +55,13 @@ def test_a_signed_query_arrives_as_it_was_written() -> None:
 
     query = "?sig=a%2Fb%2B%7e%41+c&x=%2f"
     with web_server(handle) as address:
-        asked(address, Connection("x", ca_file=None), query=query)
+        asked(address, Connection(fault, ca_file=None), query=query)
     assert given == [f"/{query}"]
 
 
 def test_the_body_of_an_error_is_not_read() -> None:
     with web_server(answering(b"secret " * 1000, status=500)) as address:
-        reply = asked(address, Connection("x", ca_file=None))
+        reply = asked(address, Connection(fault, ca_file=None))
     assert (reply.status, reply.body) == (500, b"")
     assert "secret" not in repr(reply)
 
@@ -68,9 +70,9 @@ def test_the_body_of_an_error_is_not_read() -> None:
 def test_an_encoding_that_was_not_asked_for_is_refused(encoding: str) -> None:
     with (
         web_server(answering(b"x", Content_Encoding=encoding)) as address,
-        pytest.raises(SourceError, match="Content-Encoding"),
+        pytest.raises(FetchError, match="Content-Encoding"),
     ):
-        asked(address, Connection("x", ca_file=None))
+        asked(address, Connection(fault, ca_file=None))
 
 
 def test_certificates_that_are_replaced_are_read_anew(tmp_path: Path) -> None:
@@ -78,7 +80,7 @@ def test_certificates_that_are_replaced_are_read_anew(tmp_path: Path) -> None:
     old, new = Authority(tmp_path / "old", "old"), Authority(tmp_path / "new", "new")
     ca_file = tmp_path / "ca.pem"
     ca_file.write_bytes(old.file.read_bytes())
-    connection = Connection("x", ca_file=ca_file)
+    connection = Connection(fault, ca_file=ca_file)
 
     async def run(first: str, second: str) -> list[str]:
         said = []
@@ -87,7 +89,7 @@ def test_certificates_that_are_replaced_are_read_anew(tmp_path: Path) -> None:
                 await connection.request(
                     f"https://{address}/", headers={}, max_bytes=1, timeout_seconds=10
                 )
-            except SourceError as error:
+            except FetchError as error:
                 said.append(error.message)
             else:
                 said.append("ok")
@@ -104,11 +106,13 @@ def test_certificates_that_are_replaced_are_read_anew(tmp_path: Path) -> None:
 
 ON_A_TERMINAL = """
 import asyncio, fcntl, pathlib, sys, termios
-from pdp.policy.sources.connection import Connection
+from pdp.errors import FetchError
+from pdp.http_connection import Connection
 
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # OpenSSL asks whoever is at the terminal
 certificate = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
-connection = Connection("x", ca_file=None, client_certificate=certificate)
+fault = lambda what: FetchError("internal", f"The thing {what}.")
+connection = Connection(fault, ca_file=None, client_certificate=certificate)
 try:
     asyncio.run(
         connection.request("https://127.0.0.1:1/", headers={}, max_bytes=1, timeout_seconds=3)
@@ -138,15 +142,15 @@ def test_a_key_with_a_password_is_an_error_and_nobody_is_asked_for_it(tmp_path: 
 
 
 def test_a_certificate_that_is_not_there_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="a certificate or key can not be used"):
-        asked("127.0.0.1:1", Connection("x", ca_file=tmp_path / "none.pem"))
+    with pytest.raises(FetchError, match="a certificate or key can not be used"):
+        asked("127.0.0.1:1", Connection(fault, ca_file=tmp_path / "none.pem"))
 
 
 @pytest.mark.parametrize("content", (b"", b" \n", b"a\nb", b"a\0", b"a" * (MAX_SECRET_BYTES + 1)))
 def test_a_secret_is_one_line_of_text(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "secret").write_bytes(content)
-    with pytest.raises(SourceError, match="holds no single line of text"):
-        asyncio.run(Connection("x", ca_file=None).secret(tmp_path / "secret"))
+    with pytest.raises(FetchError, match="holds no single line of text"):
+        asyncio.run(Connection(fault, ca_file=None).secret(tmp_path / "secret"))
 
 
 def test_a_pace_is_regular_and_moved_by_up_to_a_tenth() -> None:
@@ -166,7 +170,7 @@ def test_failures_make_the_pace_slower_and_a_success_ends_that() -> None:
     assert waits[-1] == 20
     pace.went_well()
     assert pace.seconds(regular=0.0) == 0.0
-    pace.failed(BundleError(ReasonCode.POLICY_UNAVAILABLE, "It is no bundle."))
+    pace.failed(PdpError(ReasonCode.INTERNAL, "It is not what it should be."))
     assert pace.seconds(regular=0.0) == 1
 
 
@@ -201,7 +205,7 @@ def test_failures_make_the_pace_slower_and_a_success_ends_that() -> None:
 def test_a_server_may_ask_for_a_pause_within_bounds(
     headers: dict[str, str], expected: float
 ) -> None:
-    connection = Connection("x", ca_file=None)
+    connection = Connection(fault, ca_file=None)
 
     async def answer(_request: web.Request) -> web.Response:
         return web.Response(status=503, headers=headers)
@@ -215,9 +219,8 @@ def test_a_server_may_ask_for_a_pause_within_bounds(
 
 def test_a_pause_that_was_asked_for_ends_with_the_next_answer() -> None:
     with web_server(answering(status=429, Retry_After="50")) as address:
-        connection = Connection("x", ca_file=None)
+        connection = Connection(fault, ca_file=None)
         error = connection.status_error(asked(address, connection))
-    assert isinstance(error, StatusError)
     assert (error.status, error.retry_after_seconds) == (429, 50.0)
     pace = Pace(20, draw=lambda: 0.0)
     pace.failed(error)

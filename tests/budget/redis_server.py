@@ -18,7 +18,7 @@ def redis_command() -> str:
     """The server that `make test` has put in place, or the system's."""
     installed = TOOLS / "redis-server"
     found = str(installed) if installed.exists() else shutil.which("redis-server")
-    assert found, "no redis-server: run python scripts/install_redis.py"
+    assert found, "no redis-server: run python scripts/install_package.py redis-server"
     return found
 
 

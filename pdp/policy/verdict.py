@@ -31,10 +31,13 @@ then stays within what verifiers read."""
 MAX_CHARGES: Final = 16
 MAX_LIMITS: Final = 64
 MAX_TTL_SECONDS: Final = 3600
+MAX_USES: Final = 1_000
+"""Calls that one permit allows at most; as in pdp.permit.claims."""
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _SCOPE: Final = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]{1,255}")
 """A scope-token of RFC 6749 3.3."""
-_BINDS: Final[JsonValue] = ["tool", "arguments"]
+_TOOL_AND_ARGUMENTS: Final[JsonValue] = ["tool", "arguments"]
+_TOOL: Final[JsonValue] = ["tool"]
 _E = TypeVar("_E", Window, Scope, OnExpiry)
 
 
@@ -49,8 +52,14 @@ class Verdict:
     """The scopes under which the tool is to run."""
     permit_ttl_seconds: int | None = None
     """How long the permit may be used; None leaves it to the configuration."""
+    binds_arguments: bool = True
+    """Whether the permit is for the arguments of the question; else it is for the tool with
+    any arguments."""
+    max_uses: int = 1
+    """How many calls the permit allows; 1 where it binds the arguments."""
     charges: tuple[Charge, ...] = ()
-    """What is to be held for the call."""
+    """What is to be held for each call. For all of them together no amount passes
+    MAX_AMOUNT."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,24 +81,16 @@ def parse_verdict(value: JsonValue) -> Verdict:
     if allow and "approval" in answer:
         _object(answer["approval"], required=set(), optional=_APPROVAL)
         return Verdict(allow=False, reason_code=ReasonCode.APPROVAL_REQUIRED)
-    ttl_seconds: int | None = None
-    if "permit" in answer:
-        permit = _object(answer["permit"], required=set(), optional=_PERMIT)
-        if permit.get("binds", _BINDS) != _BINDS:
-            raise _invalid('permit.binds must be ["tool", "arguments"]')
-        if _integer(permit.get("max_uses", 1), "permit.max_uses", least=1, most=1) != 1:
-            raise _invalid("permit.max_uses must be 1")
-        if "ttl_seconds" in permit:
-            ttl_seconds = _integer(
-                permit["ttl_seconds"], "permit.ttl_seconds", least=1, most=MAX_TTL_SECONDS
-            )
+    permit = _permit(answer.get("permit", {}))
     return Verdict(
         allow=allow,
         reason_code=reason_code,
         # In an order of their own: the engines list the members of a set in different ones.
         scopes=tuple(sorted(_scopes(answer.get("scopes", [])))),
-        permit_ttl_seconds=ttl_seconds,
-        charges=_charges(answer.get("charge", []), "charge"),
+        permit_ttl_seconds=permit.ttl_seconds,
+        binds_arguments=permit.binds_arguments,
+        max_uses=permit.max_uses,
+        charges=_charges(answer.get("charge", []), "charge", times=permit.max_uses),
     )
 
 
@@ -127,9 +128,34 @@ _ONLY_FOR_CALENDARS: Final = {"timezone", "warn_at", "on_expiry"}
 _LIMIT_OPTIONS: Final = _ONLY_FOR_RATES | _ONLY_FOR_CALENDARS | {"enforced"}
 
 
-def _charges(value: JsonValue, field: str) -> tuple[Charge, ...]:
+@dataclass(frozen=True, slots=True)
+class _Permit:
+    ttl_seconds: int | None
+    binds_arguments: bool
+    max_uses: int
+
+
+def _permit(value: JsonValue) -> _Permit:
+    permit = _object(value, required=set(), optional=_PERMIT)
+    binds = permit.get("binds", _TOOL_AND_ARGUMENTS)
+    if binds not in (_TOOL_AND_ARGUMENTS, _TOOL):
+        raise _invalid('permit.binds must be ["tool", "arguments"] or ["tool"]')
+    max_uses = _integer(permit.get("max_uses", 1), "permit.max_uses", least=1, most=MAX_USES)
+    if binds != _TOOL and max_uses != 1:
+        raise _invalid('permit.max_uses must be 1 unless permit.binds is ["tool"]')
+    ttl_seconds: int | None = None
+    if "ttl_seconds" in permit:
+        ttl_seconds = _integer(
+            permit["ttl_seconds"], "permit.ttl_seconds", least=1, most=MAX_TTL_SECONDS
+        )
+    return _Permit(ttl_seconds, binds_arguments=binds != _TOOL, max_uses=max_uses)
+
+
+def _charges(value: JsonValue, field: str, *, times: int = 1) -> tuple[Charge, ...]:
     """Charges, in an order of their own, as the engines list a set in different ones."""
     charges = [_charge(item) for item in _list(value, field, MAX_CHARGES)]
+    if any(charge.amount * times > MAX_AMOUNT for charge in charges):
+        raise _invalid(f"{field} for permit.max_uses calls must be at most {MAX_AMOUNT}")
     if len({(charge.budget, charge.unit) for charge in charges}) != len(charges):
         raise _invalid(f"{field} names a budget and unit twice")
     return tuple(sorted(charges, key=lambda charge: (charge.budget, charge.unit)))

@@ -123,6 +123,7 @@ def expected_record(case: Case, seen: Seen, number: int, revision: str) -> JsonO
     record: JsonObject = {
         "tenant_id": case.token["tenant"],
         "actor_id": "alice",
+        "identity": {"issuer": "https://id.example"},
         "outcome": "allowed" if allowed else "denied",
         "reason_code": case.reason_code,
         "request_id": f"req-{number}",
@@ -155,7 +156,7 @@ def expected_record(case: Case, seen: Seen, number: int, revision: str) -> JsonO
     assert case.call is not None
     record |= {"type": "decision", "action": case.call["tool"]}
     if not seen.heard:  # no tenant, no policy
-        del record["policy_revision"]
+        del record["policy_revision"], record["identity"]
         return record | {"tenant_id": None, "actor_id": seen.actor}
     record["arguments_digest"] = arguments_digest(case)
     if "resource" in case.call:

@@ -18,8 +18,10 @@ from pdp.budget.ledger import (
     Window,
 )
 from pdp.canonical import JsonObject, JsonValue
+from pdp.permit import claims
 from pdp.policy.engine import PolicyError
 from pdp.policy.verdict import (
+    MAX_USES,
     BudgetVerdict,
     Verdict,
     parse_budget_verdict,
@@ -38,6 +40,7 @@ LIMIT: JsonObject = {
     "scope": "tenant",
 }
 RATE: JsonObject = {**LIMIT, "window": "rolling", "seconds": 60}
+ANY_ARGUMENTS: JsonObject = {"binds": ["tool"]}
 SECRET = "s3cret-argument"
 
 ODD_VALUES: list[JsonValue] = [None, True, 1, 1.5, "text", [], {}]
@@ -70,6 +73,36 @@ def test_an_allow_is_read_in_full() -> None:
         permit_ttl_seconds=30,
         charges=(Charge("spend", "usd_micros", MAX_AMOUNT), Charge("tools", "calls", 1)),
     )
+
+
+def test_a_permit_for_any_arguments_may_allow_several_calls() -> None:
+    verdict = parse_verdict(
+        {**ALLOW, "permit": {"binds": ["tool"], "max_uses": MAX_USES}, "charge": [CHARGE]}
+    )
+
+    assert verdict == Verdict(
+        allow=True,
+        reason_code="ok",
+        binds_arguments=False,
+        max_uses=MAX_USES,
+        charges=(Charge("tools", "calls", 1),),
+    )
+    assert MAX_USES == claims.MAX_USES
+    assert parse_verdict({**ALLOW, "permit": {"binds": ["tool"]}}).max_uses == 1
+
+
+@pytest.mark.parametrize("uses", (3, MAX_USES))
+def test_a_permit_whose_calls_together_cost_more_than_can_be_held_is_invalid(uses: int) -> None:
+    half: JsonObject = {**CHARGE, "budget": "spend", "amount": MAX_AMOUNT // 2}
+
+    def answer(max_uses: int) -> JsonObject:
+        permit: JsonObject = {"binds": ["tool"], "max_uses": max_uses}
+        return {**ALLOW, "permit": permit, "charge": [CHARGE, half]}
+
+    assert parse_verdict(answer(2)).max_uses == 2
+    with pytest.raises(PolicyError, match=r"permit\.max_uses") as refused:
+        parse_verdict(answer(uses))
+    assert refused.value.reason_code == "policy_invalid"
 
 
 def test_the_least_allow_and_the_least_denial() -> None:
@@ -121,7 +154,6 @@ def test_an_allow_that_asks_for_approval_is_a_denial() -> None:
         {**ALLOW, "scopes": [f"{n:0>100}" for n in range(42)]},
         {**ALLOW, "scopes": [f"{n:0>100}" for n in range(21)]},
         *(ALLOW | odd for odd in each("permit", None, True, 1, "tool", [])),
-        {**ALLOW, "permit": {"binds": ["tool"]}},
         {**ALLOW, "permit": {"binds": ["arguments", "tool"]}},
         {**ALLOW, "permit": {"binds": ["tool", "arguments", "tenant"]}},
         {**ALLOW, "permit": {"binds": []}},
@@ -132,6 +164,11 @@ def test_an_allow_that_asks_for_approval_is_a_denial() -> None:
             for odd in (0, -1, 3601, 1.5, True, "60", None, [60], float("inf"), float("nan"))
         ),
         *({**ALLOW, "permit": {"max_uses": odd}} for odd in (0, 2, True, "1", None)),
+        *(
+            {**ALLOW, "permit": {**ANY_ARGUMENTS, "max_uses": odd}}
+            for odd in (0, -1, MAX_USES + 1, 1.5, True, "1", None)
+        ),
+        {**ALLOW, "permit": {"binds": ["tool", "arguments"], "max_uses": 2}},
         {**ALLOW, "permit": {"audience": "tools"}},
         *({**ALLOW, "charge": odd} for odd in (None, True, 1, "tools", {}, CHARGE)),
         {**ALLOW, "charge": [CHARGE, CHARGE]},

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdp.budget.ledger import MAX_BUCKET, Charge, Scope, Window
+from pdp.budget.ledger import MAX_AMOUNT, MAX_BUCKET, Charge, Scope, Window
 from pdp.budget.windows import is_timezone
 from pdp.identity.subject import TENANT_PATTERN, Subject
 from pdp.policy.authoring.schemas import schema_names, schema_text
@@ -159,7 +159,7 @@ permit_like = st.fixed_dictionaries(
     optional={
         "binds": st.sampled_from([["tool", "arguments"], ["tool"], ["arguments", "tool"], "tool"]),
         "ttl_seconds": st.sampled_from([0, 1, 60.0, 3600, 3601, 1.5, "60", True]),
-        "max_uses": st.sampled_from([0, 1, 1.0, 2, True]),
+        "max_uses": st.sampled_from([0, 1, 1.0, 2, 1000.0, 1001, True]),
         "more": st.just(1),
     },
 )
@@ -234,6 +234,12 @@ def pairs_are_unique(decision: Any, key: str = "charge") -> bool:
     return len(set(pairs)) == len(pairs)
 
 
+def is_held_for_all_calls(decision: Any) -> bool:
+    """What a schema can not say: a permit for several calls costs no more than can be held."""
+    uses = decision.get("permit", {}).get("max_uses", 1)
+    return all(each["amount"] * uses <= MAX_AMOUNT for each in decision.get("charge", []))
+
+
 def keeps_what_a_schema_can_not_say(limit: Any) -> bool:
     warn_at = limit.get("warn_at", [])
     burst = limit.get("burst", limit["limit"]) if "seconds" in limit else 0
@@ -250,6 +256,7 @@ LISTS: list[Any] = [[{}], [{**CHARGE, "more": 1}]]
 EDGES: list[dict[str, Any]] = [
     *({"permit": {"ttl_seconds": value}} for value in (0, 1, 1.0, 1.5, 3600, 3601, "60", True)),
     *({"permit": {"max_uses": value}} for value in (0, 1, 1.0, 2, True, None)),
+    *({"permit": {"binds": ["tool"], "max_uses": value}} for value in (0, 2.0, 1000, 1001, None)),
     *({"permit": {"binds": value}} for value in (["tool", "arguments"], ["tool"], [], None)),
     *({"permit": value} for value in OBJECTS),
     *({"scopes": value} for value in ([], ["a"], ["a", "a"], ["a", 1], [""], ["a b"], ['"'], "a")),
@@ -279,7 +286,7 @@ def test_the_decision_schema_takes_each_edge_that_is_accepted_and_no_other() -> 
 @given(st.lists(decisions | sound | odd, min_size=1, max_size=MANY))
 def test_the_decision_schema_takes_just_what_is_accepted(documents: list[Any]) -> None:
     for document, fit in zip(documents, fits("authz_decision", documents), strict=True):
-        expected = fit and pairs_are_unique(document)
+        expected = fit and pairs_are_unique(document) and is_held_for_all_calls(document)
         assert accepted(parse_verdict, document) is expected, document
 
 

@@ -110,6 +110,26 @@ class TcpListener(_Section):
         return self
 
 
+class NamedListener(_Section):
+    """A further listener for gRPC, which identity.routes can name."""
+
+    unix: FilePath | None = None
+    """Path of a Unix socket."""
+    unix_mode: Annotated[str, AfterValidator(_octal_mode)] = "0660"
+    """Octal mode of the socket; others never have access."""
+    tcp: TcpListener | None = None
+    """In place of unix: a TCP listener, with certificates of its own."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.unix is None) is (self.tcp is None):
+            raise ValueError("set one of unix and tcp")
+        return self
+
+
+ListenerName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+
+
 class Listen(_Section):
     """Where the sidecar answers."""
 
@@ -119,6 +139,8 @@ class Listen(_Section):
     """Octal mode of the socket; others never have access."""
     tcp: TcpListener | None = None
     """TCP listener for gRPC."""
+    named: Annotated[dict[ListenerName, NamedListener], Field(max_length=64)] = {}
+    """Further listeners for gRPC, by name."""
     metrics: Address | None = "127.0.0.1:9464"
     """HOST:PORT of the HTTP listener for /metrics, /healthz, /readyz and
     /.well-known/jwks.json; null for none. It shows no tenant's data."""
@@ -128,7 +150,7 @@ class Listen(_Section):
 
     @model_validator(mode="after")
     def _somewhere(self) -> Self:
-        if self.unix is None and self.tcp is None:
+        if self.unix is None and self.tcp is None and not self.named:
             raise ValueError("set unix or tcp, or nobody can ask")
         return self
 
@@ -661,16 +683,13 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        tcp = self.listen.tcp
-        if (
-            isinstance(self.identity, SingleTenantIdentity)
-            and tcp is not None
-            and not is_loopback(tcp.address)
-        ):
-            raise ValueError(
-                "identity.mode single_tenant trusts whoever reaches the socket, so "
-                "listen.tcp.address must be loopback"
-            )
+        if isinstance(self.identity, SingleTenantIdentity):
+            for tcp in (self.listen.tcp, *(each.tcp for each in self.listen.named.values())):
+                if tcp is not None and not is_loopback(tcp.address):
+                    raise ValueError(
+                        "identity.mode single_tenant trusts whoever reaches the socket, so "
+                        "each address of listen.tcp and listen.named must be loopback"
+                    )
         if self.budget.hold_ttl_seconds < self.permit.ttl_seconds:
             raise ValueError("budget.hold_ttl_seconds must be at least permit.ttl_seconds")
         return self

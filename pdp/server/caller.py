@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import ssl
 from collections.abc import Iterable, Mapping
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from pdp import base64url
 from pdp.identity.resolver import Credentials, Peer
@@ -29,10 +29,12 @@ class Context(Protocol):
         ...
 
 
-def caller_of(context: Context, *, listener: str = "") -> tuple[Credentials, str | None]:
-    """The credentials of a call, and its trace id."""
+def caller_of(context: Context, *, listener: str) -> tuple[Credentials, str | None]:
+    """The credentials of a call that came in by this listener, and its trace id."""
     metadata = context.invocation_metadata() or ()
-    return wire.credentials_of(metadata, peer_of(context, listener)), wire.trace_id_of(metadata)
+    return wire.credentials_of(metadata, peer_of(context, listener=listener)), wire.trace_id_of(
+        metadata
+    )
 
 
 def trace_id(context: Context) -> str | None:
@@ -40,7 +42,7 @@ def trace_id(context: Context) -> str | None:
     return wire.trace_id_of(context.invocation_metadata() or ())
 
 
-def peer_of(context: Context, listener: str = "") -> Peer:
+def peer_of(context: Context, *, listener: str) -> Peer:
     """What the transport knows of the caller. gRPC shows a client's certificate only where
     it was verified against listen.tcp.tls.client_ca_file.
     """
@@ -51,15 +53,39 @@ def peer_of(context: Context, listener: str = "") -> Peer:
 
 @functools.lru_cache(maxsize=1_024)
 def _peer_with(pem: bytes, listener: str) -> Peer:
-    certificate = x509.load_pem_x509_certificate(pem)
-    der = certificate.public_bytes(Encoding.DER)
-    try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        names = x509.SubjectAlternativeName([])
+    der = ssl.PEM_cert_to_DER_cert(pem.decode("ascii"))
+    uris, dns_names = _names_in(der)
     return Peer(
         listener=listener,
         certificate_sha256=base64url.encode(hashlib.sha256(der).digest()),
-        uris=tuple(names.get_values_for_type(x509.UniformResourceIdentifier)),
-        dns_names=tuple(names.get_values_for_type(x509.DNSName)),
+        uris=uris,
+        dns_names=dns_names,
     )
+
+
+def _names_in(der: bytes) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """URIs and DNS names. A certificate that is not well-formed names nobody, and neither
+    does one that may sign others (X509-SVID 4.1).
+    """
+    try:
+        extensions = x509.load_der_x509_certificate(der).extensions
+        constraints = _extension(extensions, x509.BasicConstraints)
+        names = _extension(extensions, x509.SubjectAlternativeName)
+        if names is None or (constraints is not None and constraints.ca):
+            return (), ()
+        return (
+            tuple(names.get_values_for_type(x509.UniformResourceIdentifier)),
+            tuple(names.get_values_for_type(x509.DNSName)),
+        )
+    except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+        return (), ()
+
+
+_Extension = TypeVar("_Extension", bound=x509.ExtensionType)
+
+
+def _extension(extensions: x509.Extensions, kind: type[_Extension]) -> _Extension | None:
+    try:
+        return extensions.get_extension_for_class(kind).value
+    except x509.ExtensionNotFound:
+        return None

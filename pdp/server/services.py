@@ -7,6 +7,7 @@ import contextlib
 import logging
 import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Final, TypeVar
 
 import grpc
@@ -21,11 +22,13 @@ from pdp.api.v1 import (
     execution_pb2,
     execution_pb2_grpc,
 )
+from pdp.batch import authorize_batch
 from pdp.errors import PdpError
 from pdp.permit.ring import LiveKeys
 from pdp.reason import ReasonCode
 from pdp.rooms import Rooms, identify
 from pdp.server import wire
+from pdp.server.batch import batch_from, batch_response
 from pdp.server.caller import caller_of, trace_id
 from pdp.server.metrics import Metrics
 from pdp.server.status import abort, status_code
@@ -63,30 +66,36 @@ class CallRunner:
         with self._metrics.timed(method) as timer:
             try:
                 result = await self._bounded(context, work)
-            except PdpError as error:
-                failure = error
-            except TimeoutError:
-                failure = PdpError(
-                    ReasonCode.DEADLINE_EXCEEDED,
-                    "The answer did not come in time; ask again with the same key.",
-                )
             except Exception as error:  # noqa: BLE001 - whatever it is, nothing is allowed
-                # The error's own text may quote data, so only its kind and the code
-                # that it came from are logged; the client learns that it failed.
-                places = "".join(traceback.format_tb(error.__traceback__))
-                _log.error("%s failed with %s:\n%s", method, type(error).__name__, places)
-                failure = PdpError(ReasonCode.INTERNAL, "The PDP failed; nothing was allowed.")
+                failure = self.failure_of(method, error)
             else:
                 timer.status = "OK"
                 return result
             timer.status = status_code(failure).name
-            if isinstance(failure, AdmissionError):
-                self._metrics.admission_refused(failure.kind)
-            if isinstance(failure, spending.SpendingError) and failure.refused_by is not None:
-                self._metrics.budget_refused(method)
-            self._metrics.failed(method, failure.reason_code)
         # Counted before it leaves, so that whoever has the answer finds it counted.
         return await abort(context, failure)
+
+    def failure_of(self, method: str, error: Exception) -> PdpError:
+        """What the client learns of a failure, which is counted here."""
+        if isinstance(error, PdpError):
+            failure = error
+        elif isinstance(error, TimeoutError):
+            failure = PdpError(
+                ReasonCode.DEADLINE_EXCEEDED,
+                "The answer did not come in time; ask again with the same key.",
+            )
+        else:
+            # The error's own text may quote data, so only its kind and the code
+            # that it came from are logged; the client learns that it failed.
+            places = "".join(traceback.format_tb(error.__traceback__))
+            _log.error("%s failed with %s:\n%s", method, type(error).__name__, places)
+            failure = PdpError(ReasonCode.INTERNAL, "The PDP failed; nothing was allowed.")
+        if isinstance(failure, AdmissionError):
+            self._metrics.admission_refused(failure.kind)
+        if isinstance(failure, spending.SpendingError) and failure.refused_by is not None:
+            self._metrics.budget_refused(method)
+        self._metrics.failed(method, failure.reason_code)
+        return failure
 
     async def drained(self) -> None:
         """Wait until all work that has begun is finished."""
@@ -124,11 +133,14 @@ class AuthorizationServicer(authorization_pb2_grpc.AuthorizationServiceServicer)
         watchers: Watchers,
         *,
         default_audience: str,
+        listener: str,
     ) -> None:
+        """``listener`` is the name of the one that it answers on, as in Peer.listener."""
         self._rooms = rooms
         self._runner = runner
         self._metrics = metrics
         self._watchers = watchers
+        self._listener = listener
         self._reader = wire.QuestionReader(default_audience=default_audience)
 
     async def Authorize(  # noqa: N802 - the contract's name
@@ -137,7 +149,7 @@ class AuthorizationServicer(authorization_pb2_grpc.AuthorizationServiceServicer)
         """Decide one call."""
 
         async def work() -> authorization_pb2.AuthorizeResponse:
-            credentials, trace = caller_of(context)
+            credentials, trace = caller_of(context, listener=self._listener)
             asked = self._reader.asked(request, trace_id=trace)
             recorded = await decision.authorize(self._rooms, credentials, asked)
             self._metrics.decided(recorded)
@@ -149,7 +161,19 @@ class AuthorizationServicer(authorization_pb2_grpc.AuthorizationServiceServicer)
         self, request: authorization_pb2.AuthorizeBatchRequest, context: _Context
     ) -> authorization_pb2.AuthorizeBatchResponse:
         """Decide several calls."""
-        return await context.abort(grpc.StatusCode.UNIMPLEMENTED)
+
+        async def work() -> authorization_pb2.AuthorizeBatchResponse:
+            credentials, trace = caller_of(context, listener=self._listener)
+            asked = batch_from(request, self._reader, trace_id=trace)
+            results = await authorize_batch(self._rooms, credentials, asked)
+            for result in results:
+                if isinstance(result, decision.Recorded):
+                    self._metrics.decided(result)
+            return batch_response(
+                results, failure_of=partial(self._runner.failure_of, "AuthorizeBatch")
+            )
+
+        return await self._runner.run(context, "AuthorizeBatch", work)
 
     def AuthorizeStream(  # noqa: N802 - the contract's name
         self,
@@ -181,7 +205,7 @@ class AuthorizationServicer(authorization_pb2_grpc.AuthorizationServiceServicer)
         async def first() -> tuple[
             authorization_pb2.WatchResponse, AsyncGenerator[authorization_pb2.WatchResponse]
         ]:
-            credentials, trace = caller_of(context)
+            credentials, trace = caller_of(context, listener=self._listener)
             subject = await identify(self._rooms, credentials, action="watch", trace_id=trace)
             events = self._watchers.events(subject.tenant)
             return await anext(events), events
@@ -196,10 +220,13 @@ class AuthorizationServicer(authorization_pb2_grpc.AuthorizationServiceServicer)
 class BudgetServicer(budget_pb2_grpc.BudgetServiceServicer):
     """May it still be spent?"""
 
-    def __init__(self, rooms: Rooms, runner: CallRunner, metrics: Metrics) -> None:
+    def __init__(
+        self, rooms: Rooms, runner: CallRunner, metrics: Metrics, *, listener: str
+    ) -> None:
         self._rooms = rooms
         self._runner = runner
         self._metrics = metrics
+        self._listener = listener
 
     async def ChargeBudget(  # noqa: N802 - the contract's name
         self, request: budget_pb2.ChargeBudgetRequest, context: _Context
@@ -207,7 +234,7 @@ class BudgetServicer(budget_pb2_grpc.BudgetServiceServicer):
         """Charge now."""
 
         async def work() -> budget_pb2.ChargeBudgetResponse:
-            credentials, trace = caller_of(context)
+            credentials, trace = caller_of(context, listener=self._listener)
             spend = wire.spend_from(request, trace_id=trace)
             spent = await spending.charge(self._rooms, credentials, spend)
             self._metrics.spent(spent.result)
@@ -221,7 +248,7 @@ class BudgetServicer(budget_pb2_grpc.BudgetServiceServicer):
         """Hold amounts."""
 
         async def work() -> budget_pb2.ReserveBudgetResponse:
-            credentials, trace = caller_of(context)
+            credentials, trace = caller_of(context, listener=self._listener)
             spend = wire.spend_from(request, trace_id=trace)
             spent = await spending.reserve(self._rooms, credentials, spend)
             self._metrics.spent(spent.result)
@@ -235,7 +262,7 @@ class BudgetServicer(budget_pb2_grpc.BudgetServiceServicer):
         """End a hold with what was spent."""
 
         async def work() -> budget_pb2.SettleBudgetResponse:
-            credentials, trace = caller_of(context)
+            credentials, trace = caller_of(context, listener=self._listener)
             end = wire.hold_end_from(request, trace_id=trace)
             spent = await spending.settle(self._rooms, credentials, end)
             self._metrics.spent(spent.result)
@@ -249,7 +276,7 @@ class BudgetServicer(budget_pb2_grpc.BudgetServiceServicer):
         """End a hold with nothing spent."""
 
         async def work() -> budget_pb2.ReleaseBudgetResponse:
-            credentials, trace = caller_of(context)
+            credentials, trace = caller_of(context, listener=self._listener)
             end = wire.hold_end_from(request, trace_id=trace)
             return wire.release_response(await spending.release(self._rooms, credentials, end))
 
@@ -261,7 +288,7 @@ class BudgetServicer(budget_pb2_grpc.BudgetServiceServicer):
         """Take back what was spent."""
 
         async def work() -> budget_pb2.RefundBudgetResponse:
-            credentials, trace = caller_of(context)
+            credentials, trace = caller_of(context, listener=self._listener)
             refund = wire.refund_from(request, trace_id=trace)
             return wire.refund_response(await spending.refund(self._rooms, credentials, refund))
 
@@ -273,7 +300,7 @@ class BudgetServicer(budget_pb2_grpc.BudgetServiceServicer):
         """The caller's limits as they stand."""
 
         async def work() -> budget_pb2.GetBudgetResponse:
-            credentials, _ = caller_of(context)
+            credentials, _ = caller_of(context, listener=self._listener)
             limits, revision = await spending.state(
                 self._rooms, credentials, tool=wire.tool_from(request.tool)
             )

@@ -7,20 +7,16 @@ import contextlib
 import gc
 import hmac
 import logging
-import os
 import secrets
 import signal
 import socket
-import stat
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 import grpc
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -38,7 +34,7 @@ from pdp.audit.log import ChainedAuditLog
 from pdp.budget.ledger import Ledger
 from pdp.budget.sqlite import SqliteLedger
 from pdp.canonical import JsonObject
-from pdp.config import Config, ServerLimits, SingleTenantIdentity, Tls
+from pdp.config import Config, SingleTenantIdentity
 from pdp.identity.claims import TenantRule
 from pdp.identity.keys import load_jwks_file
 from pdp.identity.resolver import IdentityResolver, SingleTenant
@@ -56,6 +52,7 @@ from pdp.revocation.revocations import Revocations, RevocationStore
 from pdp.rooms import Rooms
 from pdp.server.admin import admin_socket
 from pdp.server.http import HttpListener
+from pdp.server.listeners import bind, listeners, options, read_file
 from pdp.server.locks import ExclusiveLock, StartError
 from pdp.server.metrics import Metrics
 from pdp.server.policy import Loaded, open_policy
@@ -259,29 +256,15 @@ async def serve(config: Config, *, loaded: Future[Loaded], started: Callable[[st
         runner = CallRunner(
             metrics, rooms.admission, timeout_seconds=config.limits.call_timeout_seconds
         )
-        server = grpc.aio.server(options=_options(config.limits))
-        authorization_pb2_grpc.add_AuthorizationServiceServicer_to_server(
-            AuthorizationServicer(
-                rooms,
-                runner,
-                metrics,
-                Watchers(rooms.policy, draining=stop),
-                default_audience=config.permit.default_audience,
-            ),
-            server,
-        )
-        budget_pb2_grpc.add_BudgetServiceServicer_to_server(
-            BudgetServicer(rooms, runner, metrics), server
-        )
-        execution_pb2_grpc.add_ExecutionServiceServicer_to_server(
-            ExecutionServicer(rooms, runner, metrics, keys), server
-        )
         probes = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(probes, server)
-        reflection.enable_server_reflection(
-            (*SERVICE_NAMES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name), server
-        )
-        places = await _listen(config, server, stack)
+        watchers = Watchers(rooms.policy, draining=stop)
+        servers, places = [], []
+        for listener in listeners(config.listen):
+            server = grpc.aio.server(options=options(config.limits))
+            _add_services(server, rooms, runner, metrics, watchers, keys, config, listener.name)
+            health_pb2_grpc.add_HealthServicer_to_server(probes, server)
+            places += bind(listener, server, stack)
+            servers.append(server)
         readiness = Readiness(
             probes,
             ("", *SERVICE_NAMES),
@@ -314,14 +297,48 @@ async def serve(config: Config, *, loaded: Future[Loaded], started: Callable[[st
         stack.callback(looking.cancel)
         stack.callback(asyncio.create_task(keys.keep_looking()).cancel)
         _leave_to_refcounts()
-        await server.start()
-        stack.push_async_callback(server.stop, None)
+        for server in servers:
+            await server.start()
+            stack.push_async_callback(server.stop, None)
         started(f"serving on {', '.join(places)} with policy {rooms.policy.revision}")
         await stop.wait()
         _log.info("draining")
         looking.cancel()
         await probes.enter_graceful_shutdown()
-        await _drain(server, runner, config.limits.drain_seconds)
+        await _drain(servers, runner, config.limits.drain_seconds)
+
+
+def _add_services(
+    server: grpc.aio.Server,
+    rooms: Rooms,
+    runner: CallRunner,
+    metrics: Metrics,
+    watchers: Watchers,
+    keys: LiveKeys,
+    config: Config,
+    listener: str,
+) -> None:
+    """What is answered on a listener of this name."""
+    authorization_pb2_grpc.add_AuthorizationServiceServicer_to_server(
+        AuthorizationServicer(
+            rooms,
+            runner,
+            metrics,
+            watchers,
+            default_audience=config.permit.default_audience,
+            listener=listener,
+        ),
+        server,
+    )
+    budget_pb2_grpc.add_BudgetServiceServicer_to_server(
+        BudgetServicer(rooms, runner, metrics, listener=listener), server
+    )
+    execution_pb2_grpc.add_ExecutionServiceServicer_to_server(
+        ExecutionServicer(rooms, runner, metrics, keys), server
+    )
+    reflection.enable_server_reflection(
+        (*SERVICE_NAMES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name), server
+    )
 
 
 def _leave_to_refcounts() -> None:
@@ -338,14 +355,20 @@ _GC_THRESHOLDS: Final = (5_000, 10, 20)
 """Python's own are (700, 10, 10)."""
 
 
-async def _drain(server: grpc.aio.Server, runner: CallRunner, drain_seconds: float) -> None:
+async def _drain(
+    servers: Sequence[grpc.aio.Server], runner: CallRunner, drain_seconds: float
+) -> None:
     """Take no new calls, finish those under way, and then end the streams of whoever
     watches health or reflection, which would go on for as long as they are let.
     """
-    stopping = asyncio.create_task(server.stop(drain_seconds))
+
+    async def stop(seconds: float) -> None:
+        await asyncio.gather(*(server.stop(seconds) for server in servers))
+
+    stopping = asyncio.create_task(stop(drain_seconds))
     calls_done = asyncio.create_task(runner.drained())
     await asyncio.wait({stopping, calls_done}, return_when=asyncio.FIRST_COMPLETED)
-    await server.stop(min(drain_seconds, _LAST_ANSWERS_SECONDS))
+    await stop(min(drain_seconds, _LAST_ANSWERS_SECONDS))
     await stopping
     await calls_done
     await runner.drained()
@@ -353,98 +376,6 @@ async def _drain(server: grpc.aio.Server, runner: CallRunner, drain_seconds: flo
 
 _LAST_ANSWERS_SECONDS: Final = 0.5
 """For answers that are ready and on their way out, and for calls that had just come in."""
-
-
-async def _listen(
-    config: Config, server: grpc.aio.Server, stack: contextlib.AsyncExitStack
-) -> list[str]:
-    """Bind every listener; where it listens, for the operator."""
-    places = []
-    if config.listen.unix is not None:
-        path = config.listen.unix
-        lock = ExclusiveLock(path.with_name(path.name + ".lock"), holds=f"The socket {path}")
-        stack.callback(lock.release)
-        # With the lock in hand, a socket that is there is what a killed sidecar left.
-        _remove_socket(path)
-        # Others have no access from the moment the socket exists.
-        earlier = os.umask(0o777 & ~int(config.listen.unix_mode, 8))
-        try:
-            server.add_insecure_port(f"unix:{path}")
-        except RuntimeError:
-            raise StartError(f"The socket {path} can not be made; is its path too long?") from None
-        finally:
-            os.umask(earlier)
-        stack.callback(_remove_socket, path)
-        places.append(f"unix:{path}")
-    tcp = config.listen.tcp
-    if tcp is not None:
-        try:
-            port = (
-                server.add_insecure_port(tcp.address)
-                if tcp.tls is None
-                else server.add_secure_port(tcp.address, _server_credentials(tcp.tls))
-            )
-        except RuntimeError:
-            raise StartError(
-                f"The address {tcp.address} can not be listened on; is it in use?"
-            ) from None
-        places.append(f"{tcp.address.rpartition(':')[0]}:{port}")
-    return places
-
-
-def _remove_socket(path: Path) -> None:
-    """Raises StartError for a file of another kind: the configuration is wrong."""
-    try:
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise StartError(
-                f"{path} is no socket, and is left as it is: name another path (listen.unix)."
-            )
-        path.unlink()
-    except FileNotFoundError:
-        pass
-
-
-def _server_credentials(tls: Tls) -> grpc.ServerCredentials:
-    certificate, key = _read(tls.certificate_file), _read(tls.key_file)
-    authorities = _read(tls.client_ca_file) if tls.client_ca_file else None
-    # gRPC itself says no more of a bad file than that it could not listen.
-    try:
-        public = x509.load_pem_x509_certificates(certificate)[0].public_key()
-    except ValueError:
-        raise StartError(f"{tls.certificate_file} holds no PEM certificate.") from None
-    try:
-        private = load_pem_private_key(key, password=None)
-    except (ValueError, TypeError):
-        raise StartError(f"{tls.key_file} holds no unencrypted PEM key.") from None
-    if private.public_key() != public:
-        raise StartError(f"{tls.key_file} is not the key of {tls.certificate_file}.")
-    return grpc.ssl_server_credentials(
-        [(key, certificate)],
-        root_certificates=authorities,
-        require_client_auth=authorities is not None,
-    )
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise StartError(f"{path} can not be read: {error.strerror}.") from None
-
-
-def _options(limits: ServerLimits) -> list[tuple[str, int]]:
-    return [
-        ("grpc.so_reuseport", 0),  # a second sidecar on the port must fail, not share
-        ("grpc.max_receive_message_length", limits.max_message_bytes),
-        ("grpc.max_send_message_length", limits.max_message_bytes),
-        ("grpc.max_metadata_size", limits.max_metadata_bytes),
-        ("grpc.absolute_max_metadata_size", limits.max_metadata_bytes),
-        ("grpc.max_concurrent_streams", limits.max_concurrent_streams),
-        ("grpc.keepalive_time_ms", limits.keepalive_seconds * 1000),
-        ("grpc.keepalive_timeout_ms", 10_000),
-        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-        ("grpc.http2.max_ping_strikes", 2),
-    ]
 
 
 def _http_listener(
@@ -496,7 +427,7 @@ def ledger_id(digest_key: bytes) -> str:
 def _secret(path: Path) -> bytes:
     """32 random bytes, kept in a file that nobody but its owner may read."""
     write_once(path, lambda: secrets.token_bytes(_SECRET_BYTES))
-    secret = _read(path)
+    secret = read_file(path)
     if len(secret) != _SECRET_BYTES:
         raise StartError(f"{path} does not hold {_SECRET_BYTES} bytes; restore it.")
     return secret

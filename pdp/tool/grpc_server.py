@@ -7,18 +7,20 @@ needs no permit (health, reflection) is named as well.
 
 from __future__ import annotations
 
-import contextvars
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
 import grpc
 from google.protobuf.message import Message
 
+from pdp import certificates
 from pdp.canonical import JsonObject
 from pdp.errors import PdpError
-from pdp.permit import Permit
 from pdp.reason import ReasonCode
+from pdp.tool.current import current_permit, serving
 from pdp.tool.door import PermitDoor
+
+__all__ = ["METADATA_KEY", "Arguments", "PermitInterceptor", "current_permit"]
 
 METADATA_KEY: Final = "tool-permit"
 _STATUS: Final[dict[str, grpc.StatusCode]] = {
@@ -29,15 +31,8 @@ _STATUS: Final[dict[str, grpc.StatusCode]] = {
 }
 """Everything else is PERMISSION_DENIED."""
 
-_permit: contextvars.ContextVar[Permit] = contextvars.ContextVar("permit")
-
 Arguments = Callable[[Any], JsonObject]
 """The arguments that a request stands for, as the runtime authorized them."""
-
-
-def current_permit() -> Permit:
-    """The verified permit of the call that is being served. Raises LookupError elsewhere."""
-    return _permit.get()
 
 
 class PermitInterceptor(grpc.ServerInterceptor):
@@ -78,21 +73,28 @@ class PermitInterceptor(grpc.ServerInterceptor):
 
         def serve(request: Message, context: grpc.ServicerContext) -> Any:  # noqa: ANN401
             try:
-                admitted = self._door.admit(permit, tool=tool, arguments=arguments_of(request))
+                admitted = self._door.admit(
+                    permit,
+                    tool=tool,
+                    arguments=arguments_of(request),
+                    certificate_sha256=_certificate_sha256(context),
+                )
             except PdpError as error:
                 code = _STATUS.get(error.reason_code, grpc.StatusCode.PERMISSION_DENIED)
                 context.abort(code, f"{error.reason_code}: {error.message}")
-            token = _permit.set(admitted)
-            try:
+            with serving(admitted):
                 return behind(request, context)
-            finally:
-                _permit.reset(token)
 
         return grpc.unary_unary_rpc_method_handler(
             serve,
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
+
+
+def _certificate_sha256(context: grpc.ServicerContext) -> str:
+    properties: Any = context.auth_context()  # its stubs forget that each may have several values
+    return certificates.thumbprint(certificates.shown_to_grpc(properties))
 
 
 def _refusing(code: grpc.StatusCode, message: str) -> grpc.RpcMethodHandler[Any, Any]:

@@ -54,6 +54,6 @@ class Register(PermitRedeemer):
         self.used: list[str] = []
 
     def redeem(self, permit: Permit) -> None:
-        if permit.id in self.used:
+        if self.used.count(permit.id) == permit.max_uses:
             raise PermitError("permit_used", "The permit is used.")
         self.used.append(permit.id)

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from pdp import certificates
 from pdp.canonical import JsonObject
-from pdp.tool import PermitDoor
+from pdp.tool import PermitDoor, current_permit
 from pdp.tool.asgi import Call, Message, PermitMiddleware, Receive, Scope, Send
+from tests.tool.certificates import certificate
 from tests.tool.permits import ORDER, Register, permit, verifier
 
 BODY = json.dumps(ORDER).encode()
@@ -25,7 +27,10 @@ def tool_of(scope: Scope, body: JsonObject) -> Call | None:
 
 async def application(scope: Scope, receive: Receive, send: Send) -> None:
     message = await receive()
-    tenant = scope["state"]["permit"].tenant if "state" in scope else "nobody"
+    tenant = "nobody"
+    if "state" in scope:
+        tenant = scope["state"]["permit"].tenant
+        assert current_permit() is scope["state"]["permit"]
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": tenant.encode() + message["body"]})
 
@@ -42,6 +47,7 @@ class Server:
         path: str = "/orders",
         parts: Sequence[bytes] = (BODY,),
         kind: str = "http",
+        tls: dict[str, Any] | None = None,
     ) -> tuple[int, bytes]:
         messages: list[Message] = []
         messages += [
@@ -61,6 +67,7 @@ class Server:
             "type": kind,
             "path": path,
             "headers": [(b"Tool-Permit", token.encode()) for token in permits],
+            "extensions": {} if tls is None else {"tls": tls},
         }
         asyncio.run(self.app(scope, receive, send))
         if kind == "websocket":
@@ -103,3 +110,22 @@ def test_a_route_that_nobody_named_is_refused_and_one_that_needs_no_permit_is_se
 
 def test_a_websocket_is_refused() -> None:
     assert Server().ask(permit().token, kind="websocket")[0] == 1008
+
+
+def test_a_permit_that_is_bound_to_a_certificate_needs_one_that_the_server_has_verified() -> None:
+    owner, thief = (certificate(name).pem.decode() for name in ("owner", "thief"))
+    bound = permit(certificate_sha256=certificates.thumbprint(owner.encode())).token
+    not_shown: tuple[dict[str, Any] | None, ...] = (
+        None,
+        {},
+        {"client_cert_chain": [], "client_cert_error": None},
+        {"client_cert_chain": [thief, owner], "client_cert_error": None},
+        {"client_cert_chain": [owner], "client_cert_error": "self-signed certificate"},
+        {"client_cert_chain": [owner]},
+        {"client_cert_chain": ["nonsense"], "client_cert_error": None},
+    )
+    for tls in not_shown:
+        status, body = Server().ask(bound, tls=tls)
+        assert (status, json.loads(body)["reason_code"]) == (403, "permit_mismatch"), tls
+    shown = {"client_cert_chain": [owner], "client_cert_error": None}
+    assert Server().ask(bound, tls=shown)[0] == 200

@@ -8,9 +8,11 @@ import grpc
 import pytest
 from google.protobuf.struct_pb2 import Struct
 
+from pdp import certificates
 from pdp.canonical import JsonObject
-from pdp.tool import PermitDoor
-from pdp.tool.grpc_server import PermitInterceptor, current_permit
+from pdp.tool import PermitDoor, current_permit
+from pdp.tool.grpc_server import PermitInterceptor
+from tests.tool.certificates import certificate
 from tests.tool.permits import ORDER, Register, permit, verifier
 
 
@@ -32,8 +34,7 @@ def arguments_of(request: Struct) -> JsonObject:
     return {name: str(value) for name, value in request.items()}
 
 
-@pytest.fixture
-def channel() -> Iterator[grpc.Channel]:
+def shop() -> grpc.Server:
     interceptor = PermitInterceptor(
         PermitDoor(verifier(), Register()),
         {
@@ -60,6 +61,12 @@ def channel() -> Iterator[grpc.Channel]:
             )
         ]
     )
+    return server
+
+
+@pytest.fixture
+def channel() -> Iterator[grpc.Channel]:
+    server = shop()
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -112,3 +119,41 @@ def test_what_is_not_named_is_refused_and_what_needs_no_permit_is_served(
     assert refused(channel, "Count", permit("orders.count").token)[0] == "PERMISSION_DENIED"
     assert refused(channel, "Absent", token)[0] == "UNIMPLEMENTED"
     assert dict(ask(channel, "Ping")) == ORDER
+
+
+def test_a_permit_that_is_bound_to_a_certificate_is_no_good_without_it() -> None:
+    server_side, owner, thief = certificate(), certificate("owner"), certificate("thief")
+    server = shop()
+    port = server.add_secure_port("127.0.0.1:0", server_side.to_server(owner, thief))
+    bound = permit(certificate_sha256=certificates.thumbprint(owner.pem)).token
+    server.start()
+    name = [("grpc.ssl_target_name_override", "localhost")]
+
+    def connect(with_certificate: grpc.ChannelCredentials) -> grpc.Channel:
+        return grpc.secure_channel(f"127.0.0.1:{port}", with_certificate, name)
+
+    with (
+        connect(thief.to_client(server_side)) as stolen,
+        connect(owner.to_client(server_side)) as rightful,
+    ):
+        assert refused(stolen, "Update", bound) == ("PERMISSION_DENIED", "permit_mismatch")
+        assert dict(ask(rightful, "Update", bound))["tenant"] == "tenant_acme"
+    server.stop(None).wait()
+
+
+def test_over_plain_tcp_a_permit_that_is_bound_to_a_certificate_is_refused(
+    channel: grpc.Channel,
+) -> None:
+    bound = permit(certificate_sha256=certificates.thumbprint(certificate().pem)).token
+    assert refused(channel, "Update", bound) == ("PERMISSION_DENIED", "permit_mismatch")
+
+
+def test_a_permit_for_any_arguments_is_served_for_each_and_not_for_another_tool(
+    channel: grpc.Channel,
+) -> None:
+    token = permit(arguments_sha256="", max_uses=2).token
+    assert dict(ask(channel, "Update", token, order_id="1"))["order_id"] == "1"
+    assert dict(ask(channel, "Update", token, order_id="2"))["order_id"] == "2"
+    assert refused(channel, "Update", token, order_id="3") == ("PERMISSION_DENIED", "permit_used")
+    other = permit("mail.send", arguments_sha256="", max_uses=2).token
+    assert refused(channel, "Update", other) == ("PERMISSION_DENIED", "permit_mismatch")

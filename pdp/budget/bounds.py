@@ -51,7 +51,7 @@ ENDED_BY: Final = {
 """Which operation finds the holds of which."""
 
 OPERATIONS: Final = frozenset(
-    {*ENDED_BY, *ENDED_BY.values(), "charge", "refund", "grant", "expire"}
+    {*ENDED_BY, *ENDED_BY.values(), "charge", "refund", "grant", "expire", "delegate"}
 )
 
 _SHA256_HEX: Final = re.compile(r"[0-9a-f]{64}")
@@ -114,6 +114,9 @@ def check_limits(limits: Sequence[Limit]) -> None:
             raise ValueError("timezone is not one of the IANA database")
         _check_warn_at(limit.warn_at)
         _check_rate(limit)
+        _check_int("until", limit.until, 0, MAX_AMOUNT)
+        if limit.until and limit.window is not Window.LIFETIME:
+            raise ValueError("until is for lifetimes")
     accounts = {(each.id, each.budget, each.unit, each.window, each.scope) for each in limits}
     if len(accounts) != len(limits):
         raise ValueError("a limit stands twice in limits")

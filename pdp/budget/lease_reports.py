@@ -220,7 +220,7 @@ class LeaseReports:
                         account,
                         _key("charge", name),
                         charges=charges,
-                        limits=_never_refusing(record),
+                        limits=_never_refusing(record, self._clock()),
                         memo=self._memo,
                     )
                 )
@@ -248,8 +248,9 @@ def _key(operation: str, name: str) -> IdempotencyKey:
     return IdempotencyKey(operation=operation, key=f"lease-{name}", content_sha256=digest)
 
 
-def _never_refusing(record: LeaseRecord) -> tuple[Limit, ...]:
+def _never_refusing(record: LeaseRecord, now: float) -> tuple[Limit, ...]:
     """Limits under which what was spent counts where it did, and is always taken."""
+    lasting = (limit for limit in record.limits if not limit.until or now < limit.until)
     lost = Limit(
         id="lost-leases",
         budget=record.charge.budget,
@@ -259,4 +260,4 @@ def _never_refusing(record: LeaseRecord) -> tuple[Limit, ...]:
         scope=Scope.TENANT,
         warn_at=(),
     )
-    return (*(replace(limit, enforced=False) for limit in record.limits), lost)
+    return (*(replace(limit, enforced=False) for limit in lasting), lost)

@@ -106,6 +106,10 @@ class Limit:
     and a charge that only shadow limits bound is refused as unlimited."""
     on_expiry: OnExpiry = OnExpiry.RELEASE
     """RELEASE for rates and concurrency."""
+    until: int = 0
+    """Of a lifetime that ends: when, in Unix seconds. From then on nothing can be held or
+    spent under it (account_not_found), and it is cleared away as windows are. 0 for one that
+    does not end, and for every other window."""
 
     def applies_to(self, account: Account) -> bool:
         """Whether it counts what is done for the account at all."""
@@ -152,8 +156,8 @@ class LimitState:
     """Of a rate: what has not drained yet, rounded up."""
     held: int
     resets_at: int | None
-    """End of the window, Unix seconds; None for a lifetime and for concurrency. Of a rate:
-    when all has drained, rounded up; None where nothing is left to drain."""
+    """End of the window, Unix seconds; None for a lifetime without end and for concurrency.
+    Of a rate: when all has drained, rounded up; None where nothing is left to drain."""
     granted: int = 0
     """What an operator has granted beyond the limit, for this window."""
 

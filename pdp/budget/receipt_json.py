@@ -85,12 +85,13 @@ def _limit_fields(limit: Limit) -> list[Any]:
         limit.warn_at,
         limit.enforced,
         limit.on_expiry,
+        *((limit.until,) if limit.until else ()),
     ]
 
 
 def _limit(fields: list[Any]) -> Limit:
     name, budget, unit, window, most, scope, timezone, seconds, burst, warn_at, *rest = fields
-    enforced, on_expiry = rest
+    enforced, on_expiry, *ends = rest
     return Limit(
         id=name,
         budget=budget,
@@ -104,6 +105,7 @@ def _limit(fields: list[Any]) -> Limit:
         warn_at=tuple(warn_at),
         enforced=enforced,
         on_expiry=OnExpiry(on_expiry),
+        until=ends[0] if ends else 0,
     )
 
 

@@ -8,7 +8,8 @@ import zoneinfo
 from datetime import date, datetime, timedelta
 from typing import Final, NamedTuple
 
-from pdp.budget.ledger import Limit, Window
+from pdp.budget.ledger import LedgerError, Limit, Window
+from pdp.reason import ReasonCode
 
 KNOWN_ZONES: Final = 1024
 """Time zones that are kept at hand; there are some 600."""
@@ -28,7 +29,8 @@ def window_bounds(limit: Limit, now: float) -> WindowBounds:
     Days and months begin at midnight in the limit's time zone, or with the first moment
     of the date where its clocks jump over midnight: on the days on which clocks change
     they have 23 or 25 hours. Hours begin where clocks there show a full hour, minutes
-    everywhere at once. Rates and concurrency know no windows.
+    everywhere at once. Rates and concurrency know no windows. Raises LedgerError
+    (account_not_found) for a limit that has ended.
     """
     window = limit.window
     if window is Window.MINUTE:
@@ -43,7 +45,15 @@ def window_bounds(limit: Limit, now: float) -> WindowBounds:
         return _zone(limit.timezone).day(now)
     if window is Window.MONTH:
         return _zone(limit.timezone).month(now)
-    return _ENDLESS
+    return _lifetime(limit, now) if limit.until else _ENDLESS
+
+
+def _lifetime(limit: Limit, now: float) -> WindowBounds:
+    if now >= limit.until:
+        raise LedgerError(
+            ReasonCode.ACCOUNT_NOT_FOUND, "A limit has ended, so nothing counts under it any more."
+        )
+    return WindowBounds(0, limit.until)
 
 
 def is_timezone(name: str) -> bool:

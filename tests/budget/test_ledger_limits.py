@@ -592,3 +592,33 @@ def test_a_settled_lease_takes_what_comes_late(teller: Teller) -> None:
     teller.now += 120
     teller.settle(lease.id, calls(1), key=teller.key("lease_settle"))
     assert teller.counts(CHARGING) == [(6, 0)]
+
+
+# Lifetimes that end
+
+
+def ending(most: int) -> Limit:
+    return replace(limit(most, window=Window.LIFETIME), until=NOON + DAY)
+
+
+def test_a_lifetime_that_ends_counts_until_then_and_never_again(teller: Teller) -> None:
+    three = ending(3)
+    held = teller.reserve(calls(1), limits=[three])
+    assert teller.charge(calls(2), limits=[three]).limits[0].resets_at == NOON + DAY
+    assert teller.charge(calls(1), limits=[three]).refused_by is not None
+    teller.now = NOON + DAY - 1
+    teller.settle(held.id, calls(1))
+    assert teller.charge(calls(1), limits=[three]).refused_by is not None
+    teller.now = NOON + DAY
+    refused("account_not_found", lambda: teller.charge(calls(1), limits=[three]))
+    refused("account_not_found", lambda: teller.reserve(calls(1), limits=[three, TEN]))
+    refused("account_not_found", lambda: teller.state(three))
+    assert teller.counts(TEN) == [(0, 0)]
+
+
+def test_a_lifetime_that_ended_is_not_kept_for_ever(teller: Teller) -> None:
+    teller.charge(calls(2), limits=[ending(3)])
+    [account] = teller.accounts()
+    assert (account.limit, account.spent, account.resets_at) == (ending(3), 2, NOON + DAY)
+    teller.now = NOON + DAY
+    assert teller.accounts() == ()

@@ -26,6 +26,8 @@ class Link:
     budget: tuple[tuple[str, str, int], ...] = ()
     """Budget, unit and amount: the most that it may spend, with all whom it delegates to;
     and the only ones. Empty for no limit of its own."""
+    expires_at: int = 0
+    """Until when it holds, in Unix seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,12 +36,14 @@ _OPTIONAL_CLAIMS: Final = frozenset({"act", "cnf"})
 _DETAIL: Final = frozenset(["type", "locations", "actions"])
 _OPTIONAL_DETAIL: Final = frozenset({"args_sha256", "identifier", "max_uses"})
 _TENANT_CONTEXT: Final = frozenset({"tenant", "decision_id", "policy_revision", "ledger"})
-_OPTIONAL_TENANT_CONTEXT: Final = frozenset({"hold_id"})
+_OPTIONAL_TENANT_CONTEXT: Final = frozenset({"hold_id", "delegations"})
 _THUMBPRINT: Final = re.compile(r"[A-Za-z0-9_-]{43}")
 MAX_USES: Final = 1_000
 """Most uses of one permit."""
 MAX_AGENTS: Final = 16
 """Most agents that act one for another."""
+MAX_DELEGATIONS: Final = MAX_AGENTS + 1
+"""One for each agent, and the token that they began with."""
 
 
 class PermitError(PdpError):
@@ -90,6 +92,9 @@ class Permit:
     """How often it can be redeemed; once, where it is for one set of arguments."""
     agents: tuple[str, ...] = ()
     """Who acts for the actor, the one that was delegated to first is first."""
+    delegations: tuple[str, ...] = ()
+    """Where agents act: the ids of the user's token and of the delegations under which they
+    do. When one of them is revoked, the permit can not be redeemed any more."""
     certificate_sha256: str = ""
     """The client certificate with which it must be shown: SHA-256 of its DER form, in
     base64url; empty where it can be shown by anybody who has it."""
@@ -122,6 +127,8 @@ class Permit:
             detail["max_uses"] = self.max_uses
         if self.hold_id:
             context["hold_id"] = self.hold_id
+        if self.delegations:
+            context["delegations"] = list(self.delegations)
         claims: JsonObject = {
             "iss": self.issuer,
             "aud": self.audience,
@@ -194,6 +201,7 @@ def from_claims(claims: JsonObject, *, token: str) -> Permit:
         resource=_text(detail, "identifier") if "identifier" in detail else "",
         max_uses=max_uses,
         agents=_agents(claims["act"]) if "act" in claims else (),
+        delegations=_delegations(context) if "delegations" in context else (),
         certificate_sha256=_thumbprint(claims["cnf"]) if "cnf" in claims else "",
         token=token,
     )
@@ -216,6 +224,13 @@ def _agents(value: JsonValue) -> tuple[str, ...]:
             return tuple(reversed(agents))
         value = value["act"]
     raise _invalid()
+
+
+def _delegations(context: JsonObject) -> tuple[str, ...]:
+    ids = [each for each in _typed(context, "delegations", list) if isinstance(each, str) and each]
+    if not 1 <= len(ids) <= MAX_DELEGATIONS or ids != context["delegations"]:
+        raise _invalid()
+    return tuple(ids)
 
 
 def _thumbprint(value: JsonValue) -> str:

@@ -1,4 +1,4 @@
-"""Sign permits."""
+"""Sign permits, and what else goes out under the same keys."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from dataclasses import replace
 from typing import Protocol
 
 from pdp.canonical import JsonObject
+from pdp.permit import jws
 from pdp.permit.claims import Permit
 
 
 class Signer(Protocol):
     """Whatever has the key that signs."""
 
-    def sign(self, payload: JsonObject) -> str:
-        """A permit with this payload."""
+    def sign(self, payload: JsonObject, *, kind: str = jws.TYPE) -> str:
+        """A token of that type with this payload."""
         ...
 
 
@@ -29,3 +30,7 @@ class PermitIssuer:
         key signs.
         """
         return replace(permit, token=self._key.sign(permit.to_claims()))
+
+    def sign_as(self, kind: str, payload: JsonObject) -> str:
+        """A token of another type, which nobody takes for a permit."""
+        return self._key.sign(payload, kind=kind)

@@ -1,7 +1,8 @@
-"""Permits as compact JWS (RFC 7515), with everything pinned that could be chosen.
+"""Permits, and delegations, as compact JWS (RFC 7515), with everything pinned that could
+be chosen.
 
-One algorithm (EdDSA with Ed25519, RFC 8037), one type, a key id, and no other
-header. A library for general JWTs is made to accept more than that, and costs
+One algorithm (EdDSA with Ed25519, RFC 8037), one type for each kind of token, a key id,
+and no other header. A library for general JWTs is made to accept more than that, and costs
 more to import than the whole stub; the signature itself is pyca/cryptography's.
 """
 
@@ -18,25 +19,29 @@ from pdp.canonical import JsonObject, canonical_bytes, parse_object
 
 ALGORITHM: Final = "EdDSA"
 TYPE: Final = "tool-permit+jwt"
+"""Of a permit. What is signed as something else is none, whatever its claims."""
 MAX_LENGTH: Final = 8192
-"""Longest permit that is read, in characters."""
+"""Longest token that is read, in characters."""
 
 
 class JwsError(ValueError):
-    """Not a permit signed by a known key. Says nothing of its content."""
+    """Not a token of the kind, signed by a known key. Says nothing of its content."""
 
 
-def sign(payload: JsonObject, *, key: Ed25519PrivateKey, kid: str) -> str:
-    """The signed compact form. Deterministic: the same payload and key give the
-    same permit, which is how a repeated question gets its first answer again.
+def sign(payload: JsonObject, *, key: Ed25519PrivateKey, kid: str, kind: str = TYPE) -> str:
+    """The signed compact form, with ``kind`` as its type. Deterministic: the same payload
+    and key give the same token, which is how a repeated question gets its first answer
+    again.
     """
-    header: JsonObject = {"alg": ALGORITHM, "kid": kid, "typ": TYPE}
+    header: JsonObject = {"alg": ALGORITHM, "kid": kid, "typ": kind}
     signed = ".".join(base64url.encode(canonical_bytes(part)) for part in (header, payload))
     return signed + "." + base64url.encode(key.sign(signed.encode("ascii")))
 
 
-def verify(token: str, *, find_key: Callable[[str], Ed25519PublicKey | None]) -> JsonObject:
-    """The payload of a permit whose signature verifies. Raises JwsError.
+def verify(
+    token: str, *, find_key: Callable[[str], Ed25519PublicKey | None], kind: str = TYPE
+) -> JsonObject:
+    """The payload of a token of that type whose signature verifies. Raises JwsError.
 
     The header is read only to pin it and to find the key; the payload is parsed
     only after the signature holds.
@@ -49,8 +54,8 @@ def verify(token: str, *, find_key: Callable[[str], Ed25519PublicKey | None]) ->
     header = _object(segments[0])
     if header.keys() != {"alg", "kid", "typ"}:
         raise JwsError("has other header members than alg, kid and typ")
-    if header["alg"] != ALGORITHM or header["typ"] != TYPE:
-        raise JwsError(f"is not of algorithm {ALGORITHM} and type {TYPE}")
+    if header["alg"] != ALGORITHM or header["typ"] != kind:
+        raise JwsError(f"is not of algorithm {ALGORITHM} and type {kind}")
     kid = header["kid"]
     key = find_key(kid) if isinstance(kid, str) else None
     if key is None:

@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from pdp.canonical import JsonObject
+from pdp.permit import jws
 from pdp.permit.claims import PermitError
 from pdp.permit.keys import MAX_KEYS, PermitKeySet, thumbprint
 from pdp.permit.signing import SigningKey
@@ -164,9 +165,9 @@ class LiveKeys:
         self._seen = _mark(path)
         self._take(KeyRing.from_file(path))
 
-    def sign(self, payload: JsonObject) -> str:
-        """A permit with this payload, by the key that signs now."""
-        return self.ring.signing.sign(payload)
+    def sign(self, payload: JsonObject, *, kind: str = jws.TYPE) -> str:
+        """A token of that type with this payload, by the key that signs now."""
+        return self.ring.signing.sign(payload, kind=kind)
 
     def find(self, kid: str) -> Ed25519PublicKey | None:
         """The public key of that id."""

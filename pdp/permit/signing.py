@@ -32,6 +32,6 @@ class SigningKey:
         """The private key as PKCS 8 PEM. A secret."""
         return self._private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
-    def sign(self, payload: JsonObject) -> str:
-        """A permit with this payload."""
-        return jws.sign(payload, key=self._private, kid=self.kid)
+    def sign(self, payload: JsonObject, *, kind: str = jws.TYPE) -> str:
+        """A token of that type, a permit unless it is said, with this payload."""
+        return jws.sign(payload, key=self._private, kid=self.kid, kind=kind)

@@ -35,6 +35,10 @@ class ReasonCode(StrEnum):
         "The token is malformed, or its signature, issuer, audience or a claim is wrong.",
     )
     TOKEN_EXPIRED = "token_expired", "The token has expired."
+    KEYS_UNAVAILABLE = (
+        "keys_unavailable",
+        "The keys of the token's issuer can not be had now.",
+    )
     TENANT_MISSING = "tenant_missing", "The token is valid but names no tenant."
     TENANT_MISMATCH = (
         "tenant_mismatch",

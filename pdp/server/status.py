@@ -24,6 +24,7 @@ STATUS_OF_REASON: Final[Mapping[str, grpc.StatusCode]] = {
     ReasonCode.TOKEN_MISSING: grpc.StatusCode.UNAUTHENTICATED,
     ReasonCode.TOKEN_INVALID: grpc.StatusCode.UNAUTHENTICATED,
     ReasonCode.TOKEN_EXPIRED: grpc.StatusCode.UNAUTHENTICATED,
+    ReasonCode.KEYS_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
     ReasonCode.TENANT_MISSING: grpc.StatusCode.UNAUTHENTICATED,
     ReasonCode.TENANT_MISMATCH: grpc.StatusCode.UNAUTHENTICATED,
     ReasonCode.TENANT_UNKNOWN: grpc.StatusCode.UNAUTHENTICATED,

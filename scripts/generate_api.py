@@ -40,12 +40,12 @@ def generate(target: Path) -> None:
         )
         for source in sorted(Path(scratch, "pdp").rglob("*.py*")):
             text = source.read_text(encoding="utf-8")
-            text = re.sub(r"\bfrom pdp\.v1\b", "from pdp.api.v1", text)
-            text = re.sub(r"\bpdp\.v1\.(\w+_pb2)\b", r"pdp.api.v1.\1", text)
+            text = re.sub(r"\bfrom pdp\.(v1|spiffe)\b", r"from pdp.api.\1", text)
+            text = re.sub(r"\bpdp\.(v1|spiffe)\.(\w+_pb2)\b", r"pdp.api.\1.\2", text)
             destination = target / source.relative_to(Path(scratch, "pdp"))
             destination.parent.mkdir(parents=True, exist_ok=True)
             destination.write_text(text, encoding="utf-8")
-    for folder in (target, target / "v1"):
+    for folder in (target, target / "v1", target / "spiffe"):
         text = '"""Generated from proto/ by scripts/generate_api.py; nothing here by hand."""\n'
         (folder / "__init__.py").write_text(text, encoding="utf-8")
 

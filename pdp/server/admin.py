@@ -22,7 +22,7 @@ from pdp.private_files import NotPrivateError
 from pdp.rooms import Rooms
 from pdp.server import admin_wire
 from pdp.server.locks import StartError
-from pdp.server.services import CallRunner
+from pdp.server.runner import CallRunner
 
 MAX_QUESTION_BYTES: Final = 64 * 1024
 MAX_ANSWER_BYTES: Final = 16 * 1024 * 1024

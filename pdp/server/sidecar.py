@@ -58,10 +58,10 @@ from pdp.server.metrics import Metrics
 from pdp.server.policy import Loaded, open_policy
 from pdp.server.policy_records import PolicyRecords
 from pdp.server.readiness import Readiness
+from pdp.server.runner import CallRunner
 from pdp.server.services import (
     AuthorizationServicer,
     BudgetServicer,
-    CallRunner,
     ExecutionServicer,
 )
 from pdp.server.watch import Watchers

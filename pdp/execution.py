@@ -9,6 +9,7 @@ from pdp.audit.record import AuditReceipt, AuditRecord, Outcome
 from pdp.budget.ledger import Account, Charge, IdempotencyKey, LedgerError, Receipt
 from pdp.canonical import JsonObject, sha256_hex
 from pdp.permit.claims import Permit, PermitError
+from pdp.permit.uses import Use
 from pdp.reason import ReasonCode
 from pdp.revocation.revocations import RevocationError
 from pdp.rooms import Rooms, admitted, charges_json, receipt_detail
@@ -31,7 +32,7 @@ class Redeemed:
     """The use is spent, on record."""
 
     permit: Permit
-    replayed: bool
+    use: Use
     receipt: AuditReceipt
 
 
@@ -57,7 +58,7 @@ class Reported:
 
 
 async def redeem(rooms: Rooms, redemption: Redemption) -> Redeemed:
-    """Spend the permit's one use. Raises PermitError, on record, AdmissionError, on
+    """Spend a use of the permit. Raises PermitError, on record, AdmissionError, on
     record within its bounds, and AuditError.
     """
     try:
@@ -81,7 +82,7 @@ async def redeem(rooms: Rooms, redemption: Redemption) -> Redeemed:
 
 async def _redeem(rooms: Rooms, permit: Permit, redemption: Redemption) -> Redeemed:
     failure: PermitError | None = None
-    replayed = False
+    use: Use | None = None
     try:
         rooms.permit_verifier.check_binding(
             permit,
@@ -91,15 +92,14 @@ async def _redeem(rooms: Rooms, permit: Permit, redemption: Redemption) -> Redee
         )
         rooms.permit_verifier.check_time(permit)
         _check_not_revoked(rooms, permit)
-        replayed = await rooms.permit_uses.redeem(permit, key=redemption.idempotency_key)
+        use = await rooms.permit_uses.redeem(permit, key=redemption.idempotency_key)
     except PermitError as error:
         failure = error
-    receipt = await rooms.audit.append(
-        _record_of_redemption(redemption, permit, failure, replayed=replayed)
-    )
+    receipt = await rooms.audit.append(_record_of_redemption(redemption, permit, failure, use=use))
     if failure is not None:
         raise failure
-    return Redeemed(permit=permit, replayed=replayed, receipt=receipt)
+    assert use is not None  # noqa: S101 - no failure means a use
+    return Redeemed(permit=permit, use=use, receipt=receipt)
 
 
 def _check_not_revoked(rooms: Rooms, permit: Permit) -> None:
@@ -121,8 +121,11 @@ def _record_of_redemption(
     failure: PermitError | None,
     unrecorded: int = 0,
     *,
-    replayed: bool = False,
+    use: Use | None = None,
 ) -> AuditRecord:
+    detail: JsonObject = {"audience": redemption.audience, **_unrecorded(unrecorded)}
+    if use is not None and permit is not None and permit.max_uses != 1:
+        detail["uses_left"] = use.uses_left
     return _record(
         permit,
         type="redemption",
@@ -131,8 +134,8 @@ def _record_of_redemption(
         failure=failure,
         request_id=redemption.idempotency_key,
         trace_id=redemption.trace_id,
-        detail={"audience": redemption.audience, **_unrecorded(unrecorded)},
-        replayed=replayed,
+        detail=detail,
+        replayed=use is not None and use.replayed,
     )
 
 

@@ -201,7 +201,7 @@ def test_a_use_whose_record_was_lost_is_still_that_use(tmp_path: Path) -> None:
         with pytest.raises(PermitError) as refused:
             await execution.redeem(scene.rooms, scene.redemption("use-2"))
         assert refused.value.reason_code == "permit_used"
-        assert (await execution.redeem(scene.rooms, scene.redemption("use-1"))).replayed
+        assert (await execution.redeem(scene.rooms, scene.redemption("use-1"))).use.replayed
 
     play(tmp_path, act)
 

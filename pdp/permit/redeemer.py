@@ -41,7 +41,7 @@ class PermitRedeemer:
         return PermitKeySet.from_jwks(self._call("GetPermitKeys", request).jwks_json)
 
     def redeem(self, permit: Permit) -> None:
-        """Spend the permit's one use; act only after this has returned.
+        """Spend a use of the permit; act only after this has returned.
 
         Every call is a redemption of its own; a lost reply is asked for again under
         the same key before it returns. Raises PermitError: permit_used,

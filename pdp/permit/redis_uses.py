@@ -1,18 +1,21 @@
-"""Which permits are spent, for all sidecars that share a Redis or Valkey."""
+"""How far permits are spent, for all sidecars that share a Redis or Valkey."""
 
 from __future__ import annotations
 
 import uuid
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
-from pdp.permit.claims import Permit, PermitError
-from pdp.permit.uses import KEEP_SECONDS
-from pdp.reason import ReasonCode
+from pdp.permit.claims import Permit
+from pdp.permit.uses import KEEP_SECONDS, Use, permit_used, store_failed
 from pdp.redis_store import RedisStore, Script, tenant_key
 from pdp.storage import StorageError
 
+_T = TypeVar("_T")
+
 _USE: Final = Script(Path(__file__).parent / "scripts" / "use.lua")
+_IS_CLOSED: Final = Script(Path(__file__).parent / "scripts" / "is_closed.lua")
 
 
 class RedisPermitUses:
@@ -21,33 +24,49 @@ class RedisPermitUses:
     def __init__(self, store: RedisStore) -> None:
         self._store = store
 
-    async def redeem(self, permit: Permit, *, key: str) -> bool:
+    async def redeem(self, permit: Permit, *, key: str) -> Use:
         """See UsedPermits.redeem."""
-        answer = await self._use(permit, key)
+        answer, redeemed = await self._use(permit, key)
         if answer == "used":
-            raise PermitError(ReasonCode.PERMIT_USED, "The permit is used; ask for a new one.")
-        return answer == "again"
+            raise permit_used()
+        return Use(replayed=answer == "again", uses_left=permit.max_uses - redeemed)
 
-    async def close_permit(self, permit: Permit) -> None:
+    async def close_permit(self, permit: Permit) -> int:
         """See UsedPermits.close_permit."""
-        await self._use(permit, "")
+        _, redeemed = await self._use(permit, "")
+        return redeemed
 
-    async def _use(self, permit: Permit, key: str) -> str:
-        keys = [tenant_key(permit.tenant, "permit", permit.id)]
+    async def is_closed(self, permit: Permit) -> bool:
+        """See UsedPermits.is_closed."""
+        arguments = [uuid.uuid4().hex]
+
+        async def operation() -> bool:
+            (answer,) = await self._store.run(_IS_CLOSED, [_key(permit)], arguments)
+            return answer == "1"
+
+        return await self._complete(operation)
+
+    async def _use(self, permit: Permit, key: str) -> tuple[str, int]:
         arguments = [
             uuid.uuid4().hex,
             key,
+            str(permit.max_uses),
             str(permit.expires_at + KEEP_SECONDS),
             str(KEEP_SECONDS),
         ]
 
-        async def operation() -> str:
-            (answer,) = await self._store.run(_USE, keys, arguments)
-            return answer
+        async def operation() -> tuple[str, int]:
+            answer, redeemed = await self._store.run(_USE, [_key(permit)], arguments)
+            return answer, int(redeemed)
 
+        return await self._complete(operation)
+
+    async def _complete(self, operation: Callable[[], Awaitable[_T]]) -> _T:
         try:
             return await self._store.complete(operation)
         except StorageError:
-            raise PermitError(
-                ReasonCode.PERMIT_UNAVAILABLE, "The permit could not be spent; try again."
-            ) from None
+            raise store_failed() from None
+
+
+def _key(permit: Permit) -> str:
+    return tenant_key(permit.tenant, "permit", permit.id)

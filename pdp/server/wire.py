@@ -327,7 +327,8 @@ def redemption_from(
         permit=_permit(request.permit),
         idempotency_key=key_from("idempotency_key", request.idempotency_key),
         tool=matching("tool", request.tool, _NAME, _NAME_FORM),
-        arguments_sha256=matching(
+        arguments_sha256=request.arguments_sha256
+        and matching(
             "arguments_sha256", request.arguments_sha256, _SHA256, "64 lower-case hex digits"
         ),
         audience=matching("audience", request.audience, _AUDIENCE, "an id"),
@@ -341,9 +342,9 @@ def redeem_response(redeemed: Redeemed) -> execution_pb2.RedeemPermitResponse:
         tenant_id=redeemed.permit.tenant,
         actor_id=redeemed.permit.actor,
         decision_id=redeemed.permit.decision_id,
-        uses_left=0,
+        uses_left=redeemed.use.uses_left,
         audit=receipt_out(redeemed.receipt),
-        replayed=redeemed.replayed,
+        replayed=redeemed.use.replayed,
     )
 
 

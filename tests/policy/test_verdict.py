@@ -168,7 +168,10 @@ def test_an_allow_that_asks_for_approval_is_a_denial() -> None:
             {**ALLOW, "permit": {**ANY_ARGUMENTS, "max_uses": odd}}
             for odd in (0, -1, MAX_USES + 1, 1.5, True, "1", None)
         ),
-        {**ALLOW, "permit": {"binds": ["tool", "arguments"], "max_uses": 2}},
+        *(
+            {**ALLOW, "permit": {**binds, "max_uses": 2}}
+            for binds in each("binds", ["tool", "arguments"])
+        ),
         {**ALLOW, "permit": {"audience": "tools"}},
         *({**ALLOW, "charge": odd} for odd in (None, True, 1, "tools", {}, CHARGE)),
         {**ALLOW, "charge": [CHARGE, CHARGE]},

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from pdp.canonical import JsonObject, JsonValue
@@ -15,73 +16,75 @@ from pdp.identity.subject import (
     TENANT_PATTERN,
     Subject,
 )
+from pdp.identity.tenancy import TenantRule
 from pdp.reason import ReasonCode
 
 if TYPE_CHECKING:
-    from pdp.identity.tokens import Issuer
+    from pdp.identity.tokens import VerifiedToken
 
 MAX_NAMES: Final = 256
 """Most roles, and most scopes, of one token."""
 MAX_NAME_LENGTH: Final = 255
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TenantRule:
-    """How an issuer's token names its tenant."""
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """What a verified token says. Its tenant is worked out for each call, as organisations
+    and routes can change while the token lasts.
+    """
 
-    claim: str
-    """The claim that holds the tenant id, or the organisation id."""
-    organisations: Mapping[str, str] | None = None
-    """Organisation id to tenant id; None when the claim is the tenant id itself."""
+    _rule: TenantRule
+    _named: str
+    """What the rule's claim says; empty where it has none."""
+    _subject: partial[Subject]
+    """All of the subject but its tenant."""
+
+    def subject(self, *, route_tenant: str = "") -> Subject:
+        """The subject, on a call by the route of that tenant. Raises IdentityError."""
+        actor = self._subject.keywords["actor"]
+        tenant = self._rule.tenant_of(self._named, route_tenant=route_tenant, actor=actor)
+        return self._subject(tenant=tenant)
 
 
-def subject_of(claims: JsonObject, issuer: Issuer, *, expires_at: float) -> Subject:
-    """The subject that a verified token of ``issuer`` names. Raises IdentityError."""
+def read_claims(token: VerifiedToken) -> Claimed:
+    """What the claims of a verified token say. Raises IdentityError."""
+    claims, issuer = token.claims, token.issuer
     actor = claims.get(issuer.actor_claim)
     if not _is_name(actor):
         raise invalid(f"names no actor ({issuer.actor_claim})")
     token_id = claims.get("jti", "")
     if token_id and not _is_name(token_id):
         raise invalid("has an id (jti) that is not a short text")
-    return Subject(
-        tenant=_tenant(claims, issuer, str(actor)),
+    rule = issuer.tenant
+    subject = partial(
+        Subject,
         actor=str(actor),
         roles=_names(claims, issuer.roles_claim),
         scopes=_names(claims, issuer.scopes_claim),
         organisation=_optional_name(
             claims,
-            issuer.organisation_claim
-            if issuer.tenant.organisations is None
-            else issuer.tenant.claim,
+            issuer.organisation_claim if rule.organisations is None else rule.claim,
             MAX_ORGANISATION_LENGTH,
         ),
         team=_optional_name(claims, issuer.team_claim, MAX_TEAM_LENGTH),
         session=_optional_name(claims, issuer.session_claim, MAX_SESSION_LENGTH),
         issuer=issuer.issuer,
         token_id=str(token_id),
-        expires_at=expires_at,
+        expires_at=token.expires_at,
     )
+    return Claimed(rule, _named_tenant(claims, rule), subject)
 
 
-def _tenant(claims: JsonObject, issuer: Issuer, actor: str) -> str:
-    rule = issuer.tenant
+def _named_tenant(claims: JsonObject, rule: TenantRule) -> str:
+    """The tenant id, or the organisation, that the rule's claim holds."""
+    if not rule.claim:
+        return ""
     named = claims.get(rule.claim)
     if named is None or named == "":
-        raise IdentityError(
-            ReasonCode.TENANT_MISSING, f"The token names no tenant ({rule.claim}).", actor=actor
-        )
+        return ""
     if not isinstance(named, str):
         raise invalid(f"has a {rule.claim} that is not a text")
-    if rule.organisations is not None:
-        tenant = rule.organisations.get(named)
-        if tenant is None:
-            raise IdentityError(
-                ReasonCode.TENANT_UNKNOWN,
-                "The token's organisation is no tenant here.",
-                actor=actor,
-            )
-        return tenant
-    if not TENANT_PATTERN.fullmatch(named):
+    if rule.organisations is None and not TENANT_PATTERN.fullmatch(named):
         raise invalid(f"has a {rule.claim} that is not a tenant id")
     return named
 

@@ -32,14 +32,18 @@ class Credentials:
     workload_token: str | None = field(default=None, repr=False)
     """The token of the workload that asks; None when the call carries none."""
     peer: Peer = Peer()
+    route_tenant: str = ""
+    """The tenant whose route the call came by, where routes name one. Nobody shows it:
+    Principals works it out."""
 
 
 class IdentityError(PdpError):
     """There is no valid identity.
 
     Reason codes: token_missing, token_invalid, token_expired, tenant_missing,
-    tenant_mismatch, tenant_unknown. ``tenant`` and ``actor`` are set only where
-    the token itself was verified.
+    tenant_mismatch, tenant_unknown, workload_missing, workload_invalid. ``tenant`` and
+    ``actor`` are set only where the token itself was verified. ``sources`` are, of a
+    tenant_mismatch, those that disagree, each with the tenant that it names.
     """
 
     def __init__(
@@ -49,10 +53,12 @@ class IdentityError(PdpError):
         *,
         tenant: str | None = None,
         actor: str | None = None,
+        sources: tuple[tuple[str, str], ...] = (),
     ) -> None:
         super().__init__(reason_code, message)
         self.tenant = tenant
         self.actor = actor
+        self.sources = sources
 
 
 class IdentityResolver(Protocol):

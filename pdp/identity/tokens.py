@@ -9,17 +9,18 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 from joserfc import jws
 from joserfc.errors import JoseError
 
 from pdp import base64url
-from pdp.canonical import JsonObject, parse_object
-from pdp.identity.claims import TenantRule, invalid, subject_of
+from pdp.canonical import JsonObject, JsonValue, parse_object
+from pdp.identity.claims import invalid, read_claims
 from pdp.identity.keys import IssuerKey
 from pdp.identity.resolver import Credentials, IdentityError
 from pdp.identity.subject import Subject
+from pdp.identity.tenancy import TenantRule
 from pdp.reason import ReasonCode
 
 MAX_TOKEN_LENGTH: Final = 8192
@@ -37,11 +38,12 @@ class Issuer:
     audiences: frozenset[str]
     """One of them must stand in the token's aud."""
     types: frozenset[str]
-    """Accepted typ headers, in lower case."""
+    """Accepted typ headers, in lower case; the empty one stands for none."""
     algorithms: frozenset[str]
     keys: Mapping[str, IssuerKey]
     """By key id."""
-    tenant: TenantRule
+    tenant: TenantRule = field(default_factory=TenantRule)
+    """Of a user's token."""
     actor_claim: str = "sub"
     roles_claim: str = "roles"
     scopes_claim: str = "scope"
@@ -70,9 +72,7 @@ class VerifiedToken:
 
 
 class TokenIdentity:
-    """Resolves bearer tokens. Verified ones are remembered, by digest, until they
-    expire; the token itself is not kept.
-    """
+    """Resolves bearer tokens."""
 
     def __init__(
         self,
@@ -81,42 +81,77 @@ class TokenIdentity:
         clock: Callable[[], float] = time.time,
         cache_entries: int = 10_000,
     ) -> None:
-        self._verifier = TokenVerifier(issuers, clock=clock)
-        self._clock = clock
-        self._cache: OrderedDict[bytes, tuple[Subject, float]] = OrderedDict()
-        self._cache_entries = cache_entries
+        self._tokens = RememberedTokens(
+            TokenVerifier(issuers, clock=clock), read_claims, clock=clock, entries=cache_entries
+        )
 
     async def resolve(self, credentials: Credentials) -> Subject:
         """The subject of a valid token. Raises IdentityError."""
-        token = credentials.bearer
-        if not token:
+        if not credentials.bearer:
             raise IdentityError(
                 ReasonCode.TOKEN_MISSING, "Send the user's token as metadata 'authorization'."
             )
+        claimed = await self._tokens.verify(credentials.bearer)
+        return claimed.subject(route_tenant=credentials.route_tenant)
+
+
+_T = TypeVar("_T")
+
+
+class RememberedTokens(Generic[_T]):
+    """What verified tokens say, remembered by digest until they expire; the token itself
+    is not kept.
+    """
+
+    def __init__(
+        self,
+        verifier: TokenVerifier,
+        read: Callable[[VerifiedToken], _T],
+        *,
+        clock: Callable[[], float],
+        entries: int,
+    ) -> None:
+        """``read`` may raise IdentityError, and is called once for each token."""
+        self._verifier = verifier
+        self._read = read
+        self._clock = clock
+        self._cache: OrderedDict[bytes, tuple[_T, float]] = OrderedDict()
+        self._entries = entries
+
+    async def verify(self, token: str) -> _T:
+        """What a valid token says. Raises IdentityError."""
         if len(token) > MAX_TOKEN_LENGTH or not token.isascii():
             raise invalid("is too long, or not ASCII")
         digest = hashlib.sha256(token.encode("ascii")).digest()
         known = self._cache.get(digest)
         if known is not None:
-            subject, used_until = known
+            said, used_until = known
             if self._clock() < used_until:
                 self._cache.move_to_end(digest)
-                return subject
+                return said
             del self._cache[digest]
         verified = await self._verifier.verify(token)
-        subject = subject_of(verified.claims, verified.issuer, expires_at=verified.expires_at)
-        self._cache[digest] = (subject, verified.used_until)
-        if len(self._cache) > self._cache_entries:
+        said = self._read(verified)
+        self._cache[digest] = (said, verified.used_until)
+        if len(self._cache) > self._entries:
             self._cache.popitem(last=False)
-        return subject
+        return said
 
 
 class TokenVerifier:
     """Verifies tokens of trusted issuers, whatever they are for."""
 
-    def __init__(self, issuers: Sequence[Issuer], *, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        issuers: Sequence[Issuer],
+        *,
+        clock: Callable[[], float],
+        issuer_named: Callable[[JsonObject], JsonValue] = lambda claims: claims.get("iss"),
+    ) -> None:
+        """``issuer_named`` tells Issuer.issuer from claims that are not verified yet."""
         self._issuers = {issuer.issuer: issuer for issuer in issuers}
         self._clock = clock
+        self._issuer_named = issuer_named
 
     async def verify(self, token: str) -> VerifiedToken:
         """The token's claims. Raises IdentityError."""
@@ -126,14 +161,14 @@ class TokenVerifier:
         return VerifiedToken(issuer, claims, self._check_claims(claims, issuer))
 
     def _issuer(self, claims: JsonObject) -> Issuer:
-        name = claims.get("iss")
+        name = self._issuer_named(claims)
         issuer = self._issuers.get(name) if isinstance(name, str) else None
         if issuer is None:
             raise invalid("is of an issuer that is not trusted here")
         return issuer
 
     def _check_signature(self, token: str, header: JsonObject, issuer: Issuer) -> None:
-        kind, algorithm, kid = header.get("typ"), header.get("alg"), header.get("kid")
+        kind, algorithm, kid = header.get("typ", ""), header.get("alg"), header.get("kid")
         if not isinstance(kind, str) or kind.lower() not in issuer.types:
             raise invalid("is not of an accepted type (typ)")
         if not isinstance(algorithm, str) or algorithm not in issuer.algorithms:

@@ -15,10 +15,10 @@ from joserfc import jwk, jws
 from pdp import base64url
 from pdp.budget.bounds import check_account
 from pdp.canonical import JsonObject
-from pdp.identity.claims import TenantRule
 from pdp.identity.keys import IssuerKey, KeyFileError, load_jwks_file
 from pdp.identity.resolver import Credentials, IdentityError, SingleTenant
 from pdp.identity.subject import Subject
+from pdp.identity.tenancy import TenantRule
 from pdp.identity.tokens import Issuer, TokenIdentity
 from pdp.rooms import isolate
 from pdp.testing import TokenIssuer
@@ -255,13 +255,13 @@ def test_the_memory_for_tokens_is_bounded(
     identity = TokenIdentity([trusted(keys)], clock=clock, cache_entries=3)
     for number in range(10):
         resolve(identity, idp.token("tenant_acme", f"user-{number}"))
-    assert len(identity._cache) == 3
+    assert len(identity._tokens._cache) == 3
 
 
 def test_what_is_remembered_is_not_the_token(identity: TokenIdentity, idp: TokenIssuer) -> None:
     token = idp.token("tenant_acme", "user-7")
     resolve(identity, token)
-    assert token not in repr(identity._cache)
+    assert token not in repr(identity._tokens._cache)
     assert token not in repr(Credentials(bearer=token))
 
 

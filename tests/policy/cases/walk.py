@@ -18,9 +18,9 @@ from pdp.budget.sqlite import SqliteLedger
 from pdp.canonical import JsonObject, JsonValue, sha256_hex
 from pdp.config import TenantLimits
 from pdp.errors import PdpError
-from pdp.identity.claims import TenantRule
 from pdp.identity.keys import load_jwks_file
 from pdp.identity.resolver import Credentials, IdentityError
+from pdp.identity.tenancy import TenantRule
 from pdp.identity.tokens import Issuer, TokenIdentity
 from pdp.permit.claims import Permit
 from pdp.permit.issuer import PermitIssuer

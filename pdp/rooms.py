@@ -28,6 +28,17 @@ from pdp.strangers import Strangers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DelegationTerms:
+    """How far callers may delegate."""
+
+    max_depth: int = 8
+    """Most agents that act one for another."""
+    ttl_seconds: int = 300
+    """How long a delegation lasts that names no time."""
+    max_ttl_seconds: int = 3_600
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rooms:
     """The rooms of one sidecar, and what they share."""
 
@@ -49,6 +60,7 @@ class Rooms:
     """Keys the argument digests in audit records."""
     permit_ttl_seconds: int
     hold_ttl_seconds: int
+    delegation: DelegationTerms = DelegationTerms()
     records_policy_input: bool = False
     """Whether a decision's record holds what the policy was asked, raw arguments included."""
     clock: Callable[[], float] = time.time

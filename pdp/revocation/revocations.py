@@ -115,12 +115,15 @@ class Revocations:
         self._version: str | None = None
         self._seen_at = 0.0
         self._failing = False
+        self._news = asyncio.Event()
+        self.generation = 0
+        """Another number whenever something more may be revoked than before."""
 
     def find(self, *, tenant: str, actor: str, token_ids: Sequence[str] = ()) -> Revocation | None:
         """What forbids this actor to act, the widest first. Raises RevocationError where
         what is known is too old to go by.
         """
-        if self._failing and self._monotonic() - self._seen_at > self._stale_seconds:
+        if self._stale:
             raise RevocationError("It can not be told who is revoked; try again later.")
         if not self._known:
             return None
@@ -131,17 +134,31 @@ class Revocations:
                 return found
         return None
 
+    @property
+    def _stale(self) -> bool:
+        return self._failing and self._monotonic() - self._seen_at > self._stale_seconds
+
+    async def changed_from(self, generation: int) -> int:
+        """The generation, as soon as it is another one: what was revoked is then in force."""
+        while self.generation == generation:
+            await self._news.wait()
+        return self.generation
+
     async def look(self, heard: Heard | None = None) -> None:
         """Take up what the store says, if it has changed. Raises RevocationError."""
         version = await self._store.version()
         if version != self._version:
             before, self._known = self._known, await self._store.read()
             self._version = version
+            revoked = [each for each in self._known.values() if before.get(each.target) != each]
+            if revoked:
+                # First of all: it is in force, whether or not it can be put on record.
+                self._tell()
             if heard is not None:
                 for target in before.keys() - self._known.keys():
                     await heard(before[target], False)
-                for target in self._known.keys() - before.keys():
-                    await heard(self._known[target], True)
+                for revocation in revoked:
+                    await heard(revocation, True)
         self._seen_at = self._monotonic()
         if self._failing:
             _log.warning("revocations can be read again")
@@ -158,6 +175,13 @@ class Revocations:
                     told = error.message if isinstance(error, PdpError) else type(error).__name__
                     _log.error("revocations can not be read: %s", told)
                 self._failing = True
+                if self._stale:
+                    self._tell()  # nobody is known not to be revoked
+
+    def _tell(self) -> None:
+        self.generation += 1
+        news, self._news = self._news, asyncio.Event()
+        news.set()
 
 
 def to_json(revocations: Iterable[Revocation]) -> bytes:

@@ -35,9 +35,9 @@ from pdp.budget.ledger import Ledger
 from pdp.budget.sqlite import SqliteLedger
 from pdp.canonical import JsonObject
 from pdp.config import Config, SingleTenantIdentity
-from pdp.identity.claims import TenantRule
 from pdp.identity.keys import load_jwks_file
 from pdp.identity.resolver import IdentityResolver, SingleTenant
+from pdp.identity.tenancy import TenantRule
 from pdp.identity.tokens import Issuer, TokenIdentity
 from pdp.permit.issuer import PermitIssuer
 from pdp.permit.ring import LiveKeys

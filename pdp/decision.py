@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from pdp.admission import Lane
@@ -26,7 +26,8 @@ from pdp.canonical import JsonObject, JsonValue, canonical_bytes, sha256_hex
 from pdp.errors import RequestError
 from pdp.identity.resolver import Credentials
 from pdp.identity.subject import Subject
-from pdp.permit.claims import Permit
+from pdp.narrowing import NotDelegated, check_delegated, limits_within
+from pdp.permit.claims import Permit, PermitError
 from pdp.policy.engine import Entrypoint, PolicyEngine, PolicyError
 from pdp.policy.question import authorize_input
 from pdp.policy.verdict import Verdict, parse_verdict
@@ -137,8 +138,8 @@ async def authorize(rooms: Rooms, credentials: Credentials, asked: Asked) -> Rec
 
     A refusal by the policy, or for want of budget, is an Answer without a permit.
     Raises IdentityError, RequestError (arguments_invalid) and LedgerError
-    (idempotency_key_reused, budget_unavailable), each of which is on record too, and
-    AuditError; and AdmissionError, on record within its bounds, before anything of the
+    (idempotency_key_reused, budget_unavailable) and PermitError (permit_unavailable),
+    each of which is on record too, and AuditError; and AdmissionError, on record within its bounds, before anything of the
     call but its name is read.
     """
     watch = StepWatch()
@@ -181,19 +182,21 @@ async def _decide(rooms: Rooms, subject: Subject, asked: Asked, watch: StepWatch
         raise
     watch.done("isolate")
 
-    failure: PolicyError | LedgerError | None = None
+    failure: NotDelegated | PolicyError | LedgerError | PermitError | None = None
     revision = rooms.policy.revision
     document = _document(rooms, subject, question)
     try:
+        _check_sender(rooms, subject)
+        check_delegated(subject, tool=question.tool, arguments=question.arguments)
         with rooms.policy.pin() as policy:
             value = await policy.evaluate(Entrypoint.AUTHZ_DECISION, document)
             revision = policy.revision
             ruling = await _rule(policy, document, value)
         receipt = await _hold(rooms, subject, account, question, ruling)
         watch.done("authorize")
-        answer = _execute(rooms, subject, question, receipt)
+        answer = await _execute(rooms, subject, question, receipt)
         watch.done("execute")
-    except (PolicyError, LedgerError) as error:
+    except (NotDelegated, PolicyError, LedgerError, PermitError) as error:
         failure = error
         answer = Answer(
             subject=subject,
@@ -211,9 +214,22 @@ async def _decide(rooms: Rooms, subject: Subject, asked: Asked, watch: StepWatch
 
 
 _ERRORS_IN_ASKING: Final = frozenset(
-    {ReasonCode.IDEMPOTENCY_KEY_REUSED, ReasonCode.BUDGET_UNAVAILABLE}
+    {
+        ReasonCode.IDEMPOTENCY_KEY_REUSED,
+        ReasonCode.BUDGET_UNAVAILABLE,
+        ReasonCode.PERMIT_UNAVAILABLE,
+    }
 )
-"""What the ledger refuses without a decision on the call itself."""
+"""What the stores refuse without a decision on the call itself."""
+
+
+def _check_sender(rooms: Rooms, subject: Subject) -> None:
+    """Raises PermitError where a permit would have nobody to be bound to."""
+    if rooms.binds_permits and not subject.certificate_sha256:
+        raise PermitError(
+            ReasonCode.SENDER_UNKNOWN,
+            "Permits are bound to client certificates here: ask over TLS with one.",
+        )
 
 
 def _document(rooms: Rooms, subject: Subject, question: Question) -> JsonObject:
@@ -242,13 +258,19 @@ async def _hold(
     rooms: Rooms, subject: Subject, account: Account, question: Question, ruling: _Ruling
 ) -> Receipt:
     """Authorize, second half: remember the answer under the request id, and hold
-    what the call may cost, in one durable step.
+    what the call may cost, in one durable step: for all calls of the permit, or, where
+    the limits have no room for so many, for one.
     """
     verdict = ruling.verdict
     issued_at = int(rooms.clock())
     ttl_seconds = min(
         verdict.permit_ttl_seconds or rooms.permit_ttl_seconds, rooms.permit_ttl_seconds
     )
+    expires_at = issued_at + ttl_seconds
+    if subject.delegation is not None:
+        expires_at = min(expires_at, int(subject.expires_at))
+    charges = verdict.charges if verdict.allow else ()
+    binds_arguments, max_uses = _terms(verdict, subject, question.tool)
     first_answer: JsonObject = {
         "allow": verdict.allow,
         "reason_code": verdict.reason_code,
@@ -257,25 +279,52 @@ async def _hold(
         "permit_id": rooms.new_id(),
         "scopes": list(verdict.scopes),
         "issued_at": issued_at,
-        "expires_at": issued_at + ttl_seconds,
+        "expires_at": expires_at,
+        "certificate_sha256": subject.certificate_sha256 if rooms.binds_permits else "",
     }
-    return await rooms.ledger.reserve(
-        account,
-        IdempotencyKey(
-            operation="authorize",
-            key=question.request_id,
-            content_sha256=question.content_sha256(subject),
-            note=json.dumps(first_answer),
-        ),
-        charges=verdict.charges if verdict.allow else (),
-        limits=ruling.limits,
-        ttl_seconds=rooms.hold_ttl_seconds,
-    )
+
+    async def reserve(key: str, *, binds_arguments: bool, max_uses: int) -> Receipt:
+        terms: JsonObject = {"binds_arguments": binds_arguments, "max_uses": max_uses}
+        return await rooms.ledger.reserve(
+            account,
+            IdempotencyKey(
+                operation="authorize",
+                key=key,
+                content_sha256=question.content_sha256(subject),
+                note=json.dumps(first_answer | terms),
+            ),
+            charges=_times(max_uses, charges),
+            limits=limits_within(subject, account, charges, ruling.limits, rooms.ledger_id),
+            ttl_seconds=rooms.hold_ttl_seconds,
+        )
+
+    receipt = await reserve(question.request_id, binds_arguments=binds_arguments, max_uses=max_uses)
+    if receipt.refused_by is not None and json.loads(receipt.note)["max_uses"] > 1:
+        # Under a key that no caller can choose: a request id has no space.
+        once = f"once {sha256_hex({'request_id': question.request_id})}"
+        receipt = await reserve(once, binds_arguments=True, max_uses=1)
+    return receipt
 
 
-def _execute(rooms: Rooms, subject: Subject, question: Question, receipt: Receipt) -> Answer:
+def _terms(verdict: Verdict, subject: Subject, tool: str) -> tuple[bool, int]:
+    """Whether the permit binds the arguments, and how many calls it allows: what the policy
+    says, unless the actor has delegated the tool under rules for its arguments. Those are
+    kept by looking at each call.
+    """
+    if subject.delegation is not None and subject.delegation.arguments.get(tool):
+        return True, 1
+    return verdict.binds_arguments, verdict.max_uses
+
+
+def _times(number: int, charges: tuple[Charge, ...]) -> tuple[Charge, ...]:
+    return tuple(replace(charge, amount=charge.amount * number) for charge in charges)
+
+
+async def _execute(rooms: Rooms, subject: Subject, question: Question, receipt: Receipt) -> Answer:
     """Execute: sign the permit that the ledger's receipt stands for, if it stands
-    for one. A receipt of an earlier try gives the earlier answer, to the letter.
+    for one. A receipt of an earlier try gives the earlier answer, to the letter, until
+    the outcome of the call is reported: the permit then is used, and whoever would still
+    run the tool under it is told so.
     """
     first = json.loads(receipt.note)
     reason_code = first["reason_code"]
@@ -283,27 +332,33 @@ def _execute(rooms: Rooms, subject: Subject, question: Question, receipt: Receip
         reason_code = refusal_code(receipt.refused_by).value
     permit = None
     if first["allow"] and receipt.refused_by is None:
-        permit = rooms.permits.sign(
-            Permit(
-                id=first["permit_id"],
-                issuer=rooms.permits.issuer,
-                audience=question.audience,
-                tenant=subject.tenant,
-                actor=subject.actor,
-                tool=question.tool,
-                arguments_sha256=question.arguments_sha256,
-                scopes=tuple(first["scopes"]),
-                transaction=question.request_id,
-                decision_id=first["decision_id"],
-                policy_revision=first["policy_revision"],
-                ledger=rooms.ledger_id,
-                issued_at=first["issued_at"],
-                expires_at=first["expires_at"],
-                hold_id=receipt.id,
-                resource=_resource_text(question.resource),
-                agents=subject.delegation.agents if subject.delegation else (),
-            )
+        binds_arguments = first["binds_arguments"]
+        permit = Permit(
+            id=first["permit_id"],
+            issuer=rooms.permits.issuer,
+            audience=question.audience,
+            tenant=subject.tenant,
+            actor=subject.actor,
+            tool=question.tool,
+            arguments_sha256=question.arguments_sha256 if binds_arguments else "",
+            scopes=tuple(first["scopes"]),
+            transaction=question.request_id,
+            decision_id=first["decision_id"],
+            policy_revision=first["policy_revision"],
+            ledger=rooms.ledger_id,
+            issued_at=first["issued_at"],
+            expires_at=first["expires_at"],
+            hold_id=receipt.id,
+            resource=_resource_text(question.resource) if binds_arguments else "",
+            max_uses=first["max_uses"],
+            agents=subject.delegation.agents if subject.delegation else (),
+            certificate_sha256=first["certificate_sha256"],
+            delegations=subject.token_ids if subject.delegation else (),
         )
+        if receipt.replayed and await rooms.permit_uses.is_closed(permit):
+            permit, reason_code = None, ReasonCode.PERMIT_USED.value
+        else:
+            permit = rooms.permits.sign(permit)
     return Answer(
         subject=subject,
         reason_code=reason_code,
@@ -324,6 +379,8 @@ def _record(rooms: Rooms, question: Question, answer: Answer, document: JsonObje
     detail = receipt_detail(result)
     if recorded and not fits:
         detail["input_omitted"] = True
+    if permit is not None and permit.max_uses != 1:
+        detail["max_uses"] = permit.max_uses
     return AuditRecord(
         type="decision",
         tenant_id=subject.tenant,

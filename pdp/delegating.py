@@ -277,11 +277,11 @@ def _detail(asked: DelegationRequest, child: Subject | None) -> JsonObject:
         "tools": list(asked.tools),
         "ttl_seconds": asked.ttl_seconds,
     }
-    if asked.arguments:
-        detail["arguments"] = {
-            tool: sorted(rules) if isinstance(rules, dict) else []
-            for tool, rules in asked.arguments.items()
-        }
+    ruled: JsonObject = {
+        tool: [*sorted(rules)] for tool, rules in asked.arguments.items() if isinstance(rules, dict)
+    }
+    if ruled:
+        detail["arguments"] = ruled
     if asked.budget:
         detail["budget"] = list(charges_json(asked.budget))
     if child is not None:

@@ -105,13 +105,15 @@ async def _redeem(rooms: Rooms, permit: Permit, redemption: Redemption) -> Redee
 def _check_not_revoked(rooms: Rooms, permit: Permit) -> None:
     """Raises PermitError. Outcomes are taken in all the same: what was done was done."""
     try:
-        found = rooms.revocations.find(tenant=permit.tenant, actor=permit.actor)
+        found = rooms.revocations.find(
+            tenant=permit.tenant, actor=permit.actor, token_ids=permit.delegations
+        )
     except RevocationError as error:
         raise PermitError(error.reason_code, error.message) from None
     if found is not None:
         raise PermitError(
             ReasonCode.PERMIT_REVOKED,
-            "The permit's tenant or actor was revoked after it was issued.",
+            "The permit's tenant, actor or delegation was revoked after it was issued.",
         )
 
 

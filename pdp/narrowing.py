@@ -40,6 +40,13 @@ def refusal(subject: Subject, *, tool: str, arguments: JsonObject) -> ReasonCode
     return None
 
 
+def check_delegated(subject: Subject, *, tool: str, arguments: JsonObject) -> None:
+    """Raises NotDelegated where :func:`refusal` has something to say."""
+    refused = refusal(subject, tool=tool, arguments=arguments)
+    if refused is not None:
+        raise NotDelegated(refused)
+
+
 def rules_of(subject: Subject, tool: str) -> dict[str, list[JsonValue]]:
     """By argument, the rules that it must keep in calls of the tool. Where there are any, a
     permit must bind the arguments: with one that does not, others could be used.
@@ -54,7 +61,7 @@ def rules_of(subject: Subject, tool: str) -> dict[str, list[JsonValue]]:
     }
 
 
-def limits(
+def limits_within(
     subject: Subject,
     account: Account,
     charges: Sequence[Charge],

@@ -29,9 +29,14 @@ _BY_BUDGET: Final = frozenset(
         ReasonCode.TENANT_BUDGET_EXCEEDED,
         ReasonCode.BUDGET_UNAVAILABLE,
         ReasonCode.BUDGET_UNLIMITED,
+        ReasonCode.BUDGET_NOT_DELEGATED,
         ReasonCode.IDEMPOTENCY_KEY_REUSED,
     }
 )
+_BY_DELEGATION: Final = frozenset(
+    {ReasonCode.TOOL_NOT_DELEGATED, ReasonCode.ARGUMENT_NOT_DELEGATED}
+)
+"""What is refused before the policy is asked."""
 _WITHOUT_ANSWER: Final = frozenset(
     {ReasonCode.POLICY_TIMEOUT, ReasonCode.POLICY_UNAVAILABLE, ReasonCode.POLICY_STALE}
 )
@@ -158,7 +163,7 @@ def _why_not(record: JsonObject) -> str | None:
         return BUDGET
     if code in _WITHOUT_ANSWER:
         return NO_ANSWER
-    if record.get("policy_revision") is None:
+    if code in _BY_DELEGATION or record.get("policy_revision") is None:
         return NOT_ASKED
     if isinstance(record.get("input"), dict):
         return None

@@ -139,8 +139,8 @@ async def authorize(rooms: Rooms, credentials: Credentials, asked: Asked) -> Rec
     A refusal by the policy, or for want of budget, is an Answer without a permit.
     Raises IdentityError, RequestError (arguments_invalid) and LedgerError
     (idempotency_key_reused, budget_unavailable) and PermitError (permit_unavailable),
-    each of which is on record too, and AuditError; and AdmissionError, on record within its bounds, before anything of the
-    call but its name is read.
+    each of which is on record too, and AuditError; and AdmissionError, on record within
+    its bounds, before anything of the call but its name is read.
     """
     watch = StepWatch()
 

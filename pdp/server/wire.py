@@ -72,13 +72,19 @@ def _bearer(values: Sequence[str | bytes]) -> str:
 
 
 def trace_id_of(metadata: Metadata) -> str | None:
-    """The trace id of a W3C traceparent; one that is malformed counts as none."""
+    """The trace id of the first W3C traceparent that is well-formed, if there is one."""
     for key, value in metadata:
         if key == "traceparent" and isinstance(value, str):
-            match = _TRACEPARENT.fullmatch(value)
-            if match and match[1] != "0" * 32:
-                return match[1]
+            trace_id = trace_id_from(value)
+            if trace_id is not None:
+                return trace_id
     return None
+
+
+def trace_id_from(traceparent: str) -> str | None:
+    """The trace id of a W3C traceparent; None where it is malformed."""
+    match = _TRACEPARENT.fullmatch(traceparent)
+    return match[1] if match and match[1] != "0" * 32 else None
 
 
 class QuestionReader:
@@ -160,6 +166,7 @@ def authorize_response(recorded: Recorded) -> authorization_pb2.AuthorizeRespons
         response.permit = answer.permit.token
         response.scopes.extend(answer.permit.scopes)
         response.permit_expires_at.seconds = answer.permit.expires_at
+        response.max_uses = answer.permit.max_uses
         if answer.permit.hold_id:
             response.hold.hold_id = answer.permit.hold_id
             response.hold.expires_at.seconds = answer.hold_expires_at

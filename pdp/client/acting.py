@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import re
-from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
@@ -108,6 +106,15 @@ class Identity:
             ),
         )
 
+    def in_force(self) -> Acting | None:
+        """As :meth:`current`, but None in place of the error, and without a look at what
+        kind of token it is.
+        """
+        acting = self._acting.get()
+        if acting is None or acting.ended or (acting.generators and acting.shows_by_suspension()):
+            return None
+        return acting
+
     def current(self) -> Acting:
         """Raises IdentityLacking: identity_missing, identity_ended, token_invalid."""
         acting = self._acting.get()
@@ -183,11 +190,21 @@ def current_permit() -> Permit:
     return permit
 
 
-@contextlib.contextmanager
-def running_under(permit: Permit) -> Iterator[None]:
-    """Make ``permit`` the current one while its tool runs."""
-    before = _permit.set(permit)
-    try:
-        yield
-    finally:
-        _permit.reset(before)
+class RunningUnder:
+    """Makes ``permit`` the current one while its tool runs: a ``with``, entered once."""
+
+    __slots__ = ("_before", "_permit")
+
+    def __init__(self, permit: Permit) -> None:
+        self._permit = permit
+
+    def __enter__(self) -> None:
+        self._before = _permit.set(self._permit)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        _permit.reset(self._before)

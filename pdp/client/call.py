@@ -67,9 +67,11 @@ class Tool:
             )
         self.name = name
         self._signature = inspect.signature(function)
-        self._audience = audience
+        self.audience = audience
         self._resource = resource
         self._costs = costs
+        self.asks_each_time = costs.estimate is not None
+        """Whether a call says something of its own to the policy, besides its arguments."""
         self._omit = frozenset(omit)
         unknown = self._omit - self._signature.parameters.keys()
         if unknown:
@@ -87,7 +89,7 @@ class Tool:
         """The call to ask for. Puts copies in the place of the arguments, so that
         what runs is what was allowed. Raises PermitDenied (arguments_invalid).
         """
-        call = tool_call(self.name, self._named(bound), audience=self._audience)
+        call = tool_call(self.name, self._named(bound), audience=self.audience)
         for name, parameter in self._signature.parameters.items():
             if name in self._omit:
                 continue

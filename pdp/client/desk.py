@@ -13,13 +13,13 @@ import logging
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 from google.protobuf.message import Message
 
 from pdp.api.v1 import authorization_pb2, execution_pb2
 from pdp.canonical import sha256_hex
-from pdp.channel import CallError, seconds_of
+from pdp.channel import CallError, Connection, seconds_of
 from pdp.client.acting import Acting, Identity
 from pdp.client.call import ToolCall
 from pdp.client.decision import Decision
@@ -34,6 +34,23 @@ _log: Final = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _CHARGES_REFUSED: Final = frozenset({ReasonCode.CHARGE_NOT_HELD, ReasonCode.REQUEST_INVALID})
+
+ASK_AGAIN: Final = frozenset(
+    {
+        ReasonCode.PDP_UNAVAILABLE,
+        ReasonCode.DEADLINE_EXCEEDED,
+        ReasonCode.RATE_LIMITED,
+        ReasonCode.BUDGET_UNAVAILABLE,
+        ReasonCode.PERMIT_UNAVAILABLE,
+        ReasonCode.AUDIT_UNAVAILABLE,
+        ReasonCode.POLICY_UNAVAILABLE,
+        ReasonCode.POLICY_TIMEOUT,
+        ReasonCode.POLICY_STALE,
+        ReasonCode.REVOCATIONS_UNAVAILABLE,
+        ReasonCode.INTERNAL,
+    }
+)
+"""What may pass: the same message can be sent again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +95,38 @@ class Walk(Generic[_T]):
         except StopIteration as done:
             self.ask = None
             self._results.append(done.value)
+
+
+def walk(connection: Connection, steps: Steps[_T]) -> _T:
+    """What the steps come to, over a blocking connection."""
+    walk = Walk(steps)
+    while walk.ask is not None:
+        try:
+            response = connection.call(walk.ask.method, walk.ask.request, walk.ask.metadata)
+        except CallError as error:
+            walk.fail(error)
+        else:
+            walk.answer(response)
+    return walk.result()
+
+
+class Use(Protocol):
+    """Leave to make one call, under a permit that is for it alone or for several."""
+
+    @property
+    def permit(self) -> Permit:
+        """The permit."""
+        ...
+
+    def executed(self, cost: Callable[[], Sequence[Charge]]) -> Steps[None] | None:
+        """The call has run: the report to make, if it is time for one."""
+        ...
+
+    def failed(
+        self, error: BaseException, cost: Callable[[], Sequence[Charge]]
+    ) -> Steps[None] | None:
+        """The call has raised: the report to make, if it is time for one."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +306,14 @@ def report(
         request.ClearField("charges")
         request.charges.extend(charge_messages(otherwise))
         yield Ask("ReportOutcome", request)
+
+
+def log_unreported(error: Exception) -> None:
+    """A report is given up."""
+    _log.warning(
+        "the outcome of a call could not be reported (%s); what it held expires by itself",
+        type(error).__name__,
+    )
 
 
 def _one_use(permit: Permit) -> int:

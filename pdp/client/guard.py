@@ -24,12 +24,23 @@ from typing import TYPE_CHECKING, Any, Final, Generic, ParamSpec, Self, TypeVar
 
 from pdp.canonical import JsonObject
 from pdp.channel import AsyncConnection, CallError, Connection
-from pdp.client.acting import Identity, running_under
+from pdp.client.acting import Identity, RunningUnder
 from pdp.client.call import Costs, Resource, Tool, ToolCall, check_tool_name, tool_call
 from pdp.client.decision import Decision
-from pdp.client.desk import Grant, PermitDesk, Steps, Walk, report_executed, report_failed
+from pdp.client.desk import (
+    Grant,
+    PermitDesk,
+    Steps,
+    Use,
+    Walk,
+    log_unreported,
+    report_executed,
+    report_failed,
+    walk,
+)
 from pdp.client.errors import BudgetRefused, IdentityLacking, PermitDenied
 from pdp.client.hold import Hold, TellingTask, TellingThread
+from pdp.client.keeper import Keeper
 from pdp.client.spend import Charge, Reservation, Usage
 from pdp.permit.claims import Permit
 from pdp.permit.keys import PermitKeySet
@@ -69,6 +80,7 @@ class _Face(Generic[_C]):
         credentials: grpc.ChannelCredentials | None = None,
         observe: Callable[[Decision], None] | None = None,
         observe_reservation: Callable[[Reservation], None] | None = None,
+        keep_permits: bool = True,
     ) -> None:
         """Guard tools through the sidecar at ``target`` (``unix:///path`` or
         ``host:port``, with ``credentials`` for TLS).
@@ -80,6 +92,10 @@ class _Face(Generic[_C]):
         ``observe`` is shown every answer of the sidecar, on the caller's thread and
         before the tool runs; if it raises, the tool does not run. In the same way
         ``observe_reservation`` is shown what :meth:`reserve` has been granted.
+
+        Where the policy permits several calls of a tool at once, they are made under
+        the one permit without asking again, and so without ``observe`` being shown any
+        more than the first; ``keep_permits=False`` has each of them asked for.
 
         Raises ValueError for a target beyond this machine without ``credentials``.
         """
@@ -93,6 +109,12 @@ class _Face(Generic[_C]):
             self._identity, issuer=permit_issuer, keys=permit_keys, observe=observe
         )
         self._observe_reservation = observe_reservation
+        self._keeper = Keeper(
+            self._desk,
+            self._identity,
+            Connection(target, timeout_seconds=timeout_seconds, credentials=credentials),
+            keeps=keep_permits,
+        )
 
     def acting_for(
         self, token: str, *, context: JsonObject | None = None, traceparent: str = ""
@@ -196,16 +218,19 @@ class Guard(_Face[Connection]):
 
             @functools.wraps(function)
             def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-                bound = tool.bind(args, kwargs)
-                grant = _granted(self._obtain(name, lambda: tool.describe(bound)))
+                use: Use | None = self._keeper.take(tool)
+                if use is None:
+                    bound = tool.bind(args, kwargs)
+                    use = _granted(self._obtain_use(tool, bound))
+                    args, kwargs = bound.args, bound.kwargs  # type: ignore[assignment]
                 try:
-                    with running_under(grant.permit):
-                        result = tool.finished(function(*bound.args, **bound.kwargs))
+                    with RunningUnder(use.permit):
+                        result = tool.finished(function(*args, **kwargs))
                 except BaseException as error:
                     cost_of_raised = functools.partial(tool.cost_of_failure, error)
-                    self._report(grant.failed(error, cost_of_raised))
+                    self._report(use.failed(error, cost_of_raised))
                     raise
-                self._report(grant.executed(lambda: tool.cost(result)))
+                self._report(use.executed(functools.partial(tool.cost, result)))
                 return result
 
             return guarded
@@ -273,7 +298,10 @@ class Guard(_Face[Connection]):
             self._end(meter, failed=failed)
 
     def close(self) -> None:
-        """Close the connection; guarded tools open it again."""
+        """Report on the permits that are kept, and close the connection; guarded tools
+        open it again.
+        """
+        self._keeper.close()
         self._connection.close()
 
     def __enter__(self) -> Self:
@@ -293,6 +321,12 @@ class Guard(_Face[Connection]):
         except Exception as error:  # noqa: BLE001 - whatever it is, nothing runs
             return _denial(error, tool)
 
+    def _obtain_use(self, tool: Tool, bound: inspect.BoundArguments) -> Use | PermitDenied:
+        try:
+            return self._walk(self._keeper.obtain(tool, bound))
+        except Exception as error:  # noqa: BLE001 - whatever it is, nothing runs
+            return _denial(error, tool.name)
+
     def _obtain_hold(
         self, what: Usage | Sequence[Charge], tool: str, ttl_seconds: int
     ) -> Meter | BudgetRefused:
@@ -302,23 +336,15 @@ class Guard(_Face[Connection]):
             return _refusal(error)
 
     def _walk(self, steps: Steps[_T]) -> _T:
-        walk = Walk(steps)
-        while walk.ask is not None:
-            try:
-                response = self._connection.call(
-                    walk.ask.method, walk.ask.request, walk.ask.metadata
-                )
-            except CallError as error:
-                walk.fail(error)
-            else:
-                walk.answer(response)
-        return walk.result()
+        return walk(self._connection, steps)
 
-    def _report(self, steps: Steps[None]) -> None:
+    def _report(self, steps: Steps[None] | None) -> None:
+        if steps is None:
+            return
         try:
             self._walk(steps)
         except Exception as error:  # noqa: BLE001 - the tool has run; its result must not be lost
-            _log_unreported(error)
+            log_unreported(error)
 
     def _tell(self, meter: Meter) -> None:
         try:
@@ -368,16 +394,19 @@ class AsyncGuard(_Face[AsyncConnection]):
 
             @functools.wraps(function)
             async def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-                bound = tool.bind(args, kwargs)
-                grant = _granted(await self._obtain(name, lambda: tool.describe(bound)))
+                use: Use | None = self._keeper.take(tool)
+                if use is None:
+                    bound = tool.bind(args, kwargs)
+                    use = _granted(await self._obtain_use(tool, bound))
+                    args, kwargs = bound.args, bound.kwargs  # type: ignore[assignment]
                 try:
-                    with running_under(grant.permit):
-                        result = tool.finished(await function(*bound.args, **bound.kwargs))
+                    with RunningUnder(use.permit):
+                        result = tool.finished(await function(*args, **kwargs))
                 except BaseException as error:
                     cost_of_raised = functools.partial(tool.cost_of_failure, error)
-                    await self._report(grant.failed(error, cost_of_raised))
+                    await self._report(use.failed(error, cost_of_raised))
                     raise
-                await self._report(grant.executed(lambda: tool.cost(result)))
+                await self._report(use.executed(functools.partial(tool.cost, result)))
                 return result
 
             return guarded
@@ -431,13 +460,14 @@ class AsyncGuard(_Face[AsyncConnection]):
             await self._finish(self._end(meter, telling, failed=failed))
 
     async def close(self) -> None:
-        """Finish the reports that are under way, and close the connection; guarded
-        tools open it again.
+        """Finish the reports that are under way, report on the permits that are kept, and
+        close the connection; guarded tools open it again.
         """
         import asyncio  # noqa: PLC0415 - importing the stub stays cheap until it is used
 
         loop = asyncio.get_running_loop()
         await asyncio.gather(*(report for report in self._reports if report.get_loop() is loop))
+        await asyncio.to_thread(self._keeper.close)
         await self._connection.close()
 
     async def __aenter__(self) -> Self:
@@ -456,6 +486,12 @@ class AsyncGuard(_Face[AsyncConnection]):
             return await self._walk(self._desk.obtain(describe()))
         except Exception as error:  # noqa: BLE001 - whatever it is, nothing runs
             return _denial(error, tool)
+
+    async def _obtain_use(self, tool: Tool, bound: inspect.BoundArguments) -> Use | PermitDenied:
+        try:
+            return await self._walk(self._keeper.obtain(tool, bound))
+        except Exception as error:  # noqa: BLE001 - whatever it is, nothing runs
+            return _denial(error, tool.name)
 
     async def _obtain_hold(
         self, what: Usage | Sequence[Charge], tool: str, ttl_seconds: int
@@ -478,8 +514,9 @@ class AsyncGuard(_Face[AsyncConnection]):
                 walk.answer(response)
         return walk.result()
 
-    async def _report(self, steps: Steps[None]) -> None:
-        await self._finish(self._deliver(steps))
+    async def _report(self, steps: Steps[None] | None) -> None:
+        if steps is not None:
+            await self._finish(self._deliver(steps))
 
     async def _finish(self, work: Coroutine[Any, Any, None]) -> None:
         import asyncio  # noqa: PLC0415 - importing the stub stays cheap until it is used
@@ -494,7 +531,7 @@ class AsyncGuard(_Face[AsyncConnection]):
         try:
             await self._walk(steps)
         except Exception as error:  # noqa: BLE001 - as in Guard
-            _log_unreported(error)
+            log_unreported(error)
 
     async def _tell(self, meter: Meter) -> None:
         try:
@@ -586,13 +623,6 @@ def _place(error: Exception) -> str:
         place = f"{PurePath(code.co_filename).name}:{traceback.tb_lineno}"
         traceback = traceback.tb_next
     return place
-
-
-def _log_unreported(error: Exception) -> None:
-    _log.warning(
-        "the outcome of a call could not be reported (%s); what it held expires by itself",
-        type(error).__name__,
-    )
 
 
 def _log_untold(meter: Meter, error: Exception) -> None:

@@ -17,7 +17,7 @@ from typing import Final
 from pdp.api.v1 import budget_pb2
 from pdp.channel import CallError, Metadata
 from pdp.client.acting import Identity
-from pdp.client.desk import Ask, Steps
+from pdp.client.desk import ASK_AGAIN, Ask, Steps
 from pdp.client.errors import BudgetRefused
 from pdp.client.spend import (
     Charge,
@@ -33,20 +33,6 @@ from pdp.reason import ReasonCode
 
 _log: Final = logging.getLogger(__name__)
 
-_ASK_AGAIN: Final = frozenset(
-    {
-        ReasonCode.PDP_UNAVAILABLE,
-        ReasonCode.DEADLINE_EXCEEDED,
-        ReasonCode.RATE_LIMITED,
-        ReasonCode.BUDGET_UNAVAILABLE,
-        ReasonCode.AUDIT_UNAVAILABLE,
-        ReasonCode.POLICY_UNAVAILABLE,
-        ReasonCode.POLICY_TIMEOUT,
-        ReasonCode.POLICY_STALE,
-        ReasonCode.REVOCATIONS_UNAVAILABLE,
-        ReasonCode.INTERNAL,
-    }
-)
 _PARTS_BY_AMOUNT: Final = 10
 """A part is due at once when it is this fraction of what was reserved."""
 
@@ -179,7 +165,7 @@ class Meter:
     @staticmethod
     def may_be_told_again(error: Exception) -> bool:
         """Whether the sidecar may yet take what it did not take now."""
-        return isinstance(error, CallError) and error.reason_code in _ASK_AGAIN
+        return isinstance(error, CallError) and error.reason_code in ASK_AGAIN
 
     def _count(self, charges: Sequence[Charge], quantities: Mapping[str, int]) -> None:
         entries: list[tuple[Entry, int]] = [

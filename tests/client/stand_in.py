@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import queue
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ Response = authorization_pb2.AuthorizeResponse
 Context = grpc.ServicerContext
 Raw = Any
 """A message, or the bytes to send in its place."""
+Event = authorization_pb2.WatchResponse
 End = budget_pb2.SettleBudgetRequest | budget_pb2.ReleaseBudgetRequest
 
 _SERVICE = "pdp.v1."
@@ -57,12 +59,26 @@ class StandIn:
             lambda request, _context: self.held(request)
         )
         self.take_end: Callable[[End, Context], Raw] = lambda end, _context: self.ended(end)
+        self.revision = "r-1"
+        """What a Watch tells first."""
+        self.watch_tokens: list[str] = []
+        self._watches: list[queue.SimpleQueue[Event | None]] = []
         self._directory = tempfile.TemporaryDirectory(prefix="pdp-")
         self.target = f"unix://{Path(self._directory.name) / 'pdp.sock'}"
         self._server = grpc.server(futures.ThreadPoolExecutor(8))
         self._server.add_generic_rpc_handlers(
             (
                 _handlers("AuthorizationService", {"Authorize": (Request, self._authorize)}),
+                grpc.method_handlers_generic_handler(
+                    _SERVICE + "AuthorizationService",
+                    {
+                        "Watch": grpc.unary_stream_rpc_method_handler(
+                            self._watch,
+                            request_deserializer=authorization_pb2.WatchRequest.FromString,
+                            response_serializer=Event.SerializeToString,
+                        )
+                    },
+                ),
                 _handlers(
                     "ExecutionService",
                     {
@@ -124,7 +140,31 @@ class StandIn:
             tenant_id="tenant_acme",
             actor_id="alice",
             permit=signed.token,
+            max_uses=permit.max_uses if permit.max_uses > 1 else 0,
         )
+
+    def allow_several(
+        self, request: Request, max_uses: int, *held: tuple[str, str, int], **changes: object
+    ) -> Response:
+        """Yes, to as many calls with any arguments, with this held for each."""
+        response = self.allow(
+            request, arguments_sha256="", resource="", max_uses=max_uses, **changes
+        )
+        response.hold.charges.extend(
+            common_pb2.Charge(budget=budget, unit=unit, amount=amount * max_uses)
+            for budget, unit, amount in held
+        )
+        return response
+
+    def tell(self, event: Event | None) -> None:
+        """Tell everybody who watches; None ends it."""
+        for watch in tuple(self._watches):
+            watch.put(event)
+
+    @property
+    def watched(self) -> int:
+        """How many watch now."""
+        return len(self._watches)
 
     def held(self, request: budget_pb2.ReserveBudgetRequest) -> budget_pb2.ReserveBudgetResponse:
         """What is asked for is held."""
@@ -157,6 +197,18 @@ class StandIn:
         self.asked.append(request)
         self.tokens.append(str(dict(context.invocation_metadata()).get("authorization", "")))
         return self.answer(request, context)
+
+    def _watch(self, _request: authorization_pb2.WatchRequest, context: Context) -> Iterator[Event]:
+        self.watch_tokens.append(str(dict(context.invocation_metadata()).get("authorization", "")))
+        watch: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        context.add_callback(lambda: watch.put(None))
+        yield Event(policy=authorization_pb2.PolicyInForce(revision=self.revision))
+        self._watches.append(watch)
+        try:
+            while (event := watch.get()) is not None:
+                yield event
+        finally:
+            self._watches.remove(watch)
 
     def _report(self, request: execution_pb2.ReportOutcomeRequest, context: Context) -> Raw:
         self.reports.append(request)

@@ -7,19 +7,23 @@ OPA := .tools/opa
 REDIS := .tools/redis-server
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check check-history fmt proto policies docs lock bench bench-budget clean
+.PHONY: help demo test test-slow test-kubernetes check check-history fmt proto policies docs chart lock bench bench-budget clean
 
 help: ## List the commands
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
 
 demo: .venv/demo ## Watch the main job and the attacks on it (no Go, no service needed)
 	@.venv/bin/pdp demo
 
 test: .venv/dev $(OPA) .tools/regal .tools/opa-cases $(REDIS) ## Set up what the tests need and run them
-	@.venv/bin/pytest -m "not slow" --cov --cov-report=term
+	@.venv/bin/pytest -m "not slow and not kubernetes" --cov --cov-report=term
 
 test-slow: .venv/dev $(OPA) .tools/opa-cases .tools/crane .tools/toxiproxy-server $(REDIS) ## The suites that take longer: kill loops, long property tests
 	@.venv/bin/pytest -m slow
+
+KUBERNETES := .tools/helm .tools/kubectl .tools/kube-apiserver .tools/etcd .tools/podmonitors.yaml
+test-kubernetes: .venv/dev $(KUBERNETES) ## The chart at a real API server (which takes minutes to build, once)
+	@.venv/bin/pytest -m kubernetes
 
 SECONDS ?= 600
 SEED ?= 1
@@ -54,6 +58,9 @@ policies: .venv/dev $(OPA) ## Build policies/bundle.tar.gz from policies/
 docs: .venv/dev $(OPA) .tools/opa-cases ## Generate the reference pages in docs/
 	$(PY) scripts/generate_docs.py
 	$(PY) -m tests.conformance.report
+
+chart: .venv/dev ## Generate the schema of the chart's values
+	$(PY) scripts/generate_chart_schema.py
 
 lock: .venv/dev ## Pin every dependency with its hashes
 	scripts/lock.sh

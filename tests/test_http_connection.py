@@ -13,13 +13,12 @@ from aiohttp import web
 
 from pdp.errors import FetchError, PdpError
 from pdp.http_connection import (
-    MAX_RETRY_AFTER_SECONDS,
     MAX_SECRET_BYTES,
     Connection,
-    Pace,
     Reply,
     shown,
 )
+from pdp.pace import MAX_RETRY_AFTER_SECONDS, Pace
 from pdp.reason import ReasonCode
 from tests.policy.sources.servers import Authority, answering, web_server
 

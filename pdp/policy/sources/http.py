@@ -17,7 +17,8 @@ from typing import Final
 
 from pdp.config import HttpSource
 from pdp.errors import PdpError
-from pdp.http_connection import Connection, Pace, Reply, shown
+from pdp.http_connection import Connection, Reply, shown
+from pdp.pace import Pace
 from pdp.policy.archive import MAX_ARCHIVE_BYTES, read_archive
 from pdp.policy.sources.source import Fetched, fault_of
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from pdp.config import OciSource
 from pdp.errors import PdpError
-from pdp.http_connection import Pace
+from pdp.pace import Pace
 from pdp.policy.archive import MAX_ARCHIVE_BYTES, read_archive
 from pdp.policy.sources.registry import Registry
 from pdp.policy.sources.source import Fetched

@@ -1,9 +1,10 @@
-"""Public keys of token issuers, from a JWK set in a file."""
+"""Public keys of token issuers, as JWK sets hold them (RFC 7517)."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -11,14 +12,17 @@ from joserfc.errors import JoseError
 from joserfc.jwk import ECKey, OKPKey, RSAKey
 
 from pdp import base64url
-from pdp.canonical import JsonError, JsonObject, parse_object
+from pdp.canonical import JsonError, JsonObject, JsonValue, parse_object
 from pdp.errors import PdpError
 from pdp.reason import ReasonCode
 
 MAX_JWKS_BYTES: Final = 1024 * 1024
 MAX_KEYS: Final = 100
+MAX_KID_LENGTH: Final = 255
 _MIN_RSA_BITS: Final = 2048
-_LEAST_RSA_MODULUS: Final = 1 << (_MIN_RSA_BITS - 1)
+_MAX_RSA_BITS: Final = 8192
+"""Larger ones take long to verify with, and nobody has them."""
+_MAX_RSA_EXPONENT_BITS: Final = 32
 
 ALGORITHM_OF_KEY: Final[Mapping[tuple[str, str | None], str]] = {
     ("OKP", "Ed25519"): "EdDSA",
@@ -27,14 +31,149 @@ ALGORITHM_OF_KEY: Final[Mapping[tuple[str, str | None], str]] = {
 }
 """The one algorithm that a key of this type and curve may verify. As the key
 decides, a token can not choose (RFC 8725 3.1)."""
+_SIGNING: Final = frozenset({"sig"})
 
 
 @dataclass(frozen=True, slots=True)
 class IssuerKey:
-    """A public key, pinned to one algorithm."""
+    """A public key, pinned to one algorithm. Equal to whatever is the same key."""
 
     algorithm: str
-    key: OKPKey | ECKey | RSAKey
+    thumbprint: str
+    """Of RFC 7638."""
+    key: OKPKey | ECKey | RSAKey = field(compare=False, repr=False)
+
+
+class JwksError(ValueError):
+    """The JWK set can not be used; the text follows the name of where it is from."""
+
+
+def parse_jwks(
+    data: bytes, *, strict: bool, uses: frozenset[str] = _SIGNING
+) -> dict[str, IssuerKey]:
+    """The keys of a JWK set by key id. Raises JwksError.
+
+    Keys for other ``uses``, and of types that are not in ALGORITHM_OF_KEY, are passed
+    over. ``strict`` refuses a set for each key that is meant to verify and can not: an
+    operator has written it. In what others publish, such a key is passed over too (RFC
+    7517 5). A private or symmetric key refuses the set whole: it has no business there.
+    """
+    try:
+        members = parse_object(data, max_bytes=MAX_JWKS_BYTES).get("keys")
+    except JsonError as error:
+        raise JwksError(str(error)) from None
+    if not isinstance(members, list) or len(members) > MAX_KEYS:
+        raise JwksError(f'needs "keys", a list of at most {MAX_KEYS} keys')
+    keys: dict[str, IssuerKey] = {}
+    for jwk in members:
+        if not isinstance(jwk, dict):
+            raise JwksError("holds a key that is not an object")
+        if "d" in jwk or "k" in jwk:
+            raise JwksError("holds a private or symmetric key; keep only public keys in it")
+        found = _usable(jwk, uses, strict=strict)
+        if found is None:
+            continue
+        kid, key = found
+        if kid in keys:
+            raise JwksError(_NO_KID)
+        keys[kid] = key
+    return keys
+
+
+_NO_KID: Final = "holds a key without a kid of its own"
+
+
+def _usable(jwk: JsonObject, uses: frozenset[str], *, strict: bool) -> tuple[str, IssuerKey] | None:
+    """The key and its id; None where it is passed over. Raises JwksError."""
+    algorithm = _algorithm_of(jwk)
+    if (
+        algorithm is None
+        or not _is_among(uses, jwk.get("use", "sig"))
+        or not _may_verify(jwk.get("key_ops", ["verify"]))
+        or jwk.get("alg", algorithm) != algorithm
+    ):
+        return None
+    try:
+        return _imported(jwk, algorithm)
+    except JwksError:
+        if strict:
+            raise
+        return None
+
+
+def _algorithm_of(jwk: JsonObject) -> str | None:
+    kind, curve = jwk.get("kty"), jwk.get("crv")
+    if not isinstance(kind, str) or not (curve is None or isinstance(curve, str)):
+        return None
+    return ALGORITHM_OF_KEY.get((kind, curve))
+
+
+def _imported(jwk: JsonObject, algorithm: str) -> tuple[str, IssuerKey]:
+    """Raises JwksError."""
+    members: dict[str, str | list[str]] = {
+        name: value for name, value in jwk.items() if isinstance(value, str)
+    }
+    try:
+        if algorithm == "RS256":
+            _check_rsa(jwk)
+        key = _CLASS_OF_ALGORITHM[algorithm].import_key(members)
+    except JwksError:
+        raise
+    except (JoseError, ValueError, KeyError, TypeError):
+        raise JwksError("holds a key that can not be read") from None
+    kid = jwk.get("kid")
+    if not isinstance(kid, str) or not 0 < len(kid) <= MAX_KID_LENGTH:
+        raise JwksError(_NO_KID)
+    return kid, IssuerKey(algorithm, key.thumbprint(), key)
+
+
+_CLASS_OF_ALGORITHM: Final[Mapping[str, type[OKPKey | ECKey | RSAKey]]] = {
+    "EdDSA": OKPKey,
+    "ES256": ECKey,
+    "RS256": RSAKey,
+}
+
+
+def _is_among(uses: frozenset[str], use: JsonValue) -> bool:
+    return isinstance(use, str) and use in uses | _SIGNING
+
+
+def _may_verify(operations: JsonValue) -> bool:
+    return isinstance(operations, list) and "verify" in operations
+
+
+def _check_rsa(jwk: JsonObject) -> None:
+    """Raises JwksError, ValueError, KeyError."""
+    modulus, exponent = (int.from_bytes(base64url.decode(str(jwk[name]))) for name in ("n", "e"))
+    if modulus.bit_length() < _MIN_RSA_BITS:
+        raise JwksError(f"holds an RSA key of fewer than {_MIN_RSA_BITS} bits")
+    if modulus.bit_length() > _MAX_RSA_BITS:
+        raise JwksError(f"holds an RSA key of more than {_MAX_RSA_BITS} bits")
+    if exponent.bit_length() > _MAX_RSA_EXPONENT_BITS:
+        raise JwksError("holds an RSA key with a public exponent that is too large")
+    if _is_from_roca(modulus):
+        raise JwksError("holds an RSA key that can be factored (ROCA, CVE-2017-15361)")
+
+
+def _is_from_roca(modulus: int) -> bool:
+    """Whether a library of smart cards made the modulus in the way that gives its factors
+    away: its remainders are then powers of 65537. By chance they are once in 2^167 times.
+    Nemec et al., The Return of Coppersmith's Attack, CCS 2017.
+    """
+    return all(modulus % prime in powers for prime, powers in _powers_of_65537().items())
+
+
+@functools.cache
+def _powers_of_65537() -> dict[int, frozenset[int]]:
+    """Modulo each of the primes that such a modulus of 2048 bits is made with."""
+    found = {}
+    for prime in (n for n in range(3, 702) if all(n % divisor for divisor in range(2, n))):
+        powers, power = set(), 1
+        while power not in powers:
+            powers.add(power)
+            power = power * 65537 % prime
+        found[prime] = frozenset(powers)
+    return found
 
 
 class KeyFileError(PdpError):
@@ -42,64 +181,17 @@ class KeyFileError(PdpError):
 
 
 def load_jwks_file(path: Path) -> dict[str, IssuerKey]:
-    """The keys of a JWK set (RFC 7517) by key id. Raises KeyFileError.
-
-    Keys for encryption, and of types that are not in ALGORITHM_OF_KEY, are passed
-    over. A private or symmetric key in the file refuses it whole: it has no
-    business there.
-    """
+    """The keys of a file that an operator has written. Raises KeyFileError."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_JWKS_BYTES + 1)
-        members = parse_object(data, max_bytes=MAX_JWKS_BYTES).get("keys")
+        keys = parse_jwks(data, strict=True)
     except OSError as error:
-        raise _refused(path, f"can not be read: {error.strerror}") from None
-    except JsonError as error:
-        raise _refused(path, str(error)) from None
-    if not isinstance(members, list) or len(members) > MAX_KEYS:
-        raise _refused(path, f'needs "keys", a list of at most {MAX_KEYS} keys')
-    keys: dict[str, IssuerKey] = {}
-    for jwk in members:
-        if not isinstance(jwk, dict):
-            raise _refused(path, "holds a key that is not an object")
-        if "d" in jwk or "k" in jwk:
-            raise _refused(path, "holds a private or symmetric key; keep only public keys in it")
-        key = _usable(jwk, path)
-        if key is None:
-            continue
-        kid = jwk.get("kid")
-        if not isinstance(kid, str) or not kid or kid in keys:
-            raise _refused(path, "holds a key without a kid of its own")
-        keys[kid] = key
-    if not keys:
-        raise _refused(path, "holds no signing key of type Ed25519, P-256 or RSA")
-    return keys
-
-
-def _usable(jwk: JsonObject, path: Path) -> IssuerKey | None:
-    kind = jwk.get("kty")
-    curve = jwk.get("crv")
-    algorithm = (
-        ALGORITHM_OF_KEY.get((kind, curve if isinstance(curve, str) else None))
-        if isinstance(kind, str)
-        else None
-    )
-    if (
-        algorithm is None
-        or jwk.get("use", "sig") != "sig"
-        or jwk.get("alg", algorithm) != algorithm
-    ):
-        return None
-    members = {name: value for name, value in jwk.items() if isinstance(value, str)}
-    key_class = {"OKP": OKPKey, "EC": ECKey, "RSA": RSAKey}[str(kind)]
-    try:
-        if kind == "RSA" and int.from_bytes(base64url.decode(members["n"])) < _LEAST_RSA_MODULUS:
-            raise _refused(path, f"holds an RSA key of fewer than {_MIN_RSA_BITS} bits")
-        key = key_class.import_key(members)  # type: ignore[attr-defined]
-    except (JoseError, ValueError, KeyError, TypeError):
-        raise _refused(path, "holds a key that can not be read") from None
-    return IssuerKey(algorithm, key)
-
-
-def _refused(path: Path, what: str) -> KeyFileError:
-    return KeyFileError(ReasonCode.TOKEN_INVALID, f"The JWK set {path} {what}.")
+        what = f"can not be read: {error.strerror}"
+    except JwksError as error:
+        what = str(error)
+    else:
+        if keys:
+            return keys
+        what = "holds no signing key of type Ed25519, P-256 or RSA"
+    raise KeyFileError(ReasonCode.TOKEN_INVALID, f"The JWK set {path} {what}.")

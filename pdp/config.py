@@ -29,6 +29,7 @@ from pydantic import (
 from pdp.admission import Priority, ServiceClass
 from pdp.errors import PdpError
 from pdp.identity.subject import MAX_ORGANISATION_LENGTH, TENANT_PATTERN
+from pdp.identity.tenancy import WorkloadRoute
 from pdp.reason import ReasonCode
 from pdp.storage import Durability
 
@@ -77,9 +78,17 @@ def is_loopback(address: str) -> bool:
         return False
 
 
+def _tenant_id(value: str) -> str:
+    if not TENANT_PATTERN.fullmatch(value):
+        raise ValueError(f"{value!r} is not a tenant id ({TENANT_PATTERN.pattern})")
+    return value
+
+
 FilePath = Annotated[Path, Field(strict=False), AfterValidator(_expand_user)]
 Address = Annotated[str, AfterValidator(_address)]
 Name = Annotated[str, Field(min_length=1, max_length=255)]
+TenantId = Annotated[str, AfterValidator(_tenant_id)]
+TrustDomain = Annotated[str, Field(pattern=r"^[a-z0-9._-]{1,255}$")]
 Audience = Annotated[str, Field(pattern=r"^[A-Za-z0-9:/._-]{1,255}$")]
 
 
@@ -207,13 +216,27 @@ class ServerLimits(_Section):
 
 
 class TenantClaim(_Section):
-    """How a token names its tenant."""
+    """Where the tenant of an issuer's tokens comes from: a claim, unless fixed or by_route."""
 
     claim: Name = "tenant_id"
     """The claim that holds the tenant id or, with organisations, the organisation id."""
     organisations: Annotated[dict[Name, str], Field(min_length=1, max_length=100_000)] | None = None
     """Organisation id, of at most 128 characters, to tenant id. Null: the claim is the tenant
     id itself."""
+    organisations_file: FilePath | None = None
+    """The same in a JSON file, which is taken up again when it changes."""
+    fixed: TenantId | None = None
+    """The one tenant of all tokens of the issuer."""
+    by_route: bool = False
+    """true: the route that the call came by names it (identity.routes)."""
+    tenants: Annotated[list[TenantId], Field(min_length=1, max_length=10_000)] | None = None
+    """The only tenants that the issuer may speak for; others are refused with tenant_unknown.
+    Null: all that the claim, the organisations or the routes name."""
+
+    @property
+    def maps_organisations(self) -> bool:
+        """Whether the claim holds an organisation id."""
+        return self.organisations is not None or self.organisations_file is not None
 
     @model_validator(mode="after")
     def _tenant_ids(self) -> Self:
@@ -222,8 +245,18 @@ class TenantClaim(_Section):
                 raise ValueError(
                     f"an organisation id is longer than {MAX_ORGANISATION_LENGTH} characters"
                 )
-            if not TENANT_PATTERN.fullmatch(tenant):
-                raise ValueError(f"{tenant!r} is not a tenant id ({TENANT_PATTERN.pattern})")
+            _tenant_id(tenant)
+        return self
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        by_claim = self.maps_organisations or "claim" in self.model_fields_set
+        if [by_claim, self.fixed is not None, self.by_route].count(True) > 1:
+            raise ValueError("a claim, fixed and by_route exclude each other")
+        if self.organisations is not None and self.organisations_file is not None:
+            raise ValueError("organisations and organisations_file exclude each other")
+        if self.fixed is not None and self.tenants is not None:
+            raise ValueError("tenants has nothing to say beside fixed")
         return self
 
 
@@ -262,11 +295,95 @@ class JwtIssuer(_Section):
 
     @model_validator(mode="after")
     def _one_organisation(self) -> Self:
-        if self.organisation_claim is not None and self.tenant.organisations is not None:
+        if self.organisation_claim is not None and self.tenant.maps_organisations:
             raise ValueError(
                 "organisation_claim can not stand beside tenant.organisations: the organisation is"
                 " the one that is mapped there"
             )
+        return self
+
+
+class WorkloadIssuer(_Section):
+    """Who issues tokens to workloads: a SPIFFE trust domain or a Kubernetes cluster."""
+
+    trust_domain: TrustDomain | None = None
+    """Its JWT-SVIDs are accepted, for SPIFFE ids of this trust domain alone."""
+    issuer: Name | None = None
+    """In place of trust_domain: the exact iss claim of a cluster, whose service accounts'
+    tokens are accepted where they are bound to a pod."""
+    cluster: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,63}$")] | None = None
+    """Stands before the names of its service accounts (eu/system:serviceaccount:NAMESPACE:NAME),
+    which must differ where there are several clusters."""
+    audiences: Annotated[list[Name], Field(min_length=1, max_length=64)]
+    """One of them must stand in the token's aud: a name of the sidecars' own."""
+    jwks_file: FilePath
+    """JWK set with its public keys; each key needs a kid."""
+    algorithms: Annotated[
+        list[Literal["EdDSA", "ES256", "RS256"]], Field(min_length=1, max_length=3)
+    ] = ["EdDSA", "ES256", "RS256"]
+    """Accepted signature algorithms."""
+    leeway_seconds: Annotated[int, Field(ge=0, le=300)] = 30
+    """How far its clock may differ."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if (self.trust_domain is None) is (self.issuer is None):
+            raise ValueError("set one of trust_domain and issuer")
+        if self.cluster is not None and self.issuer is None:
+            raise ValueError("cluster goes with issuer")
+        return self
+
+
+class WorkloadIdentity(_Section):
+    """Which runtime asks, beside who acts."""
+
+    required: bool = False
+    """Whether every call must show it; one that does not is refused with workload_missing."""
+    certificates: bool = False
+    """Whether a client certificate says it (tls.client_ca_file): by its one URI, such as a
+    SPIFFE id, or its one DNS name."""
+    trust_domains: Annotated[list[TrustDomain], Field(min_length=1, max_length=64)] | None = None
+    """Certificates must do so by a SPIFFE id of one of these. Null: as their authorities see
+    fit."""
+    issuers: Annotated[list[WorkloadIssuer], Field(max_length=64)] = []
+    """Whose tokens say it, in metadata workload-authorization. None of them can be one of
+    identity.issuers."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if not self.certificates and not self.issuers:
+            raise ValueError("set certificates or issuers, or no workload can show who it is")
+        if self.trust_domains is not None and not self.certificates:
+            raise ValueError("trust_domains is for certificates; set certificates")
+        domains = [each.trust_domain for each in self.issuers if each.trust_domain is not None]
+        clusters = [each.cluster for each in self.issuers if each.issuer is not None]
+        names = [each.issuer for each in self.issuers if each.issuer is not None]
+        for what, listed in (("issuer", names), ("trust_domain", domains), ("cluster", clusters)):
+            if len(set(listed)) != len(listed):
+                raise ValueError(f"two issuers have the same {what}")
+        return self
+
+
+class Route(_Section):
+    """A way in that is one tenant's: a listener, or a workload."""
+
+    listener: ListenerName | None = None
+    """One of listen.named: all calls that come in there."""
+    workload: Annotated[str, Field(min_length=1, max_length=255)] | None = None
+    """In place of listener: all calls of this workload. In a SPIFFE id or a service account
+    "*" stands for any one part, "{tenant}" for the part that is the tenant, and "**" at the
+    end for whatever follows: spiffe://example.org/tenant/{tenant}/**."""
+    tenant: TenantId | None = None
+    """The tenant, unless the workload's name holds it."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.listener is None) is (self.workload is None):
+            raise ValueError("set one of listener and workload")
+        if self.listener is not None and self.tenant is None:
+            raise ValueError("name the listener's tenant")
+        if self.workload is not None:
+            WorkloadRoute.of(self.workload, self.tenant or "")
         return self
 
 
@@ -277,12 +394,31 @@ class JwtIdentity(_Section):
     """This section's kind."""
     issuers: Annotated[list[JwtIssuer], Field(min_length=1, max_length=64)]
     """The issuers that are trusted; each iss at most once."""
+    routes: Annotated[list[Route], Field(max_length=1_024)] = []
+    """Ways in that are one tenant's. A call by one of another tenant than its token's is
+    refused with tenant_mismatch."""
+    workload: WorkloadIdentity | None = None
+    """How the runtime that asks shows which one it is. Null: nothing of the kind is looked at."""
 
     @model_validator(mode="after")
     def _issuers_differ(self) -> Self:
         names = [issuer.issuer for issuer in self.issuers]
         if len(set(names)) != len(names):
             raise ValueError("an issuer is named twice")
+        workloads = self.workload.issuers if self.workload is not None else []
+        if set(names) & {each.issuer for each in workloads}:
+            raise ValueError("an issuer is one of users or of workloads, and not both")
+        return self
+
+    @model_validator(mode="after")
+    def _routes_lead_somewhere(self) -> Self:
+        if self.workload is None and any(route.workload is not None for route in self.routes):
+            raise ValueError("a route of a workload needs identity.workload")
+        if not self.routes and any(issuer.tenant.by_route for issuer in self.issuers):
+            raise ValueError("tenant.by_route needs identity.routes")
+        listeners = [route.listener for route in self.routes if route.listener is not None]
+        if len(set(listeners)) != len(listeners):
+            raise ValueError("a listener has two routes")
         return self
 
 
@@ -297,6 +433,8 @@ class SingleTenantIdentity(_Section):
     """Its roles."""
     scopes: Annotated[list[Name], Field(max_length=64)] = []
     """Its scopes."""
+    workload: WorkloadIdentity | None = None
+    """As in mode jwt."""
 
 
 class VerificationKey(_Section):
@@ -690,9 +828,27 @@ class Config(_Section):
                         "identity.mode single_tenant trusts whoever reaches the socket, so "
                         "each address of listen.tcp and listen.named must be loopback"
                     )
+        self._check_workloads()
         if self.budget.hold_ttl_seconds < self.permit.ttl_seconds:
             raise ValueError("budget.hold_ttl_seconds must be at least permit.ttl_seconds")
         return self
+
+    def _check_workloads(self) -> None:
+        """Raises ValueError where a listener is missing that workloads and routes need."""
+        listen, identity = self.listen, self.identity
+        if isinstance(identity, JwtIdentity):
+            for route in identity.routes:
+                if route.listener is not None and route.listener not in listen.named:
+                    raise ValueError(
+                        f"identity.routes names the listener {route.listener}, which is not one"
+                        " of listen.named"
+                    )
+        tcp = (listen.tcp, *(each.tcp for each in listen.named.values()))
+        verified = any(each and each.tls and each.tls.client_ca_file for each in tcp)
+        if identity.workload is not None and identity.workload.certificates and not verified:
+            raise ValueError(
+                "identity.workload.certificates needs a listener with tls.client_ca_file"
+            )
 
     @property
     def admin_socket(self) -> Path:
@@ -771,6 +927,7 @@ _NAMED_FILES: Final = frozenset(
         "jwks_file",
         "key_file",
         "opa_command",
+        "organisations_file",
         "password_file",
         "public_key_file",
         "token_file",

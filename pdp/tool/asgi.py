@@ -17,6 +17,7 @@ from pdp.reason import ReasonCode
 from pdp.tool import tls
 from pdp.tool.current import current_permit, serving
 from pdp.tool.door import PermitDoor
+from pdp.tool.refusal import status_of
 
 __all__ = ["HEADER", "MAX_BODY_BYTES", "Call", "PermitMiddleware", "ToolOf", "current_permit"]
 
@@ -34,16 +35,6 @@ Call = tuple[str, JsonObject]
 ToolOf = Callable[[Scope, JsonObject], "Call | None"]
 """Which call a request stands for, by its scope and its JSON body ({} where it has none);
 None for one that needs no permit. KeyError and ValueError refuse the request."""
-
-_STATUS: Final[dict[str, int]] = {
-    ReasonCode.PERMIT_MISSING: 401,
-    ReasonCode.PERMIT_INVALID: 401,
-    ReasonCode.PERMIT_UNAVAILABLE: 503,
-    ReasonCode.PDP_UNAVAILABLE: 503,
-    ReasonCode.REQUEST_INVALID: 400,
-    ReasonCode.ARGUMENTS_INVALID: 400,
-}
-"""Everything else is 403."""
 
 
 class PermitMiddleware:
@@ -149,8 +140,7 @@ def _again(body: bytes, receive: Receive) -> Receive:
 
 
 async def _refuse(send: Send, error: PdpError) -> None:
-    status = _STATUS.get(error.reason_code, 403)
     body = json.dumps({"reason_code": error.reason_code, "message": error.message}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.start", "status": status_of(error), "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,206 @@
+"""What is special about one kind of MCP server, or about HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import fastmcp
+import mcp.types as mcp
+import pytest
+import uvicorn
+from fastmcp.exceptions import ToolError
+from fastmcp.server.middleware.caching import ResponseCachingMiddleware
+from mcp import Client
+from mcp.shared.exceptions import MCPError
+
+from pdp import certificates
+from pdp.tool import PermitDoor, current_permit
+from pdp.tool import fastmcp as fastmcp_door
+from tests.tool.certificates import certificate
+from tests.tool.mcp_servers import Ran, asking, fastmcp_server, sdk_server
+from tests.tool.permits import ORDER, Register, permit, verifier
+
+META_KEY = "agent-pdp/permit"
+
+
+def door() -> PermitDoor:
+    return PermitDoor(verifier(), Register())
+
+
+def reason_of(error: MCPError) -> str:
+    reason: str = error.error.data["reason_code"]
+    return reason
+
+
+async def tell(client: Any, token: str, *, name: str = "orders.update", **more: Any) -> str:
+    """The tool's answer, or the reason why there is none."""
+    try:
+        result = await client.call_tool(name, ORDER, meta={META_KEY: token, **more})
+    except MCPError as error:
+        return reason_of(error)
+    except ToolError:
+        return "failed"
+    return str(result.content[0].text)
+
+
+@contextmanager
+def served(application: Any) -> Iterator[str]:
+    """The URL of an ASGI application, on loopback."""
+    config = uvicorn.Config(application, log_level="error", ws="none", lifespan="on")
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        yield f"http://127.0.0.1:{port}/mcp"
+        server.should_exit = True
+        thread.join(20)
+
+
+def shows(application: Any, pem: str) -> Any:
+    """The application behind a server that has verified this client certificate."""
+
+    async def with_certificate(scope: Any, receive: Any, send: Any) -> None:
+        tls = {"client_cert_chain": [pem], "client_cert_error": None}
+        scope["extensions"] = {**scope.get("extensions", {}), "tls": tls}
+        await application(scope, receive, send)
+
+    return with_certificate
+
+
+@pytest.mark.parametrize(
+    "application_of",
+    (
+        lambda: sdk_server(door(), Ran()).streamable_http_app(),
+        lambda: fastmcp_server(door(), Ran()).http_app(),
+    ),
+    ids=("sdk", "fastmcp"),
+)
+def test_over_http_a_bound_permit_counts_with_its_certificate_and_no_other(
+    application_of: Callable[[], Any],
+) -> None:
+    owner, thief = certificate("owner").pem, certificate("thief").pem
+    token = permit(certificate_sha256=certificates.thumbprint(owner)).token
+
+    async def told(url: str) -> str:
+        async with Client(url) as client:
+            return await tell(client, token)
+
+    for pem, answer in ((thief, "permit_mismatch"), (owner, "918 of tenant_acme")):
+        with served(shows(application_of(), pem.decode())) as url:
+            assert asyncio.run(told(url)) == answer
+
+
+def test_over_http_a_permit_in_a_header_is_none() -> None:
+    async def told(url: str) -> str:
+        headers = {"tool-permit": permit().token}
+        async with fastmcp.Client(fastmcp.client.StreamableHttpTransport(url, headers)) as client:
+            return await tell(client, "")
+
+    with served(sdk_server(door(), Ran()).streamable_http_app()) as url:
+        assert asyncio.run(told(url)) == "permit_missing"
+
+
+def test_answers_that_no_permit_is_for_do_not_reach_a_tool() -> None:
+    ran = Ran()
+
+    async def go_on() -> None:
+        async with Client(sdk_server(door(), ran)) as client:
+            answer = mcp.ElicitResult(action="accept", content={"amount": 9000})
+            meta: Any = {META_KEY: permit().token}
+            with pytest.raises(MCPError) as caught:
+                await client.session.call_tool(
+                    "orders.update", ORDER, input_responses={"confirm": answer}, meta=meta
+                )
+            assert reason_of(caught.value) == "request_invalid"
+
+    asyncio.run(go_on())
+    assert ran.calls == []
+
+
+def test_fastmcp_must_not_turn_arguments_into_others() -> None:
+    with pytest.raises(ValueError, match="strict_input_validation=True"):
+        fastmcp_door.protect(fastmcp.FastMCP("orders"), door())
+
+
+def test_fastmcp_must_not_answer_out_of_a_cache() -> None:
+    server: fastmcp.FastMCP[Any] = fastmcp.FastMCP("orders", strict_input_validation=True)
+    server.add_middleware(ResponseCachingMiddleware())
+    with pytest.raises(ValueError, match="one tenant's results to another"):
+        fastmcp_door.protect(server, door())
+
+
+def test_fastmcp_serves_no_version_that_a_caller_chooses() -> None:
+    ran = Ran()
+
+    async def told() -> str:
+        async with asking(fastmcp_server(door(), ran)) as client:
+            return await tell(client, permit().token, fastmcp={"version": "1"})
+
+    assert asyncio.run(told()) == "request_invalid"
+    assert ran.calls == []
+
+
+def test_fastmcp_protects_a_mounted_server_where_that_one_is_protected() -> None:
+    ran = Ran()
+
+    async def told(outer: fastmcp.FastMCP[Any]) -> list[str]:
+        name = "shop_orders.update"
+        async with asking(outer) as client:
+            token = permit().token
+            return [
+                await tell(client, "", name=name),
+                await tell(client, token, name=name),
+                await tell(client, token, name=name),
+            ]
+
+    outer: fastmcp.FastMCP[Any] = fastmcp.FastMCP("all", strict_input_validation=True)
+    outer.mount(fastmcp_server(door(), ran), namespace="shop")
+    # The outer server says of whatever a mounted one raises only that it failed.
+    assert asyncio.run(told(outer)) == ["failed", "918 of tenant_acme", "failed"]
+    assert len(ran.calls) == 1
+
+
+def test_fastmcp_refuses_a_mounted_tool_at_the_outer_server() -> None:
+    inner: fastmcp.FastMCP[Any] = fastmcp.FastMCP("inner")
+    ran = Ran()
+    inner.tool(ran.update, name="orders.update")
+    outer: fastmcp.FastMCP[Any] = fastmcp.FastMCP("all", strict_input_validation=True)
+    outer.mount(inner)
+    fastmcp_door.protect(outer, door())
+
+    async def told() -> str:
+        async with asking(outer) as client:
+            return await tell(client, permit().token)
+
+    assert asyncio.run(told()) == "permit_mismatch"
+    assert ran.calls == []
+
+
+def test_fastmcp_lets_no_tool_call_another_under_its_own_permit() -> None:
+    server: fastmcp.FastMCP[Any] = fastmcp.FastMCP("orders", strict_input_validation=True)
+    ran = Ran()
+    server.tool(ran.update, name="orders.update")
+
+    @server.tool(name="orders.relay")
+    async def relay(order_id: str, status: str) -> str:
+        assert current_permit().tool == "orders.relay"
+        result = await server.call_tool("orders.update", {"order_id": order_id, "status": status})
+        return str(result.content)
+
+    fastmcp_door.protect(server, door())
+
+    async def told() -> None:
+        async with asking(server) as client:
+            with pytest.raises((ToolError, MCPError)):
+                await client.call_tool(
+                    "orders.relay", ORDER, meta={META_KEY: permit("orders.relay").token}
+                )
+
+    asyncio.run(told())
+    assert ran.calls == []

@@ -101,7 +101,7 @@ def slices_of(subject: Subject) -> tuple[Limit, ...]:
         return ()
     return tuple(
         Limit(
-            id=f"delegation.{link.id}"[:128],
+            id=f"delegation.{link.id}",
             budget=budget,
             unit=unit,
             window=Window.LIFETIME,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pdp.admission import Lane
 from pdp.audit.record import AuditReceipt, AuditRecord, Outcome
+from pdp.budget.bounds import MAX_LIMITS
 from pdp.budget.ledger import (
     Account,
     Charge,
@@ -21,6 +22,7 @@ from pdp.canonical import JsonObject, JsonValue, sha256_hex
 from pdp.errors import PdpError
 from pdp.identity.resolver import Credentials
 from pdp.identity.subject import Subject
+from pdp.narrowing import NotDelegated, limits_within, links_of, may_end, slices_of
 from pdp.policy.engine import Entrypoint, PolicyEngine, PolicyError
 from pdp.policy.question import Usage, budget_input
 from pdp.policy.verdict import BudgetVerdict, parse_budget_verdict
@@ -112,8 +114,9 @@ class SpendingError(PdpError):
 
 
 async def charge(rooms: Rooms, credentials: Credentials, spend: Spend) -> Spent:
-    """Charge now. Raises SpendingError, IdentityError, PolicyError, LedgerError, all
-    of them on record, AdmissionError, on record within its bounds, and AuditError.
+    """Charge now. Raises SpendingError, NotDelegated, IdentityError, PolicyError,
+    LedgerError, all of them on record, AdmissionError, on record within its bounds, and
+    AuditError.
     """
 
     async def post(account: Account, key: IdempotencyKey, ruling: _Ruling) -> Receipt:
@@ -141,7 +144,7 @@ async def reserve(rooms: Rooms, credentials: Credentials, spend: Spend) -> Spent
 
 
 async def settle(rooms: Rooms, credentials: Credentials, end: HoldEnd) -> Spent:
-    """Post what was spent under a hold. Raises IdentityError, AdmissionError, LedgerError,
+    """Post what was spent under a hold of the caller, or of whom it has delegated to. Raises IdentityError, AdmissionError, LedgerError,
     AuditError and, where usage is to be priced, PolicyError and SpendingError.
     """
 
@@ -202,6 +205,8 @@ async def state(
         with rooms.policy.pin() as policy:
             limits = await limits_for(policy, document)
             revision = policy.revision
+        if subject.delegation and subject.delegation.ledger == rooms.ledger_id:
+            limits = (*limits, *slices_of(subject))[:MAX_LIMITS]
         return await rooms.ledger.state(isolate(subject, tool=tool), limits=limits), revision
 
 
@@ -211,8 +216,11 @@ class _Ruling:
 
     charges: tuple[Charge, ...]
     limits: tuple[Limit, ...]
-    memo: str
+    pricing: JsonObject
     """Of usage: the model and the version of its price, for the settlement."""
+    memo: str = ""
+    """What is kept with the hold, as JSON: the pricing and, where an agent asks, the
+    delegations under which it does."""
 
 
 _Post = Callable[[Account, IdempotencyKey, _Ruling], Awaitable[Receipt]]
@@ -259,10 +267,12 @@ async def _spend_as(
     hold_id: str,
 ) -> Spent:
     decision_id, revision = rooms.new_id(), rooms.policy.revision
-    charges, memo = spend.charges, ""
+    charges: tuple[Charge, ...] = spend.charges
+    pricing: JsonObject = {}
     result: Receipt | None = None
     failure: PdpError | None = None
     try:
+        _check_delegated(subject, spend, operation)
         document = _document(
             rooms,
             subject,
@@ -275,15 +285,16 @@ async def _spend_as(
         with rooms.policy.pin() as policy:
             revision = policy.revision
             ruling = await _rule(policy, document, spend, operation)
-        charges, memo = ruling.charges, ruling.memo
+        charges, pricing = ruling.charges, ruling.pricing
         key = IdempotencyKey(
             operation=operation,
             key=spend.idempotency_key,
-            content_sha256=sha256_hex(_content(spend, hold_id)),
-            note=json.dumps([decision_id, revision, ruling.memo]),
+            content_sha256=sha256_hex(_content(subject, spend, hold_id)),
+            note=json.dumps([decision_id, revision, pricing]),
         )
-        result = await post(isolate(subject, tool=spend.tool), key, ruling)
-        decision_id, revision, memo = json.loads(result.note)
+        account = isolate(subject, tool=spend.tool)
+        result = await post(account, key, _within(rooms, subject, account, ruling))
+        decision_id, revision, pricing = json.loads(result.note)
         charges = result.charges or charges
         if result.refused_by is not None:
             raise SpendingError(
@@ -291,7 +302,7 @@ async def _spend_as(
                 refused_by=result.refused_by,
                 retry_after_seconds=result.retry_after_seconds,
             )
-    except (PolicyError, LedgerError, SpendingError) as error:
+    except (NotDelegated, PolicyError, LedgerError, SpendingError) as error:
         failure = error
     receipt = await rooms.audit.append(
         AuditRecord(
@@ -309,7 +320,7 @@ async def _spend_as(
             hold_id=hold_id or (result.id if result else "") or None,
             charges=charges_json(charges) or None,
             limit_id=result.refused_by.limit.id if result and result.refused_by else None,
-            detail=_detail(spend, memo, result) or None,
+            detail=_detail(spend, pricing, result) or None,
             replayed=(result.replayed or None) if result else None,
         )
     )
@@ -325,12 +336,28 @@ async def _rule(
     """What the policy says. Raises PolicyError and SpendingError."""
     verdict = _allowed(await policy.evaluate(Entrypoint.BUDGET_DECISION, document))
     if operation == "refund":
-        return _Ruling(spend.charges, (), "")
+        return _Ruling(spend.charges, (), {})
     limits = await limits_for(policy, document)
     if spend.usage is None:
-        return _Ruling(spend.charges, limits, "")
-    memo = json.dumps({"model": spend.usage.model, "price_version": verdict.price_version})
-    return _Ruling(_priced(verdict), limits, memo)
+        return _Ruling(spend.charges, limits, {})
+    return _Ruling(
+        _priced(verdict),
+        limits,
+        {"model": spend.usage.model, "price_version": verdict.price_version},
+    )
+
+
+def _within(rooms: Rooms, subject: Subject, account: Account, ruling: _Ruling) -> _Ruling:
+    """The ruling for an agent: its slices of the budget count too, and who it is stays with
+    what is held. Raises NotDelegated.
+    """
+    links: JsonObject = {"delegations": [*links_of(subject)]} if subject.delegation else {}
+    kept = ruling.pricing | links
+    return replace(
+        ruling,
+        limits=limits_within(subject, account, ruling.charges, ruling.limits, rooms.ledger_id),
+        memo=json.dumps(kept) if kept else "",
+    )
 
 
 async def _price_of(rooms: Rooms, subject: Subject, end: HoldEnd) -> tuple[Charge, ...]:
@@ -342,12 +369,12 @@ async def _price_of(rooms: Rooms, subject: Subject, end: HoldEnd) -> tuple[Charg
         raise LedgerError(
             ReasonCode.HOLD_NOT_FOUND, "There is no such hold of this actor: check its id."
         )
-    if not hold.memo:
+    memo = json.loads(hold.memo or "{}")
+    if "model" not in memo:
         raise LedgerError(
             ReasonCode.CHARGE_NOT_HELD,
             "The hold was reserved with charges, not with usage: settle it with charges.",
         )
-    memo = json.loads(hold.memo)
     document = _document(
         rooms,
         subject,
@@ -378,7 +405,18 @@ def _priced(verdict: BudgetVerdict) -> tuple[Charge, ...]:
     return verdict.charges
 
 
-def _content(spend: Spend, hold_id: str) -> JsonObject:
+def _check_delegated(subject: Subject, spend: Spend, operation: str) -> None:
+    """Raises NotDelegated: refunds are the actor's own matter, and what is spent for a tool
+    is for one that was delegated.
+    """
+    delegation = subject.delegation
+    if delegation is None:
+        return
+    if operation == "refund" or (spend.tool and spend.tool not in delegation.tools):
+        raise NotDelegated(ReasonCode.TOOL_NOT_DELEGATED)
+
+
+def _content(subject: Subject, spend: Spend, hold_id: str) -> JsonObject:
     """What makes a spend the same when it is tried again."""
     content: JsonObject = {
         "charges": list(charges_json(spend.charges)),
@@ -392,16 +430,16 @@ def _content(spend: Spend, hold_id: str) -> JsonObject:
         }
     if hold_id:
         content["hold_id"] = hold_id
+    if subject.delegation is not None:
+        content["delegations"] = [*links_of(subject)]
     return content
 
 
-def _detail(spend: Spend, memo: str, result: Receipt | None) -> JsonObject:
+def _detail(spend: Spend, pricing: JsonObject, result: Receipt | None) -> JsonObject:
     detail = receipt_detail(result)
     if spend.tool:
         detail["tool"] = spend.tool
-    if memo:
-        detail |= json.loads(memo)
-    return detail
+    return detail | pricing
 
 
 def _document(
@@ -476,6 +514,7 @@ async def _end_as(
     )
     detail: JsonObject = {"partial": True} if end.partial else {}
     try:
+        await _check_own_hold(rooms, subject, end.hold_id)
         result = await post(subject, isolate(subject, tool=""), key)
     except (LedgerError, PolicyError, SpendingError) as error:
         failure = error
@@ -500,3 +539,19 @@ async def _end_as(
         raise failure
     assert result is not None  # noqa: S101 - no failure means a result
     return Spent(result=result, receipt=receipt)
+
+
+async def _check_own_hold(rooms: Rooms, subject: Subject, hold_id: str) -> None:
+    """Raises LedgerError where an agent would end what another one holds: the actor's own,
+    or a sibling's.
+    """
+    if subject.delegation is None:
+        return
+    hold = await rooms.ledger.hold(subject.tenant, hold_id)
+    # What else is held has another memo, and is not ended here.
+    is_theirs = hold is not None and hold.operation == "reserve"
+    memo = json.loads(hold.memo or "{}") if hold is not None and is_theirs else {}
+    if not may_end(subject, memo.get("delegations", [])):
+        raise LedgerError(
+            ReasonCode.HOLD_NOT_FOUND, "There is no such hold of this agent: check its id."
+        )

@@ -18,7 +18,7 @@ from typing import Final
 
 from pdp import base64url
 from pdp.canonical import JsonObject, JsonValue, parse_object
-from pdp.identity.claims import invalid
+from pdp.identity.claims import MAX_NAME_LENGTH, invalid
 from pdp.identity.resolver import Credentials, IdentityError, IdentityResolver
 from pdp.identity.subject import TENANT_PATTERN, Delegation, Link, Subject
 from pdp.identity.tokens import MAX_TOKEN_LENGTH
@@ -28,6 +28,8 @@ TYPE: Final = "tool-delegation+jwt"
 DETAIL_TYPE: Final = "tool_delegation"
 MAX_LINKS: Final = 16
 """Most agents that act one for another."""
+MAX_ID_LENGTH: Final = 40
+"""Of a delegation: a UUID, and a little more."""
 LEEWAY_SECONDS: Final = 30
 """How far the clock of the sidecar that made it may be ahead. None is given at its end."""
 _MAX_HEADER_LENGTH: Final = 1_024
@@ -251,7 +253,7 @@ def _links(act: JsonValue, fields: list[JsonValue]) -> tuple[Link, ...]:
         raise ValueError
     links = tuple(
         Link(
-            id=_text(link["id"]),
+            id=_text(link["id"], most=MAX_ID_LENGTH),
             agent=agent,
             budget=tuple(map(_slice, _list(link["budget"]))),
             expires_at=_whole(link["exp"]),
@@ -288,8 +290,8 @@ def _list(value: JsonValue) -> list[JsonValue]:
     return value
 
 
-def _text(value: JsonValue, *, least: int = 1) -> str:
-    if not isinstance(value, str) or not least <= len(value) <= 255 or not value.isprintable():  # noqa: PLR2004 - the longest of all names
+def _text(value: JsonValue, *, least: int = 1, most: int = MAX_NAME_LENGTH) -> str:
+    if not isinstance(value, str) or not least <= len(value) <= most or not value.isprintable():
         raise TypeError
     return value
 

@@ -18,13 +18,15 @@ from pdp.api.v1 import (
     execution_pb2_grpc,
 )
 from pdp.batch import authorize_batch
+from pdp.identity.resolver import Credentials
 from pdp.permit.ring import LiveKeys
 from pdp.rooms import Rooms, identify
 from pdp.server import wire
 from pdp.server.batch import batch_from, batch_response
-from pdp.server.caller import caller_of, trace_id
+from pdp.server.caller import caller_of, peer_of, trace_id
 from pdp.server.metrics import Metrics
 from pdp.server.runner import CallRunner
+from pdp.server.stream import Streams
 from pdp.server.watch import Watchers
 
 _Context = grpc.aio.ServicerContext[object, object]
@@ -41,6 +43,7 @@ class AuthorizationServicer(authorization_pb2_grpc.AuthorizationServiceServicer)
         watchers: Watchers,
         *,
         default_audience: str,
+        streams: Streams,
         listener: str,
     ) -> None:
         """``listener`` is the name of the one that it answers on, as in Peer.listener."""
@@ -50,6 +53,7 @@ class AuthorizationServicer(authorization_pb2_grpc.AuthorizationServiceServicer)
         self._watchers = watchers
         self._listener = listener
         self._reader = wire.QuestionReader(default_audience=default_audience)
+        self._streams = streams
 
     async def Authorize(  # noqa: N802 - the contract's name
         self, request: authorization_pb2.AuthorizeRequest, context: _Context
@@ -58,10 +62,7 @@ class AuthorizationServicer(authorization_pb2_grpc.AuthorizationServiceServicer)
 
         async def work() -> authorization_pb2.AuthorizeResponse:
             credentials, trace = caller_of(context, listener=self._listener)
-            asked = self._reader.asked(request, trace_id=trace)
-            recorded = await decision.authorize(self._rooms, credentials, asked)
-            self._metrics.decided(recorded)
-            return wire.authorize_response(recorded)
+            return await self._decide(request, credentials, trace)
 
         return await self._runner.run(context, "Authorize", work)
 
@@ -83,13 +84,25 @@ class AuthorizationServicer(authorization_pb2_grpc.AuthorizationServiceServicer)
 
         return await self._runner.run(context, "AuthorizeBatch", work)
 
-    def AuthorizeStream(  # noqa: N802 - the contract's name
+    async def AuthorizeStream(  # type: ignore[override]  # noqa: N802 - the contract's name
         self,
-        request_iterator: AsyncIterator[authorization_pb2.AuthorizeStreamRequest],
+        request_iterator: object,  # noqa: ARG002 - one that ends with a message it can not read
         context: _Context,
-    ) -> AsyncIterator[authorization_pb2.AuthorizeStreamResponse]:
+    ) -> None:
         """Decide calls over one stream."""
-        raise NotImplementedError
+        peer = peer_of(context, listener=self._listener)
+        await self._streams.serve(context, peer, self._decide)
+
+    async def _decide(
+        self,
+        request: authorization_pb2.AuthorizeRequest,
+        credentials: Credentials,
+        trace: str | None,
+    ) -> authorization_pb2.AuthorizeResponse:
+        asked = self._reader.asked(request, trace_id=trace)
+        recorded = await decision.authorize(self._rooms, credentials, asked)
+        self._metrics.decided(recorded)
+        return wire.authorize_response(recorded)
 
     async def ListTools(  # noqa: N802 - the contract's name
         self, request: authorization_pb2.ListToolsRequest, context: _Context

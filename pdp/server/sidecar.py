@@ -64,6 +64,7 @@ from pdp.server.services import (
     BudgetServicer,
     ExecutionServicer,
 )
+from pdp.server.stream import Streams
 from pdp.server.watch import Watchers
 from pdp.strangers import Strangers
 
@@ -261,7 +262,17 @@ async def serve(config: Config, *, loaded: Future[Loaded], started: Callable[[st
         servers, places = [], []
         for listener in listeners(config.listen):
             server = grpc.aio.server(options=options(config.limits))
-            _add_services(server, rooms, runner, metrics, watchers, keys, config, listener.name)
+            _add_services(
+                server,
+                rooms,
+                runner,
+                metrics,
+                watchers,
+                Streams(runner, draining=stop),
+                keys,
+                config,
+                listener.name,
+            )
             health_pb2_grpc.add_HealthServicer_to_server(probes, server)
             places += bind(listener, server, stack)
             servers.append(server)
@@ -314,6 +325,7 @@ def _add_services(
     runner: CallRunner,
     metrics: Metrics,
     watchers: Watchers,
+    streams: Streams,
     keys: LiveKeys,
     config: Config,
     listener: str,
@@ -325,6 +337,7 @@ def _add_services(
             runner,
             metrics,
             watchers,
+            streams,
             default_audience=config.permit.default_audience,
             listener=listener,
         ),

@@ -56,6 +56,7 @@ STATUS_OF_REASON: Final[Mapping[str, grpc.StatusCode]] = {
     ReasonCode.BUDGET_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
     ReasonCode.PERMIT_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
     ReasonCode.AUDIT_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    ReasonCode.PDP_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
     ReasonCode.DEADLINE_EXCEEDED: grpc.StatusCode.DEADLINE_EXCEEDED,
     ReasonCode.INTERNAL: grpc.StatusCode.INTERNAL,
 }

@@ -1,0 +1,180 @@
+"""AuthorizeStream: questions as they come, answers as they are ready.
+
+Each message is a call of its own, with its own identity, deadline, admission and
+record. What the stream adds is only how messages travel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from pdp.api.v1 import authorization_pb2
+from pdp.channel import seconds_of
+from pdp.errors import PdpError, RequestError
+from pdp.identity.resolver import Credentials, Peer
+from pdp.reason import ReasonCode
+from pdp.server import wire
+from pdp.server.runner import CallRunner
+from pdp.server.status import abort, failure_out
+
+MAX_STREAMS: Final = 1_024
+"""Streams that are open at the same time on one listener; one more is refused with rate_limited."""
+MAX_UNDER_WAY: Final = 256
+"""Messages of one stream that are under way, up to their answer's having left. More are
+not read before there is room, so that they wait with the client."""
+
+Decide = Callable[
+    [authorization_pb2.AuthorizeRequest, Credentials, str | None],
+    Awaitable[authorization_pb2.AuthorizeResponse],
+]
+"""Decides one call, given its credentials and trace id. Raises PdpError."""
+_Context = grpc.aio.ServicerContext[object, object]
+
+
+class Streams:
+    """The streams of one listener."""
+
+    def __init__(self, runner: CallRunner, *, draining: asyncio.Event) -> None:
+        self._runner = runner
+        self._draining = draining
+        self._open = 0
+
+    async def serve(self, context: _Context, peer: Peer, decide: Decide) -> None:
+        """Answer one stream's questions, until its client has no more or the sidecar is
+        draining. Ends the stream with rate_limited where there are too many.
+        """
+        if self._open >= MAX_STREAMS:
+            refusal = PdpError(
+                ReasonCode.RATE_LIMITED, "Too many streams are open; ask by Authorize instead."
+            )
+            await abort(context, self._runner.failure_of("AuthorizeStream", refusal))
+        self._open += 1
+        try:
+            await _Stream(context, peer, decide, self._runner, self._draining).serve()
+        finally:
+            self._open -= 1
+
+
+class _Stream:
+    def __init__(
+        self,
+        context: _Context,
+        peer: Peer,
+        decide: Decide,
+        runner: CallRunner,
+        draining: asyncio.Event,
+    ) -> None:
+        self._context = context
+        self._peer = peer
+        self._decide = decide
+        self._runner = runner
+        self._draining = draining
+        self._places = asyncio.Semaphore(MAX_UNDER_WAY)
+        self._questions: dict[int, asyncio.Task[None]] = {}
+        """Those that have no answer yet, by id."""
+        self._answering: set[asyncio.Task[None]] = set()
+        """Those, and the ones whose answer has not left yet."""
+        self._writing = asyncio.Lock()
+
+    async def serve(self) -> None:
+        reading = asyncio.create_task(self._read())
+        draining = asyncio.create_task(self._draining.wait())
+        try:
+            await asyncio.wait({reading, draining}, return_when=asyncio.FIRST_COMPLETED)
+            if reading.done():
+                reading.result()
+            # Otherwise messages are still read while others are finished: they are told to
+            # ask again.
+            while self._answering:
+                await asyncio.wait(self._answering)
+        finally:
+            for task in (reading, draining, *self._answering):
+                task.cancel()
+
+    async def _read(self) -> None:
+        while True:
+            await self._places.acquire()
+            try:
+                message = await self._context.read()
+            except DecodeError:
+                # Which question it was can not be told, so no question has this id.
+                self._begin(self._fail(0, RequestError("message", "can not be read")))
+                continue
+            except grpc.aio.BaseError:
+                return  # the client has gone
+            if isinstance(message, authorization_pb2.AuthorizeStreamRequest):
+                self._take(message)
+            else:  # grpc.aio.EOF
+                return
+
+    def _take(self, message: authorization_pb2.AuthorizeStreamRequest) -> None:
+        if message.WhichOneof("message") == "cancel":
+            self._places.release()
+            if question := self._questions.pop(message.id, None):
+                question.cancel()
+        elif message.id == 0 or message.id in self._questions:
+            error = RequestError("id", "must be above 0, and no other question's under way")
+            self._begin(self._fail(message.id, error))
+        else:
+            self._questions[message.id] = self._begin(self._answer(message))
+
+    def _begin(self, work: Awaitable[None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        self._answering.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._answering.discard(task)
+        self._places.release()
+
+    async def _answer(self, message: authorization_pb2.AuthorizeStreamRequest) -> None:
+        within_seconds = seconds_of(message.timeout) if message.HasField("timeout") else None
+        try:
+            answer = await self._runner.result(
+                "Authorize", lambda: self._decided(message), within_seconds=within_seconds
+            )
+        except PdpError as error:
+            response = authorization_pb2.AuthorizeStreamResponse(
+                id=message.id, failure=failure_out(error)
+            )
+        else:
+            response = authorization_pb2.AuthorizeStreamResponse(id=message.id, answer=answer)
+        # It can not be cancelled from here on: half an answer would spoil the stream.
+        del self._questions[message.id]
+        await self._write(response)
+
+    async def _decided(
+        self, message: authorization_pb2.AuthorizeStreamRequest
+    ) -> authorization_pb2.AuthorizeResponse:
+        if self._draining.is_set():
+            raise PdpError(ReasonCode.PDP_UNAVAILABLE, "The sidecar is stopping; ask again.")
+        if not message.HasField("question"):
+            raise RequestError("message", "must be a question or a cancel")
+        if message.HasField("timeout") and seconds_of(message.timeout) <= 0:
+            raise RequestError("timeout", "must be above 0")
+        credentials = Credentials(
+            bearer=message.bearer or None,
+            workload_token=message.workload_token or None,
+            peer=self._peer,
+        )
+        return await self._decide(
+            message.question, credentials, wire.trace_id_from(message.traceparent)
+        )
+
+    async def _fail(self, question_id: int, error: PdpError) -> None:
+        failure = failure_out(self._runner.failure_of("Authorize", error))
+        await self._write(
+            authorization_pb2.AuthorizeStreamResponse(id=question_id, failure=failure)
+        )
+
+    async def _write(self, response: authorization_pb2.AuthorizeStreamResponse) -> None:
+        async with self._writing:  # gRPC takes one message at a time
+            with contextlib.suppress(grpc.aio.BaseError):  # the client has gone
+                await self._context.write(response)

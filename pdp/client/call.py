@@ -72,6 +72,8 @@ class Tool:
         self._costs = costs
         self.asks_each_time = costs.estimate is not None
         """Whether a call says something of its own to the policy, besides its arguments."""
+        self.permits_several = False
+        """Whether the last permit for it was for several calls."""
         self._omit = frozenset(omit)
         unknown = self._omit - self._signature.parameters.keys()
         if unknown:

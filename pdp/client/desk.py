@@ -13,13 +13,13 @@ import logging
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 from google.protobuf.message import Message
 
 from pdp.api.v1 import authorization_pb2, execution_pb2
 from pdp.canonical import sha256_hex
-from pdp.channel import CallError, Connection, seconds_of
+from pdp.channel import CallError, Connection, Metadata, seconds_of
 from pdp.client.acting import Acting, Identity
 from pdp.client.call import ToolCall
 from pdp.client.decision import Decision
@@ -29,6 +29,9 @@ from pdp.permit.claims import Permit, PermitError
 from pdp.permit.keys import PermitKeySet
 from pdp.permit.verifier import PermitVerifier
 from pdp.reason import REASON_CODE_PATTERN, ReasonCode
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 _log: Final = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -60,10 +63,24 @@ class Ask:
     method: str
     """As the contract names it: Authorize, ReserveBudget, ..."""
     request: Message = field(repr=False)
-    metadata: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    metadata: Metadata = field(default=(), repr=False)
+
+    @property
+    def message(self) -> tuple[str, Message, Metadata]:
+        """What a connection's ``call`` is given."""
+        return self.method, self.request, self.metadata
 
 
-Steps = Generator[Ask, Any, _T]
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Another caller's question, whose end is awaited; True where it was of use."""
+
+    end: Future[bool]
+    timeout_seconds: float
+    """After which it was of none."""
+
+
+Steps = Generator[Ask | Wait, Any, _T]
 
 
 class Walk(Generic[_T]):
@@ -72,12 +89,14 @@ class Walk(Generic[_T]):
     def __init__(self, steps: Steps[_T]) -> None:
         self._steps = steps
         self._results: list[_T] = []
-        self.ask: Ask | None = None
-        """What the sidecar is to be asked next; None when the steps are done."""
+        self.ask: Ask | Wait | None = None
+        """What the sidecar is to be asked next, or is to be waited for; None when the
+        steps are done.
+        """
         self._advance(functools.partial(next, steps))
 
-    def answer(self, response: Message) -> None:
-        """Go on with the sidecar's response."""
+    def answer(self, response: Message | bool) -> None:  # noqa: FBT001 - it is what came
+        """Go on with the sidecar's response, or with what the wait has come to."""
         self._advance(functools.partial(self._steps.send, response))
 
     def fail(self, error: CallError) -> None:
@@ -89,7 +108,7 @@ class Walk(Generic[_T]):
         [result] = self._results
         return result
 
-    def _advance(self, resume: Callable[[], Ask]) -> None:
+    def _advance(self, resume: Callable[[], Ask | Wait]) -> None:
         try:
             self.ask = resume()
         except StopIteration as done:
@@ -100,14 +119,21 @@ class Walk(Generic[_T]):
 def walk(connection: Connection, steps: Steps[_T]) -> _T:
     """What the steps come to, over a blocking connection."""
     walk = Walk(steps)
-    while walk.ask is not None:
+    while (ask := walk.ask) is not None:
         try:
-            response = connection.call(walk.ask.method, walk.ask.request, walk.ask.metadata)
+            answer = _end_of(ask) if isinstance(ask, Wait) else connection.call(*ask.message)
         except CallError as error:
             walk.fail(error)
         else:
-            walk.answer(response)
+            walk.answer(answer)
     return walk.result()
+
+
+def _end_of(wait: Wait) -> bool:
+    try:
+        return wait.end.result(wait.timeout_seconds)
+    except TimeoutError:
+        return False
 
 
 class Use(Protocol):

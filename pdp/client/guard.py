@@ -32,6 +32,7 @@ from pdp.client.desk import (
     PermitDesk,
     Steps,
     Use,
+    Wait,
     Walk,
     log_unreported,
     report_executed,
@@ -114,6 +115,7 @@ class _Face(Generic[_C]):
             self._identity,
             Connection(target, timeout_seconds=timeout_seconds, credentials=credentials),
             keeps=keep_permits,
+            wait_seconds=timeout_seconds,
         )
 
     def acting_for(
@@ -503,15 +505,16 @@ class AsyncGuard(_Face[AsyncConnection]):
 
     async def _walk(self, steps: Steps[_T]) -> _T:
         walk = Walk(steps)
-        while walk.ask is not None:
+        while (ask := walk.ask) is not None:
             try:
-                response = await self._connection.call(
-                    walk.ask.method, walk.ask.request, walk.ask.metadata
-                )
+                if isinstance(ask, Wait):
+                    answer = await _end_of(ask)
+                else:
+                    answer = await self._connection.call(*ask.message)
             except CallError as error:
                 walk.fail(error)
             else:
-                walk.answer(response)
+                walk.answer(answer)
         return walk.result()
 
     async def _report(self, steps: Steps[None] | None) -> None:
@@ -553,6 +556,17 @@ class AsyncGuard(_Face[AsyncConnection]):
                 await asyncio.sleep(pause_seconds)
             else:
                 return
+
+
+async def _end_of(wait: Wait) -> bool:
+    import asyncio  # noqa: PLC0415 - importing the stub stays cheap until it is used
+
+    try:
+        async with asyncio.timeout(wait.timeout_seconds):
+            # Whoever is cancelled leaves the others waiting.
+            return await asyncio.shield(asyncio.wrap_future(wait.end))
+    except TimeoutError:
+        return False
 
 
 def _denial(error: Exception, tool: str) -> PermitDenied:

@@ -22,8 +22,8 @@ from pdp.api.v1 import authorization_pb2
 from pdp.channel import CallError, Connection
 from pdp.client.acting import Acting, Identity
 from pdp.client.call import Tool
-from pdp.client.desk import PermitDesk, Steps, Use, log_unreported, walk
-from pdp.client.pool import InForce, Kept, PermitPool
+from pdp.client.desk import PermitDesk, Steps, Use, Wait, log_unreported, walk
+from pdp.client.pool import InForce, Kept, Key, PermitPool
 
 _log: Final = logging.getLogger(__name__)
 
@@ -42,8 +42,12 @@ class Keeper:
         connection: Connection,
         *,
         keeps: bool,
+        wait_seconds: float,
     ) -> None:
-        """``connection`` is for its use alone. Without ``keeps`` no permit is kept."""
+        """``connection`` is for its use alone. Without ``keeps`` no permit is kept.
+        ``wait_seconds`` is how long a caller waits for another who asks the same.
+        """
+        self._wait_seconds = wait_seconds
         self._desk = desk
         self._identity = identity
         self._connection = connection
@@ -71,27 +75,56 @@ class Keeper:
         acting = self._identity.in_force()
         if acting is None or tool.asks_each_time:
             return None
-        return self._pool.take((acting.token, acting.context_json, tool.name, tool.audience))
+        return self._pool.take(self._key(acting, tool))
 
     def obtain(self, tool: Tool, bound: inspect.BoundArguments) -> Steps[Use]:
-        """Ask for a permit: for the one call, or for several, of which this is one.
-        Raises PermitDenied and IdentityLacking.
+        """Ask for a permit: for the one call, or for several, of which this is one. While
+        another caller asks for just the same, wait for what comes of that. Raises
+        PermitDenied and IdentityLacking.
         """
+        acting = self._identity.current()
+        key = self._key(acting, tool)
+        while self._pool.in_force is not None and tool.permits_several:
+            question = self._pool.turn(key)
+            if question is None:
+                return (yield from self._obtain_in_turn(tool, bound, key))
+            is_kept = yield Wait(question, self._wait_seconds)
+            use = self.take(tool)
+            if use is not None:
+                return use
+            if not is_kept:
+                break
+        return (yield from self._obtain(tool, bound))
+
+    def _obtain_in_turn(self, tool: Tool, bound: inspect.BoundArguments, key: Key) -> Steps[Use]:
+        is_kept = False
+        try:
+            use = yield from self._obtain(tool, bound)
+            is_kept = isinstance(use, Kept) and use.left > 0
+        finally:
+            self._pool.asked(key, kept=is_kept)
+        return use
+
+    def _obtain(self, tool: Tool, bound: inspect.BoundArguments) -> Steps[Use]:
         in_force = self._pool.in_force
         asked_at = time.monotonic()
         grant = yield from self._desk.obtain(tool.describe(bound))
-        if grant.permit.max_uses == 1:
+        is_for_several = grant.permit.max_uses > 1
+        keeps = self._keeps and is_for_several and not tool.asks_each_time
+        tool.permits_several = keeps
+        if not is_for_several:
             return grant
-        acting = grant.asked_by
-        keeps = self._keeps and not tool.asks_each_time
         if keeps and in_force is None:
-            self._open_watch(acting)
+            self._open_watch(grant.asked_by)
         return self._pool.put(
             grant,
-            (acting.token, acting.context_json, tool.name, tool.audience),
+            self._key(grant.asked_by, tool),
             asked_at=asked_at,
             in_force=in_force if keeps else None,
         )
+
+    def _key(self, acting: Acting, tool: Tool) -> Key:
+        return acting.token, acting.context_json, tool.name, tool.audience
 
     def close(self) -> None:
         """Keep nothing any more, and report on what was kept; a use that is still under

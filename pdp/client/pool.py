@@ -11,12 +11,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from pdp.api.v1 import execution_pb2
 from pdp.channel import CallError
 from pdp.client.desk import ASK_AGAIN, Grant, Steps, charges_by, error_type, log_unreported, report
 from pdp.client.spend import MAX_AMOUNT, Charge
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 _log: Final = logging.getLogger(__name__)
 
@@ -167,7 +170,27 @@ class PermitPool:
         self.in_force: InForce | None = None
         """None while there is no Watch."""
         self._kept: dict[Key, Kept] = {}
+        self._asking: dict[Key, Future[bool]] = {}
         self._due: deque[Kept] = deque()
+
+    def turn(self, key: Key) -> Future[bool] | None:
+        """The question that is under way for such calls; where it is the caller's turn to
+        ask, None, and :meth:`asked` is to follow.
+        """
+        from concurrent.futures import Future  # noqa: PLC0415 - only where permits are kept
+
+        with self.lock:
+            under_way = self._asking.get(key)
+            if under_way is None:
+                self._asking[key] = Future()
+        return under_way
+
+    def asked(self, key: Key, *, kept: bool) -> None:
+        """The caller whose turn it was has asked: whether there is a permit to take now."""
+        with self.lock:
+            under_way = self._asking.pop(key, None)
+        if under_way is not None:  # which it is in the child of a fork
+            under_way.set_result(kept)
 
     def take(self, key: Key) -> Kept | None:
         """A kept permit, of which one use is taken: its end is to be told. None where no

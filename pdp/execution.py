@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pdp.admission import Lane
 from pdp.audit.record import AuditReceipt, AuditRecord, Outcome
 from pdp.budget.ledger import Account, Charge, IdempotencyKey, LedgerError, Receipt
 from pdp.canonical import JsonObject, sha256_hex
+from pdp.errors import PdpError, RequestError
 from pdp.permit.claims import Permit, PermitError
 from pdp.permit.uses import Use
 from pdp.reason import ReasonCode
@@ -44,6 +45,10 @@ class Report:
     executed: bool
     charges: tuple[Charge, ...]
     error_type: str
+    uses: int = 0
+    """Of a permit for several calls: how many were made, those that failed included."""
+    certificate_sha256: str = ""
+    """The client certificate of whoever reports, as in Permit.certificate_sha256."""
     trace_id: str | None = None
 
 
@@ -106,14 +111,17 @@ def _check_not_revoked(rooms: Rooms, permit: Permit) -> None:
     """Raises PermitError. Outcomes are taken in all the same: what was done was done."""
     try:
         found = rooms.revocations.find(
-            tenant=permit.tenant, actor=permit.actor, token_ids=permit.delegations
+            tenant=permit.tenant,
+            actor=permit.actor,
+            token_ids=permit.delegations,
+            workload=permit.workload,
         )
     except RevocationError as error:
         raise PermitError(error.reason_code, error.message) from None
     if found is not None:
         raise PermitError(
             ReasonCode.PERMIT_REVOKED,
-            "The permit's tenant, actor or delegation was revoked after it was issued.",
+            "The permit's tenant, actor, workload or delegation was revoked after it was issued.",
         )
 
 
@@ -142,11 +150,12 @@ def _record_of_redemption(
 
 
 async def report(rooms: Rooms, report: Report) -> Reported:
-    """Take in what became of a call: close its permit, settle or release its hold.
+    """Take in what became of a call, or of all calls under one permit: close the permit,
+    settle or release its hold.
 
-    The permit proves who reports; it may have expired since. Raises PermitError
-    and LedgerError, on record, AdmissionError, on record within its bounds, and
-    AuditError.
+    The permit proves who reports; it may have expired since. Raises RequestError,
+    PermitError and LedgerError, on record, AdmissionError, on record within its bounds,
+    and AuditError.
     """
     try:
         permit = _own_permit(rooms, report.permit)
@@ -167,34 +176,52 @@ async def report(rooms: Rooms, report: Report) -> Reported:
 
 async def _report(rooms: Rooms, permit: Permit, report: Report) -> Reported:
     result: Receipt | None = None
-    failure: PermitError | LedgerError | None = None
+    failure: PdpError | None = None
+    uses = report.uses
     try:
-        await rooms.permit_uses.close_permit(permit)
-        result = await _resolve_hold(rooms, permit, report)
-    except (PermitError, LedgerError) as error:
+        rooms.permit_verifier.check_sender(permit, report.certificate_sha256)
+        _check_uses(permit, report)
+        # Whoever reports can not make fewer of them than tools have redeemed.
+        uses = max(uses, await rooms.permit_uses.close_permit(permit))
+        result = await _resolve_hold(rooms, permit, report, uses)
+    except (RequestError, PermitError, LedgerError) as error:
         failure = error
         if failure.reason_code == ReasonCode.IDEMPOTENCY_KEY_REUSED:
             failure = PermitError(
                 ReasonCode.OUTCOME_ALREADY_REPORTED,
                 "Another outcome was reported for this permit before.",
             )
-    receipt = await rooms.audit.append(_record_of_report(report, permit, failure, result=result))
+    receipt = await rooms.audit.append(
+        _record_of_report(report, permit, failure, result=result, uses=uses)
+    )
     if failure is not None:
         raise failure
     assert result is not None  # noqa: S101 - no failure means a result
-    settled = result.charges if _costs(report) else ()
+    settled = result.charges if _costs(permit, report, uses) else ()
     return Reported(settled=settled, result=result, receipt=receipt)
+
+
+def _check_uses(permit: Permit, report: Report) -> None:
+    """Raises RequestError."""
+    least = 1 if permit.max_uses > 1 and (report.executed or report.charges) else 0
+    if not least <= report.uses <= permit.max_uses:
+        raise RequestError("uses", f"must be {least} to {permit.max_uses}")
 
 
 def _record_of_report(
     report: Report,
     permit: Permit | None,
-    failure: PermitError | LedgerError | None,
+    failure: PdpError | None,
     unrecorded: int = 0,
     *,
     result: Receipt | None = None,
+    uses: int = 0,
 ) -> AuditRecord:
     detail = receipt_detail(result) | _unrecorded(unrecorded)
+    if permit is not None and permit.max_uses != 1:
+        detail["uses"] = uses
+        if uses != report.uses:
+            detail["uses_reported"] = report.uses
     if report.error_type:
         detail["error_type"] = report.error_type
     return _record(
@@ -215,32 +242,30 @@ def _unrecorded(number: int) -> JsonObject:
     return {"unrecorded": number} if number else {}
 
 
-def _costs(report: Report) -> bool:
-    """Whether the hold is settled; it is released when the tool failed at no cost."""
-    return report.executed or bool(report.charges)
+def _costs(permit: Permit, report: Report, uses: int) -> bool:
+    """Whether the hold is settled; it is released when the one call failed at no cost, and
+    when none of several was made.
+    """
+    return report.executed or bool(report.charges) or (permit.max_uses > 1 and uses > 0)
 
 
-async def _resolve_hold(rooms: Rooms, permit: Permit, report: Report) -> Receipt:
-    """Settle or release what was held for the call; remembered under the permit's
-    id, so that a call has one outcome.
+async def _resolve_hold(rooms: Rooms, permit: Permit, report: Report, uses: int) -> Receipt:
+    """Settle or release what was held for the permit's calls; remembered under the
+    permit's id, so that they have one outcome.
     """
     account = Account(tenant=permit.tenant, actor=permit.actor, tool=permit.tool)
-    key = IdempotencyKey(
-        operation="outcome",
-        key=permit.id,
-        content_sha256=sha256_hex(
-            {
-                "executed": report.executed,
-                "charges": list(charges_json(report.charges)),
-                "error_type": report.error_type,
-            }
-        ),
-    )
+    content: JsonObject = {
+        "executed": report.executed,
+        "charges": list(charges_json(report.charges)),
+        "error_type": report.error_type,
+    }
+    if permit.max_uses != 1:
+        content["uses"] = report.uses
+    key = IdempotencyKey(operation="outcome", key=permit.id, content_sha256=sha256_hex(content))
     if permit.hold_id:
-        if _costs(report):
-            return await rooms.ledger.settle(
-                account, key, hold_id=permit.hold_id, charges=report.charges or None
-            )
+        if _costs(permit, report, uses):
+            charges = report.charges or await _share(rooms, permit, uses)
+            return await rooms.ledger.settle(account, key, hold_id=permit.hold_id, charges=charges)
         try:
             return await rooms.ledger.release(account, key, hold_id=permit.hold_id)
         except LedgerError as error:
@@ -250,6 +275,19 @@ async def _resolve_hold(rooms: Rooms, permit: Permit, report: Report) -> Receipt
     elif report.charges:
         raise LedgerError(ReasonCode.CHARGE_NOT_HELD, "Nothing is held for this call.")
     return await rooms.ledger.reserve(account, key, charges=(), limits=(), ttl_seconds=1)
+
+
+async def _share(rooms: Rooms, permit: Permit, uses: int) -> tuple[Charge, ...] | None:
+    """What so many uses cost, of what is held for all of them; None for the whole."""
+    if permit.max_uses in {1, uses}:
+        return None
+    hold = await rooms.ledger.hold(permit.tenant, permit.hold_id)
+    if hold is None:
+        raise LedgerError(ReasonCode.HOLD_NOT_FOUND, "What was held is not known any more.")
+    return tuple(
+        replace(part.charge, amount=part.charge.amount * uses // permit.max_uses)
+        for part in hold.parts
+    )
 
 
 def _own_permit(rooms: Rooms, token: str) -> Permit:
@@ -271,7 +309,7 @@ def _record(
     type: str,  # noqa: A002 - the record's own name for it
     action: str,
     outcome: Outcome,
-    failure: PermitError | LedgerError | None,
+    failure: PdpError | None,
     success: str = ReasonCode.OK,
     request_id: str | None = None,
     trace_id: str | None = None,

@@ -258,7 +258,11 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
         """Take in what became of a call."""
 
         async def work() -> execution_pb2.ReportOutcomeResponse:
-            report = wire.report_from(request, trace_id=trace_id(context))
+            report = wire.report_from(
+                request,
+                certificate_sha256=peer_of(context, listener="").certificate_sha256,
+                trace_id=trace_id(context),
+            )
             reported = await execution.report(self._rooms, report)
             self._metrics.spent(reported.result)
             return wire.report_response(reported)

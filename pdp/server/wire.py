@@ -22,6 +22,7 @@ from pdp.decision import Asked, Question, Recorded
 from pdp.errors import RequestError
 from pdp.execution import Redeemed, Redemption, Report, Reported
 from pdp.identity.resolver import Credentials, Peer
+from pdp.permit.claims import MAX_USES
 from pdp.permit.jws import MAX_LENGTH as MAX_PERMIT_LENGTH
 from pdp.policy.question import Usage
 from pdp.reason import ReasonCode
@@ -355,17 +356,23 @@ def redeem_response(redeemed: Redeemed) -> execution_pb2.RedeemPermitResponse:
     )
 
 
-def report_from(request: execution_pb2.ReportOutcomeRequest, *, trace_id: str | None) -> Report:
-    """The report that is made. Raises RequestError."""
+def report_from(
+    request: execution_pb2.ReportOutcomeRequest, *, certificate_sha256: str, trace_id: str | None
+) -> Report:
+    """The report that is made by whoever has that certificate. Raises RequestError."""
     if request.outcome not in (execution_pb2.OUTCOME_EXECUTED, execution_pb2.OUTCOME_FAILED):
         raise RequestError("outcome", "must be OUTCOME_EXECUTED or OUTCOME_FAILED")
     if request.error_type:
         matching("error_type", request.error_type, _ERROR_TYPE, "the name of an error")
+    if not 0 <= request.uses <= MAX_USES:
+        raise RequestError("uses", f"must be 0 to {MAX_USES}")
     return Report(
         permit=_permit(request.permit),
         executed=request.outcome == execution_pb2.OUTCOME_EXECUTED,
         charges=charges_from(request.charges, least=0),
         error_type=request.error_type,
+        uses=request.uses,
+        certificate_sha256=certificate_sha256,
         trace_id=trace_id,
     )
 

@@ -658,6 +658,47 @@ class Permits(_Section):
     """The audience of a permit when the question names none."""
 
 
+class TrustedSidecars(_Section):
+    """Sidecars of another trust domain, whose delegations count here too."""
+
+    issuer: Name
+    """The iss of their delegations: their permit.issuer."""
+    jwks_file: FilePath
+    """JWK set with their permit keys; read again when it changes."""
+    tenants: Annotated[list[str], Field(min_length=1, max_length=10_000)]
+    """The tenants that they may name. Whose delegation it is, and what it may do, is
+    theirs to say."""
+
+    @model_validator(mode="after")
+    def _tenant_ids(self) -> Self:
+        for tenant in self.tenants:
+            if not TENANT_PATTERN.fullmatch(tenant):
+                raise ValueError(f"{tenant!r} is not a tenant id ({TENANT_PATTERN.pattern})")
+        return self
+
+
+class Delegations(_Section):
+    """What agents may be given to act on somebody's behalf. They are signed with the permit
+    keys, so that every sidecar with the same keys takes them.
+    """
+
+    max_depth: Annotated[int, Field(ge=0, le=16)] = 8
+    """Most agents that act one for another; 0: nobody can delegate."""
+    ttl_seconds: Annotated[int, Field(ge=1, le=86_400)] = 300
+    """How long a delegation lasts that names no time, at most max_ttl_seconds."""
+    max_ttl_seconds: Annotated[int, Field(ge=1, le=86_400)] = 3_600
+    """The longest that one can be asked for. None outlasts what it was made with."""
+    trusted: Annotated[list[TrustedSidecars], Field(max_length=64)] = []
+    """Sidecars with other keys."""
+
+    @model_validator(mode="after")
+    def _issuers_differ(self) -> Self:
+        names = [sidecars.issuer for sidecars in self.trusted]
+        if len(set(names)) != len(names):
+            raise ValueError("an issuer is named twice in trusted")
+        return self
+
+
 class SharedDurability(StrEnum):
     """What an acknowledged write to a shared store survives."""
 
@@ -814,6 +855,8 @@ class Config(_Section):
     """What decides."""
     permit: Permits = Permits()
     """How permits are signed."""
+    delegation: Delegations = Delegations()
+    """What agents may be given to act on somebody's behalf."""
     budget: Budget = Budget()
     """The ledger."""
     audit: Audit = Audit()
@@ -831,6 +874,11 @@ class Config(_Section):
         self._check_workloads()
         if self.budget.hold_ttl_seconds < self.permit.ttl_seconds:
             raise ValueError("budget.hold_ttl_seconds must be at least permit.ttl_seconds")
+        if self.permit.issuer in {sidecars.issuer for sidecars in self.delegation.trusted}:
+            raise ValueError(
+                "delegation.trusted names permit.issuer: sidecars of one trust domain share their"
+                " permit keys (permit.key_file), and others have another name"
+            )
         return self
 
     def _check_workloads(self) -> None:

@@ -162,7 +162,7 @@ class LiveKeys:
         if make:
             write_once(path, lambda: KeyRing.generate().to_pem())
         self._path = path
-        self._seen = _mark(path)
+        self._seen = file_mark(path)
         self._take(KeyRing.from_file(path))
 
     def sign(self, payload: JsonObject, *, kind: str = jws.TYPE) -> str:
@@ -185,7 +185,7 @@ class LiveKeys:
 
     async def look(self) -> None:
         """Take up what the file says, if it has changed."""
-        mark = await asyncio.to_thread(_mark, self._path)
+        mark = await asyncio.to_thread(file_mark, self._path)
         if mark == self._seen:
             return
         self._seen = mark
@@ -202,7 +202,7 @@ class LiveKeys:
         self._jwks = self._public.to_jwks()
 
 
-def _mark(path: Path) -> tuple[int, ...] | None:
+def file_mark(path: Path) -> tuple[int, ...] | None:
     """What changes when the file does; None where there is none."""
     try:
         found = path.stat()

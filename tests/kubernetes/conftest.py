@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         started.apply((TOOLS / "podmonitors.yaml").read_text(encoding="utf-8"))
         started.kubectl("wait", "--for=condition=Established", "--timeout=30s", "crd", "--all")
         yield started
+
+
+@pytest.fixture(scope="session")
+def example_chart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example of a chart of one's own, with this one as its dependency."""
+    root = tmp_path_factory.mktemp("example")
+    example = root / "examples" / "kubernetes" / "agent"
+    shutil.copytree(ROOT / "examples" / "kubernetes" / "agent", example)
+    shutil.copytree(CHART, root / "deploy" / "helm" / "pdp")
+    subprocess.run([TOOLS / "helm", "dependency", "build", example], check=True)
+    return example
 
 
 def render(chart: Path, *arguments: str, release: str = "pdp", namespace: str) -> str:

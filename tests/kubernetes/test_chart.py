@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import yaml
 
 from pdp.config import load_config
-from tests.kubernetes.cluster import TOOLS, Cluster, Object
+from tests.kubernetes.cluster import Cluster, Object
 from tests.kubernetes.conftest import CHART, ROOT, render
 
 pytestmark = pytest.mark.kubernetes
@@ -29,10 +28,10 @@ SECURITY: Final = {
 }
 
 
-def rendered(case: str, namespace: str = "agents", **settings: str) -> str:
+def rendered(case: str, namespace: str = "agents", *, release: str = "pdp", **settings: str) -> str:
     options = [f"--set={key}={value}" for key, value in settings.items()]
     values = CHART / f"values-{case}.yaml"
-    return render(CHART, f"--values={values}", *options, namespace=namespace)
+    return render(CHART, f"--values={values}", *options, release=release, namespace=namespace)
 
 
 def objects(manifests: str) -> list[Object]:
@@ -50,7 +49,7 @@ def test_what_is_rendered_is_what_was_reviewed(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_an_api_server_takes_every_manifest(cluster: Cluster, case: str) -> None:
     namespaces = [f"agents-{case}"]
-    manifests = rendered(case, namespaces[0])
+    manifests = rendered(case, namespaces[0], release=case)
     named = {each["metadata"].get("namespace") for each in objects(manifests)} - {None}
     for namespace in named:
         cluster.make_namespace(namespace)
@@ -191,16 +190,11 @@ def test_the_schema_is_made_of_the_comments() -> None:
 
 
 def test_ones_own_chart_puts_the_sidecar_into_its_pods(
-    cluster: Cluster, namespace: str, tmp_path: Path
+    cluster: Cluster, namespace: str, example_chart: Path
 ) -> None:
-    """The example, as it stands."""
-    charts = tmp_path / "examples" / "kubernetes"
-    shutil.copytree(ROOT / "examples" / "kubernetes" / "agent", charts / "agent")
-    shutil.copytree(CHART, tmp_path / "deploy" / "helm" / "pdp")
-    subprocess.run([TOOLS / "helm", "dependency", "build", charts / "agent"], check=True)
     for native in ("true", "false"):
         manifests = render(
-            charts / "agent",
+            example_chart,
             f"--set=pdp.nativeSidecar={native}",
             release="agent",
             namespace=namespace,

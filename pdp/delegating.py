@@ -15,8 +15,8 @@ from pdp.canonical import JsonObject, JsonValue, canonical_bytes, sha256_hex
 from pdp.errors import PdpError, RequestError
 from pdp.identity.delegation import TYPE, DelegationIssuer, claims_of
 from pdp.identity.resolver import Credentials
+from pdp.identity.signature import MAX_TOKEN_LENGTH
 from pdp.identity.subject import Delegation, Link, Subject
-from pdp.identity.tokens import MAX_TOKEN_LENGTH
 from pdp.permit import jws
 from pdp.permit.keys import PublicKeys
 from pdp.reason import ReasonCode

@@ -20,8 +20,8 @@ from pdp import base64url
 from pdp.canonical import JsonObject, JsonValue, parse_object
 from pdp.identity.claims import MAX_NAME_LENGTH, invalid
 from pdp.identity.resolver import Credentials, IdentityError, IdentityResolver
+from pdp.identity.signature import MAX_TOKEN_LENGTH
 from pdp.identity.subject import TENANT_PATTERN, Delegation, Link, Subject
-from pdp.identity.tokens import MAX_TOKEN_LENGTH
 from pdp.reason import ReasonCode
 
 TYPE: Final = "tool-delegation+jwt"

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import time
-import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Generic, TypeVar
 
-from joserfc import jws
-from joserfc.errors import JoseError
-
-from pdp import base64url
-from pdp.canonical import JsonObject, JsonValue, parse_object
+from pdp.canonical import JsonError, JsonObject, JsonValue, parse_object
 from pdp.identity.claims import invalid, read_claims
-from pdp.identity.keys import IssuerKey
+from pdp.identity.key_source import KeySource
 from pdp.identity.resolver import Credentials, IdentityError
+from pdp.identity.signature import (
+    MAX_TOKEN_LENGTH,
+    Signature,
+    SignedToken,
+    verified_signature,
+)
 from pdp.identity.subject import Subject
 from pdp.identity.tenancy import TenantRule
 from pdp.reason import ReasonCode
 
-MAX_TOKEN_LENGTH: Final = 8192
-"""Longest token that is read, in characters."""
-_REFUSED_HEADERS: Final = frozenset({"crit", "b64", "jwk", "jku", "x5u"})
-"""Extensions that change what is signed, and keys that the token itself brings."""
+MAX_TIME: Final = 253_402_300_799
+"""9999-12-31: a time beyond is in milliseconds, or made to last for ever."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +38,7 @@ class Issuer:
     types: frozenset[str]
     """Accepted typ headers, in lower case; the empty one stands for none."""
     algorithms: frozenset[str]
-    keys: Mapping[str, IssuerKey]
-    """By key id."""
+    keys: KeySource
     tenant: TenantRule = field(default_factory=TenantRule)
     """Of a user's token."""
     actor_claim: str = "sub"
@@ -64,6 +61,7 @@ class VerifiedToken:
     claims: JsonObject = field(repr=False)
     expires_at: float
     """The exp claim: Unix seconds."""
+    signature: Signature
 
     @property
     def used_until(self) -> float:
@@ -115,7 +113,7 @@ class RememberedTokens(Generic[_T]):
         self._verifier = verifier
         self._read = read
         self._clock = clock
-        self._cache: OrderedDict[bytes, tuple[_T, float]] = OrderedDict()
+        self._cache: OrderedDict[bytes, _Remembered[_T]] = OrderedDict()
         self._entries = entries
 
     async def verify(self, token: str) -> _T:
@@ -125,17 +123,29 @@ class RememberedTokens(Generic[_T]):
         digest = hashlib.sha256(token.encode("ascii")).digest()
         known = self._cache.get(digest)
         if known is not None:
-            said, used_until = known
-            if self._clock() < used_until:
-                self._cache.move_to_end(digest)
-                return said
-            del self._cache[digest]
+            if self._clock() < known.used_until and await known.still_counts():
+                return known.said
+            self._cache.pop(digest, None)
         verified = await self._verifier.verify(token)
         said = self._read(verified)
-        self._cache[digest] = (said, verified.used_until)
+        self._cache[digest] = _Remembered(
+            said, verified.used_until, verified.signature, verified.issuer.keys
+        )
         if len(self._cache) > self._entries:
             self._cache.popitem(last=False)
         return said
+
+
+@dataclass(frozen=True, slots=True)
+class _Remembered(Generic[_T]):
+    said: _T
+    used_until: float
+    signature: Signature
+    keys: KeySource
+
+    async def still_counts(self) -> bool:
+        """Whether the key that signed it is still the issuer's. Raises IdentityError."""
+        return await self.signature.still_counts(self.keys)
 
 
 class TokenVerifier:
@@ -155,10 +165,14 @@ class TokenVerifier:
 
     async def verify(self, token: str) -> VerifiedToken:
         """The token's claims. Raises IdentityError."""
-        header, claims = _read(token)
+        signed = SignedToken.read(token)
+        claims = _claims(signed)
         issuer = self._issuer(claims)
-        self._check_signature(token, header, issuer)
-        return VerifiedToken(issuer, claims, self._check_claims(claims, issuer))
+        kind = signed.header.get("typ", "")
+        if not isinstance(kind, str) or kind.lower() not in issuer.types:
+            raise invalid("is not of an accepted type (typ)")
+        signature = await verified_signature(signed, issuer.keys, issuer.algorithms)
+        return VerifiedToken(issuer, claims, self._check_claims(claims, issuer), signature)
 
     def _issuer(self, claims: JsonObject) -> Issuer:
         name = self._issuer_named(claims)
@@ -166,25 +180,6 @@ class TokenVerifier:
         if issuer is None:
             raise invalid("is of an issuer that is not trusted here")
         return issuer
-
-    def _check_signature(self, token: str, header: JsonObject, issuer: Issuer) -> None:
-        kind, algorithm, kid = header.get("typ", ""), header.get("alg"), header.get("kid")
-        if not isinstance(kind, str) or kind.lower() not in issuer.types:
-            raise invalid("is not of an accepted type (typ)")
-        if not isinstance(algorithm, str) or algorithm not in issuer.algorithms:
-            raise invalid("is not signed with an accepted algorithm")
-        if _REFUSED_HEADERS & header.keys():
-            raise invalid("has a header that is not accepted")
-        key = issuer.keys.get(kid) if isinstance(kid, str) else None
-        if key is None or key.algorithm != algorithm:
-            raise invalid("is signed by an unknown key")
-        try:
-            with warnings.catch_warnings():
-                # joserfc warns that the name EdDSA is being replaced by Ed25519.
-                warnings.simplefilter("ignore")
-                jws.deserialize_compact(token, key.key, algorithms=[algorithm])
-        except (JoseError, ValueError):
-            raise invalid("has a wrong signature") from None
 
     def _check_claims(self, claims: JsonObject, issuer: Issuer) -> float:
         """The time at which the token ends."""
@@ -207,25 +202,18 @@ class TokenVerifier:
         return expires_at
 
 
-def _read(token: str) -> tuple[JsonObject, JsonObject]:
-    segments = token.split(".")
-    if len(segments) != 3:  # noqa: PLR2004 - RFC 7515 7.1
-        raise invalid("is not a signed JWT")
+def _claims(token: SignedToken) -> JsonObject:
     try:
-        header, claims, _ = (base64url.decode(segment) for segment in segments)
-        return (
-            parse_object(header, max_bytes=MAX_TOKEN_LENGTH),
-            parse_object(claims, max_bytes=MAX_TOKEN_LENGTH),
-        )
-    except ValueError:
+        return parse_object(token.payload, max_bytes=MAX_TOKEN_LENGTH)
+    except JsonError:
         raise invalid("is not a signed JWT") from None
 
 
 def _time(claims: JsonObject, name: str) -> float | None:
-    """A NumericDate (RFC 7519 2): a JSON number, never a text or a boolean."""
+    """A NumericDate (RFC 7519 2): a JSON number, never a text or a boolean, before MAX_TIME."""
     value = claims.get(name)
     if value is None and name not in claims:
         return None
-    if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
-        raise invalid(f"has a time ({name}) that is not a number")
+    if type(value) not in (int, float) or not 0 <= value <= MAX_TIME:  # type: ignore[operator]
+        raise invalid(f"has a time ({name}) that is not a number of seconds")
     return float(value)  # type: ignore[arg-type]

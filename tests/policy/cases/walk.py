@@ -18,6 +18,7 @@ from pdp.budget.sqlite import SqliteLedger
 from pdp.canonical import JsonObject, JsonValue, sha256_hex
 from pdp.config import TenantLimits
 from pdp.errors import PdpError
+from pdp.identity.key_source import FixedKeys
 from pdp.identity.keys import load_jwks_file
 from pdp.identity.resolver import Credentials, IdentityError
 from pdp.identity.tenancy import TenantRule
@@ -233,7 +234,7 @@ def _identity(issuer: TokenIssuer, directory: Path, clock: Any) -> TokenIdentity
         audiences=frozenset({issuer.audience}),
         types=frozenset({"jwt"}),
         algorithms=frozenset({"EdDSA"}),
-        keys=keys,
+        keys=FixedKeys(keys),
         tenant=TenantRule(claim="tenant_id"),
         team_claim="team",
     )

@@ -354,6 +354,7 @@ async def _execute(rooms: Rooms, subject: Subject, question: Question, receipt: 
             agents=subject.delegation.agents if subject.delegation else (),
             certificate_sha256=first["certificate_sha256"],
             delegations=subject.token_ids if subject.delegation else (),
+            workload=subject.workload,
         )
         if receipt.replayed and await rooms.permit_uses.is_closed(permit):
             permit, reason_code = None, ReasonCode.PERMIT_USED.value

@@ -177,7 +177,7 @@ class ReasonCode(StrEnum):
     )
     PERMIT_REVOKED = (
         "permit_revoked",
-        "The permit's tenant, actor or delegation was revoked after it was issued.",
+        "The permit's tenant, actor, workload or delegation was revoked after it was issued.",
     )
     PERMIT_MISMATCH = (
         "permit_mismatch",

@@ -107,6 +107,11 @@ async def identify(
         subject = await verified(rooms, credentials)
     except IdentityError as error:
         unrecorded = rooms.strangers.admit()
+        detail: JsonObject = {"unrecorded": unrecorded} if unrecorded else {}
+        if error.sources:
+            detail["sources"] = [
+                {"source": name, "tenant": tenant} for name, tenant in error.sources
+            ]
         await rooms.audit.append(
             AuditRecord(
                 type="decision",
@@ -117,7 +122,7 @@ async def identify(
                 reason_code=error.reason_code,
                 request_id=request_id,
                 trace_id=trace_id,
-                detail={"unrecorded": unrecorded} if unrecorded else None,
+                detail=detail or None,
             )
         )
         raise
@@ -148,7 +153,10 @@ def _check_not_revoked(rooms: Rooms, subject: Subject) -> None:
     """Raises IdentityError, for tokens that were verified before too."""
     try:
         found = rooms.revocations.find(
-            tenant=subject.tenant, actor=subject.actor, token_ids=subject.token_ids
+            tenant=subject.tenant,
+            actor=subject.actor,
+            token_ids=subject.token_ids,
+            workload=subject.workload,
         )
     except RevocationError as error:
         code, message = error.reason_code, error.message
@@ -162,6 +170,7 @@ def _check_not_revoked(rooms: Rooms, subject: Subject) -> None:
 _REVOKED: Final = {
     Kind.TENANT: (ReasonCode.TENANT_SUSPENDED, "The tenant is suspended."),
     Kind.ACTOR: (ReasonCode.ACTOR_REVOKED, "The actor may not act any more."),
+    Kind.WORKLOAD: (ReasonCode.WORKLOAD_REVOKED, "The workload may not ask any more."),
     Kind.TOKEN: (ReasonCode.TOKEN_REVOKED, "The token was revoked: get a new one."),
 }
 

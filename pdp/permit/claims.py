@@ -1,7 +1,7 @@
 """What a permit says, and its claims on the wire.
 
 Names follow RFC 7519 (registered claims), RFC 9396 (authorization_details), RFC 8693
-(act), RFC 8705 (cnf) and the OAuth transaction-token draft (txn, tctx).
+(act), RFC 8705 (cnf) and the OAuth transaction-token draft (txn, tctx, req_wl).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _CLAIMS: Final = frozenset(
         "tctx",
     ]
 )
-_OPTIONAL_CLAIMS: Final = frozenset({"act", "cnf"})
+_OPTIONAL_CLAIMS: Final = frozenset({"act", "cnf", "req_wl"})
 _DETAIL: Final = frozenset(["type", "locations", "actions"])
 _OPTIONAL_DETAIL: Final = frozenset({"args_sha256", "identifier", "max_uses"})
 _TENANT_CONTEXT: Final = frozenset({"tenant", "decision_id", "policy_revision", "ledger"})
@@ -95,6 +95,8 @@ class Permit:
     delegations: tuple[str, ...] = ()
     """Where agents act: the ids of the user's token and of the delegations under which they
     do. When one of them is revoked, the permit can not be redeemed any more."""
+    workload: str = ""
+    """The workload that asked, as Subject.workload; empty where none showed who it is."""
     certificate_sha256: str = ""
     """The client certificate with which it must be shown: SHA-256 of its DER form, in
     base64url; empty where it can be shown by anybody who has it."""
@@ -144,6 +146,8 @@ class Permit:
         }
         if self.agents:
             claims["act"] = _act(self.agents)
+        if self.workload:
+            claims["req_wl"] = self.workload
         if self.certificate_sha256:
             claims["cnf"] = {"x5t#S256": self.certificate_sha256}
         return claims
@@ -202,6 +206,7 @@ def from_claims(claims: JsonObject, *, token: str) -> Permit:
         max_uses=max_uses,
         agents=_agents(claims["act"]) if "act" in claims else (),
         delegations=_delegations(context) if "delegations" in context else (),
+        workload=_text(claims, "req_wl") if "req_wl" in claims else "",
         certificate_sha256=_thumbprint(claims["cnf"]) if "cnf" in claims else "",
         token=token,
     )

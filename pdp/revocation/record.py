@@ -13,7 +13,7 @@ async def record_revocation(audit: AuditLog, revocation: Revocation, in_force: b
     await audit.append(
         AuditRecord(
             type="revocation",
-            tenant_id=target.tenant,
+            tenant_id=target.tenant or None,
             actor_id=target.name if target.kind is Kind.ACTOR else None,
             action=f"revoke.{target.kind}",
             outcome=Outcome.ACTIVATED if in_force else Outcome.RELEASED,
@@ -24,6 +24,7 @@ async def record_revocation(audit: AuditLog, revocation: Revocation, in_force: b
                 "at": revocation.at,
                 "until": revocation.until,
                 **({"token_id": target.name} if target.kind is Kind.TOKEN else {}),
+                **({"workload": target.name} if target.kind is Kind.WORKLOAD else {}),
             },
         )
     )

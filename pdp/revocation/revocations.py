@@ -1,4 +1,4 @@
-"""Who may no longer act: tenants, actors and single tokens that were revoked.
+"""Who may no longer act: tenants, actors, workloads and single tokens that were revoked.
 
 Revocations are written to a store, which every sidecar on it looks at twice a second. What
 is in force is in memory, so that asking costs nothing, and is asked for every call, those
@@ -43,17 +43,19 @@ class Kind(StrEnum):
 
     TENANT = "tenant"
     ACTOR = "actor"
+    WORKLOAD = "workload"
     TOKEN = "token"  # noqa: S105 - no password
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What is revoked, always within one tenant."""
+    """What is revoked, within one tenant unless it is a workload."""
 
     kind: Kind
     tenant: str
+    """Empty for a workload, which is revoked for all tenants."""
     name: str = ""
-    """The actor, or the token's id (jti); empty for a tenant."""
+    """The actor, the workload, or the token's id (jti); empty for a tenant."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,17 +121,23 @@ class Revocations:
         self.generation = 0
         """Another number whenever something more may be revoked than before."""
 
-    def find(self, *, tenant: str, actor: str, token_ids: Sequence[str] = ()) -> Revocation | None:
-        """What forbids this actor to act, the widest first. Raises RevocationError where
-        what is known is too old to go by.
+    def find(
+        self, *, tenant: str, actor: str, token_ids: Sequence[str] = (), workload: str = ""
+    ) -> Revocation | None:
+        """What forbids this actor to act, by this workload if there is one, the widest
+        first. Raises RevocationError where what is known is too old to go by.
         """
         if self._stale:
             raise RevocationError("It can not be told who is revoked; try again later.")
         if not self._known:
             return None
-        tokens = [(Kind.TOKEN, token_id) for token_id in token_ids]
-        for kind, name in ((Kind.TENANT, ""), (Kind.ACTOR, actor), *tokens):
-            found = self._known.get(Target(kind=kind, tenant=tenant, name=name))
+        for target in (
+            Target(kind=Kind.TENANT, tenant=tenant),
+            *([Target(kind=Kind.WORKLOAD, tenant="", name=workload)] if workload else ()),
+            Target(kind=Kind.ACTOR, tenant=tenant, name=actor),
+            *(Target(kind=Kind.TOKEN, tenant=tenant, name=token_id) for token_id in token_ids),
+        ):
+            found = self._known.get(target)
             if found is not None and (not found.until or self._clock() < found.until):
                 return found
         return None
@@ -222,8 +230,10 @@ def _revocation(member: JsonValue) -> Revocation:
     kind = str(member["kind"])
     if kind not in set(Kind):
         raise ValueError(f"kind must be one of {', '.join(Kind)}")
-    if (kind == Kind.TENANT) is bool(member["name"]) or not member["tenant"]:
-        raise ValueError("a tenant must be named, and an actor or token unless all of it is meant")
+    if (kind == Kind.TENANT) is bool(member["name"]):
+        raise ValueError("a name stands for an actor, a workload or a token, and not for a tenant")
+    if (kind == Kind.WORKLOAD) is bool(member["tenant"]):
+        raise ValueError("a tenant must be named, but not for a workload")
     at, until = member["at"], member["until"]
     assert isinstance(at, int)  # noqa: S101 - looked at above
     assert isinstance(until, int)  # noqa: S101

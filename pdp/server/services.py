@@ -18,14 +18,17 @@ from pdp.api.v1 import (
     execution_pb2_grpc,
 )
 from pdp.batch import authorize_batch
+from pdp.delegating import delegate
 from pdp.identity.resolver import Credentials
 from pdp.permit.ring import LiveKeys
-from pdp.rooms import Rooms, identify
+from pdp.rooms import Rooms, identify, verified
 from pdp.server import wire
 from pdp.server.batch import batch_from, batch_response
 from pdp.server.caller import caller_of, peer_of, trace_id
+from pdp.server.delegation_wire import delegate_response, delegation_from
 from pdp.server.metrics import Metrics
 from pdp.server.runner import CallRunner
+from pdp.server.status import abort
 from pdp.server.stream import Streams
 from pdp.server.watch import Watchers
 
@@ -41,9 +44,9 @@ class AuthorizationServicer(authorization_pb2_grpc.AuthorizationServiceServicer)
         runner: CallRunner,
         metrics: Metrics,
         watchers: Watchers,
+        streams: Streams,
         *,
         default_audience: str,
-        streams: Streams,
         listener: str,
     ) -> None:
         """``listener`` is the name of the one that it answers on, as in Peer.listener."""
@@ -51,9 +54,9 @@ class AuthorizationServicer(authorization_pb2_grpc.AuthorizationServiceServicer)
         self._runner = runner
         self._metrics = metrics
         self._watchers = watchers
+        self._streams = streams
         self._listener = listener
         self._reader = wire.QuestionReader(default_audience=default_audience)
-        self._streams = streams
 
     async def Authorize(  # noqa: N802 - the contract's name
         self, request: authorization_pb2.AuthorizeRequest, context: _Context
@@ -114,7 +117,13 @@ class AuthorizationServicer(authorization_pb2_grpc.AuthorizationServiceServicer)
         self, request: authorization_pb2.DelegateRequest, context: _Context
     ) -> authorization_pb2.DelegateResponse:
         """Make a narrower identity."""
-        return await context.abort(grpc.StatusCode.UNIMPLEMENTED)
+
+        async def work() -> authorization_pb2.DelegateResponse:
+            credentials, trace = caller_of(context, listener=self._listener)
+            asked = delegation_from(request, trace_id=trace)
+            return delegate_response(await delegate(self._rooms, credentials, asked))
+
+        return await self._runner.run(context, "Delegate", work)
 
     async def Watch(  # noqa: N802 - the contract's name
         self,
@@ -127,15 +136,21 @@ class AuthorizationServicer(authorization_pb2_grpc.AuthorizationServiceServicer)
             authorization_pb2.WatchResponse, AsyncGenerator[authorization_pb2.WatchResponse]
         ]:
             credentials, trace = caller_of(context, listener=self._listener)
+            since = self._rooms.revocations.generation
             subject = await identify(self._rooms, credentials, action="watch", trace_id=trace)
-            events = self._watchers.events(subject.tenant)
+            events = self._watchers.events(
+                subject.tenant, since=since, check=partial(verified, self._rooms, credentials)
+            )
             return await anext(events), events
 
         in_force, events = await self._runner.run(context, "Watch", first)
         async with contextlib.aclosing(events):
             yield in_force
-            async for event in events:
-                yield event
+            try:
+                async for event in events:
+                    yield event
+            except Exception as error:  # noqa: BLE001 - as for a call
+                await abort(context, self._runner.failure_of("Watch", error))
 
 
 class BudgetServicer(budget_pb2_grpc.BudgetServiceServicer):

@@ -258,7 +258,7 @@ async def serve(config: Config, *, loaded: Future[Loaded], started: Callable[[st
             metrics, rooms.admission, timeout_seconds=config.limits.call_timeout_seconds
         )
         probes = health.aio.HealthServicer()
-        watchers = Watchers(rooms.policy, draining=stop)
+        watchers = Watchers(rooms.policy, rooms.revocations, draining=stop)
         servers, places = [], []
         for listener in listeners(config.listen):
             server = grpc.aio.server(options=options(config.limits))

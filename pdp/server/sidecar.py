@@ -34,11 +34,7 @@ from pdp.audit.log import ChainedAuditLog
 from pdp.budget.ledger import Ledger
 from pdp.budget.sqlite import SqliteLedger
 from pdp.canonical import JsonObject
-from pdp.config import Config, SingleTenantIdentity
-from pdp.identity.keys import load_jwks_file
-from pdp.identity.resolver import IdentityResolver, SingleTenant
-from pdp.identity.tenancy import TenantRule
-from pdp.identity.tokens import Issuer, TokenIdentity
+from pdp.config import Config
 from pdp.permit.issuer import PermitIssuer
 from pdp.permit.ring import LiveKeys
 from pdp.permit.uses import PermitUses, UsedPermits
@@ -51,7 +47,9 @@ from pdp.revocation.record import record_revocation
 from pdp.revocation.revocations import Revocations, RevocationStore
 from pdp.rooms import Rooms
 from pdp.server.admin import admin_socket
+from pdp.server.delegations import delegation_terms
 from pdp.server.http import HttpListener
+from pdp.server.identity import open_identity
 from pdp.server.listeners import bind, listeners, options, read_file
 from pdp.server.locks import ExclusiveLock, StartError
 from pdp.server.metrics import Metrics
@@ -117,7 +115,7 @@ async def open_rooms(
         )
         await stack.enter_async_context(classes.kept_current())
         yield Rooms(
-            identity=identity_from(config),
+            identity=open_identity(config, keys, stack),
             admission=Admission(
                 max_concurrent_calls=config.limits.max_concurrent_calls,
                 max_waiting_calls=config.limits.max_waiting_calls,
@@ -140,6 +138,7 @@ async def open_rooms(
             digest_key=digest_key,
             permit_ttl_seconds=config.permit.ttl_seconds,
             hold_ttl_seconds=config.budget.hold_ttl_seconds,
+            delegation=delegation_terms(config),
             records_policy_input=config.audit.record_policy_input,
         )
 
@@ -183,37 +182,6 @@ async def _open_budget(
     permit_uses = PermitUses(state / "permits.db", durability=settings.durability)
     stack.push_async_callback(permit_uses.close)
     return leased, permit_uses, RedisRevocations(store), ledger_id(digest_key)
-
-
-def identity_from(config: Config) -> IdentityResolver:
-    """Who tells whose call it is. Raises KeyFileError."""
-    identity = config.identity
-    if isinstance(identity, SingleTenantIdentity):
-        return SingleTenant(
-            actor=identity.actor, roles=tuple(identity.roles), scopes=tuple(identity.scopes)
-        )
-    return TokenIdentity(
-        [
-            Issuer(
-                issuer=issuer.issuer,
-                audiences=frozenset(issuer.audiences),
-                types=frozenset(kind.lower() for kind in issuer.types),
-                algorithms=frozenset(issuer.algorithms),
-                keys=load_jwks_file(issuer.jwks_file),
-                tenant=TenantRule(
-                    claim=issuer.tenant.claim, organisations=issuer.tenant.organisations
-                ),
-                actor_claim=issuer.actor_claim,
-                roles_claim=issuer.roles_claim,
-                scopes_claim=issuer.scopes_claim,
-                organisation_claim=issuer.organisation_claim,
-                team_claim=issuer.team_claim,
-                session_claim=issuer.session_claim,
-                leeway_seconds=issuer.leeway_seconds,
-            )
-            for issuer in identity.issuers
-        ]
-    )
 
 
 async def serve(config: Config, *, loaded: Future[Loaded], started: Callable[[str], None]) -> None:

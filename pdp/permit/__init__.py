@@ -14,6 +14,7 @@ from __future__ import annotations
 from pdp.permit.claims import Permit, PermitError
 from pdp.permit.keys import PermitKeySet
 from pdp.permit.redeemer import PermitRedeemer
+from pdp.permit.sidecars import Sidecars
 from pdp.permit.verifier import PermitVerifier
 
-__all__ = ["Permit", "PermitError", "PermitKeySet", "PermitRedeemer", "PermitVerifier"]
+__all__ = ["Permit", "PermitError", "PermitKeySet", "PermitRedeemer", "PermitVerifier", "Sidecars"]

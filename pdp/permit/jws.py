@@ -67,6 +67,16 @@ def verify(
     return _object(segments[1])
 
 
+def key_id(token: str) -> str:
+    """The id of the key that a token says has signed it, which proves nothing. Raises
+    JwsError.
+    """
+    kid = _object(token.partition(".")[0]).get("kid")
+    if not isinstance(kid, str):
+        raise JwsError("names no key")
+    return kid
+
+
 def _object(segment: str) -> JsonObject:
     try:
         return parse_object(base64url.decode(segment), max_bytes=MAX_LENGTH)

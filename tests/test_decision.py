@@ -29,9 +29,10 @@ from pdp.budget.ledger import Account, Charge, IdempotencyKey, LedgerError, Limi
 from pdp.budget.sqlite import SqliteLedger
 from pdp.canonical import JsonObject, JsonValue, sha256_hex
 from pdp.config import TenantLimits
+from pdp.errors import RequestError
 from pdp.identity.resolver import Credentials, IdentityError
-from pdp.identity.subject import Subject
-from pdp.permit.claims import Permit
+from pdp.identity.subject import Delegation, Link, Subject
+from pdp.permit.claims import Permit, PermitError
 from pdp.permit.issuer import PermitIssuer
 from pdp.permit.signing import SigningKey
 from pdp.permit.uses import PermitUses
@@ -42,6 +43,7 @@ from pdp.reason import ReasonCode
 from pdp.revocation.file import RevocationFile
 from pdp.revocation.revocations import Revocations
 from pdp.rooms import Rooms, StepWatch
+from pdp.server.wire import key_from
 from pdp.storage import Durability
 from pdp.strangers import Strangers
 
@@ -108,6 +110,8 @@ class Steps:
     documents: list[JsonObject] = field(default_factory=list)
     records_policy_input: bool = False
     service: ServiceClass = TenantLimits().service_class
+    subject: Subject = SUBJECT
+    binds_permits: bool = False
 
     slept: list[float] = field(default_factory=list)
 
@@ -126,7 +130,7 @@ class Identity:
 
     async def resolve(self, credentials: Credentials) -> Subject:
         self.steps.do("identify")
-        return SUBJECT
+        return self.steps.subject
 
 
 class Policy:
@@ -174,6 +178,16 @@ class Issuer(PermitIssuer):
         return super().sign(permit)
 
 
+class Uses(PermitUses):
+    """The real ones, noted."""
+
+    steps: Steps
+
+    async def is_closed(self, permit: Permit) -> bool:
+        self.steps.do("is_closed")
+        return await super().is_closed(permit)
+
+
 class Audit:
     healthy = True
 
@@ -202,7 +216,8 @@ async def ask(
     ledger.steps = steps
     issuer = Issuer(KEY, issuer="agent-pdp")
     issuer.steps = steps
-    uses = PermitUses(directory / "permits.db", durability=Durability.PROCESS, clock=lambda: NOW)
+    uses = Uses(directory / "permits.db", durability=Durability.PROCESS, clock=lambda: NOW)
+    uses.steps = steps
     rooms = Rooms(
         identity=Identity(steps),
         admission=Admission(
@@ -220,6 +235,7 @@ async def ask(
         permit_uses=uses,
         audit=Audit(steps),
         digest_key=b"k" * 32,
+        binds_permits=steps.binds_permits,
         permit_ttl_seconds=60,
         hold_ttl_seconds=120,
         ledger_id="ledger-1",
@@ -428,6 +444,207 @@ def test_a_subject_with_other_rights_asks_another_question(change: dict[str, Any
 def test_the_content_of_a_request_id_does_not_depend_on_when_it_is_asked() -> None:
     later = replace(QUESTION, request_id="request-2", trace_id="0" * 31 + "1")
     assert later.content_sha256(SUBJECT) == QUESTION.content_sha256(SUBJECT)
+
+
+# Permits for a tool and several calls
+
+SEVERAL: JsonObject = {**ALLOWED, "permit": {"binds": ["tool"], "max_uses": 4}}
+
+
+def with_limit(most: int) -> dict[Entrypoint, JsonValue]:
+    (limit,) = LIMITS
+    assert isinstance(limit, dict)
+    return {
+        Entrypoint.AUTHZ_DECISION: SEVERAL,
+        Entrypoint.BUDGET_LIMITS: [{**limit, "limit": most}],
+    }
+
+
+def test_a_permit_for_several_calls_holds_for_all_of_them(tmp_path: Path) -> None:
+    steps = Steps(answers=with_limit(4))
+    (recorded,) = asked(tmp_path, steps)
+    permit = recorded.answer.permit
+    assert (permit.max_uses, permit.arguments_sha256, permit.resource) == (4, "", "")
+    assert recorded.answer.charges == (Charge("tools", "calls", 4),)
+    assert (steps.records[0].detail or {})["max_uses"] == 4
+    signed = PermitVerifier(
+        KEY.public_set, issuer="agent-pdp", audience="tools", clock=lambda: NOW
+    ).verify(permit.token, tool="orders.update", arguments={"order_id": "another"})
+    assert signed == permit
+
+
+def test_where_all_calls_together_pass_a_limit_the_permit_is_for_the_one_call(
+    tmp_path: Path,
+) -> None:
+    steps = Steps(answers=with_limit(3))
+    first, again = asked(tmp_path, steps, QUESTION, QUESTION)
+    permit = first.answer.permit
+    assert (permit.max_uses, permit.resource) == (1, "order/918")
+    assert permit.arguments_sha256 == QUESTION.arguments_sha256
+    assert first.answer.charges == (Charge("tools", "calls", 1),)
+    assert first.answer.result.refused_by is None
+    assert again.answer.replayed
+    assert again.answer.permit == permit
+    assert [record.detail for record in steps.records] == [None, None]
+
+
+def test_where_not_even_one_call_fits_there_is_none(tmp_path: Path) -> None:
+    steps = Steps(answers=with_limit(0))
+    first, again = asked(tmp_path, steps, QUESTION, QUESTION)
+    for recorded in (first, again):
+        assert recorded.answer.reason_code == "tenant_budget_exceeded"
+        assert recorded.answer.permit is None
+    assert "sign" not in steps.done
+
+
+def test_an_answer_that_was_lost_between_the_two_holds_is_found_again(tmp_path: Path) -> None:
+    """Whatever the policy has come to say in between."""
+    steps = Steps(answers=with_limit(3))
+    ledgers_word = LedgerError(ReasonCode.BUDGET_UNAVAILABLE, "Try again.")
+
+    class Lost(Steps):
+        holds = 0
+
+        def do(self, step: str) -> None:
+            super().do(step)
+            self.holds += step == "hold"
+            if self.holds == 2:
+                raise ledgers_word
+
+    (lost,) = asked(tmp_path, Lost(answers=steps.answers))
+    assert lost is ledgers_word
+    steps.answers[Entrypoint.AUTHZ_DECISION] = ALLOWED
+    first, again = asked(tmp_path, steps, QUESTION, QUESTION)
+    assert first.answer.permit.max_uses == 1
+    assert first.answer.charges == (Charge("tools", "calls", 1),)
+    assert again.answer.permit == first.answer.permit
+
+
+def test_no_request_id_can_be_taken_for_the_second_hold_of_another(tmp_path: Path) -> None:
+    steps = Steps(answers=with_limit(3))
+    asked(tmp_path, steps)
+    key = f"once {sha256_hex({'request_id': QUESTION.request_id})}"
+    with pytest.raises(RequestError):
+        key_from("request_id", key)
+
+
+def delegated(rules: JsonObject) -> Subject:
+    return replace(
+        SUBJECT,
+        expires_at=NOW + 3_600,
+        delegation=Delegation(
+            links=(Link(id="delegation-1", agent="helper"),),
+            tools=frozenset({"orders.update"}),
+            arguments=rules,
+            root_token_id="token-1",
+            ledger="ledger-1",
+        ),
+    )
+
+
+def test_a_tool_that_was_delegated_under_rules_is_looked_at_for_each_call(tmp_path: Path) -> None:
+    rules: JsonObject = {"orders.update": {"order_id": [{"one_of": ["918"]}]}}
+    steps = Steps(answers=with_limit(8), subject=delegated(rules))
+    (recorded,) = asked(tmp_path, steps)
+    permit = recorded.answer.permit
+    assert (permit.max_uses, permit.arguments_sha256) == (1, QUESTION.arguments_sha256)
+    assert recorded.answer.charges == (Charge("tools", "calls", 1),)
+
+
+@pytest.mark.parametrize("rules", ({}, {"orders.read": {"order_id": [{"one_of": ["918"]}]}}))
+def test_a_tool_that_was_delegated_without_rules_is_as_reusable_as_before(
+    tmp_path: Path, rules: JsonObject
+) -> None:
+    steps = Steps(answers=with_limit(8), subject=delegated(rules))
+    (recorded,) = asked(tmp_path, steps)
+    assert recorded.answer.permit.max_uses == 4
+
+
+def test_a_later_policy_does_not_change_what_a_first_answer_was_for(tmp_path: Path) -> None:
+    steps = Steps(answers=with_limit(8))
+    (first,) = asked(tmp_path, steps)
+    steps.answers[Entrypoint.AUTHZ_DECISION] = ALLOWED
+    (again,) = asked(tmp_path, steps)
+    assert again.answer.permit == first.answer.permit
+
+
+# Once the outcome is reported
+
+
+def close(directory: Path, permit: Permit) -> None:
+    async def run() -> None:
+        uses = PermitUses(directory / "permits.db", durability=Durability.PROCESS)
+        await uses.close_permit(permit)
+        await uses.close()
+
+    asyncio.run(run())
+
+
+def test_an_answer_whose_outcome_is_reported_gives_no_permit_again(tmp_path: Path) -> None:
+    steps = Steps()
+    (first,) = asked(tmp_path, steps)
+    close(tmp_path, first.answer.permit)
+    (again,) = asked(tmp_path, steps)
+    assert (again.answer.permit, again.answer.reason_code) == (None, "permit_used")
+    assert again.answer.replayed
+    assert again.answer.decision_id == first.answer.decision_id
+    assert (again.answer.charges, again.answer.hold_expires_at) == ((), 0)
+    assert steps.done.count("sign") == 1
+    record = steps.records[-1]
+    assert (record.outcome, record.reason_code) == (Outcome.DENIED, "permit_used")
+    assert record.replayed
+
+
+def test_a_first_question_does_not_ask_whether_its_permit_is_closed(tmp_path: Path) -> None:
+    steps = Steps(failing={"is_closed": RuntimeError("a first question")})
+    first, again = asked(tmp_path, steps, QUESTION, QUESTION)
+    assert first.answer.permit is not None
+    assert isinstance(again, RuntimeError)
+
+
+def test_where_it_can_not_be_told_whether_a_permit_is_closed_there_is_no_answer(
+    tmp_path: Path,
+) -> None:
+    error = PermitError(ReasonCode.PERMIT_UNAVAILABLE, "Try again.")
+    steps = Steps(failing={"is_closed": error})
+    _, again = asked(tmp_path, steps, QUESTION, QUESTION)
+    assert again is error
+    record = steps.records[-1]
+    assert (record.outcome, record.reason_code) == (Outcome.DENIED, "permit_unavailable")
+
+
+# Permits that are bound to a client certificate
+
+CERTIFICATE = "c" * 43
+
+
+def test_a_permit_is_bound_to_the_certificate_of_whoever_asks(tmp_path: Path) -> None:
+    steps = Steps(subject=replace(SUBJECT, certificate_sha256=CERTIFICATE), binds_permits=True)
+    (recorded,) = asked(tmp_path, steps)
+    assert recorded.answer.permit.certificate_sha256 == CERTIFICATE
+
+
+def test_a_permit_is_bound_to_nothing_unless_the_operator_says_so(tmp_path: Path) -> None:
+    steps = Steps(subject=replace(SUBJECT, certificate_sha256=CERTIFICATE))
+    (recorded,) = asked(tmp_path, steps)
+    assert recorded.answer.permit.certificate_sha256 == ""
+
+
+def test_who_has_no_certificate_gets_no_permit_that_must_be_bound_to_one(tmp_path: Path) -> None:
+    steps = Steps(binds_permits=True)
+    (recorded,) = asked(tmp_path, steps)
+    assert (recorded.answer.permit, recorded.answer.reason_code) == (None, "sender_unknown")
+    assert steps.done == ["identify", "record"], "nothing is held"
+    assert steps.records[0].reason_code == "sender_unknown"
+
+
+def test_a_first_answer_stays_bound_to_whoever_got_it(tmp_path: Path) -> None:
+    """A thief of the token, with a certificate of his own, gets nothing that he could use."""
+    mine, stolen = (replace(SUBJECT, certificate_sha256=name * 43) for name in ("m", "s"))
+    (first,) = asked(tmp_path, Steps(subject=mine, binds_permits=True))
+    (again,) = asked(tmp_path, Steps(subject=stolen, binds_permits=True))
+    assert again.answer.permit == first.answer.permit
+    assert again.answer.permit.certificate_sha256 == "m" * 43
 
 
 def test_a_step_watch_takes_the_time_of_each_step() -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 
-from pdp import execution, spending
+from pdp import base64url, execution, spending
 from pdp.admission import Admission
 from pdp.audit.record import AuditError, AuditReceipt, AuditRecord, Outcome
 from pdp.budget.ledger import (
@@ -25,8 +25,9 @@ from pdp.budget.ledger import (
     Window,
 )
 from pdp.budget.sqlite import SqliteLedger
-from pdp.canonical import JsonObject, JsonValue, sha256_hex
+from pdp.canonical import JsonObject, JsonValue, canonical_bytes, sha256_hex
 from pdp.config import TenantLimits
+from pdp.errors import PdpError
 from pdp.identity.resolver import Credentials, SingleTenant
 from pdp.permit.claims import Permit, PermitError
 from pdp.permit.issuer import PermitIssuer
@@ -109,6 +110,27 @@ class Scene:
         (state,) = await self.ledger.state(ACCOUNT, limits=[DAY])
         return state.spent, state.held
 
+    async def sign(self, **changes: Any) -> None:
+        """Let the call's permit be another one."""
+        self.permit = self.rooms.permits.sign(replace(self.permit, **changes))
+
+    async def hold_several(self, max_uses: int, amount: int) -> None:
+        """Let the permit be for several calls, each of which costs that."""
+        held = await self.ledger.reserve(
+            ACCOUNT,
+            IdempotencyKey(operation="authorize", key="request-2", content_sha256="0" * 64),
+            charges=[Charge("tools", "calls", max_uses * amount)],
+            limits=[DAY],
+            ttl_seconds=120,
+        )
+        await self.sign(
+            id=str(uuid.uuid4()), arguments_sha256="", max_uses=max_uses, hold_id=held.id
+        )
+
+    async def redeem(self, *keys: str) -> None:
+        for key in keys:
+            await execution.redeem(self.rooms, self.redemption(key))
+
     def redemption(self, key: str) -> execution.Redemption:
         return execution.Redemption(
             permit=self.permit.token,
@@ -118,10 +140,23 @@ class Scene:
             audience=self.permit.audience,
         )
 
-    def report(self, *, executed: bool = True) -> execution.Report:
+    def report(self, *, executed: bool = True, **fields: Any) -> execution.Report:
         return execution.Report(
-            permit=self.permit.token, executed=executed, charges=(), error_type=""
+            permit=self.permit.token,
+            executed=executed,
+            **{"charges": (), "error_type": "", **fields},
         )
+
+    async def reported(self, **fields: Any) -> execution.Reported:
+        return await execution.report(self.rooms, self.report(**fields))
+
+    async def refused(self, **fields: Any) -> str:
+        """Why the report is not taken in."""
+        with pytest.raises(PdpError) as refused:
+            await self.reported(**fields)
+        assert self.audit.records[-1].outcome is Outcome.DENIED
+        assert self.audit.records[-1].reason_code == refused.value.reason_code
+        return refused.value.reason_code
 
 
 def play(directory: Path, act: Callable[[Scene], Awaitable[T]]) -> T:
@@ -268,5 +303,190 @@ def test_spend_whose_record_was_lost_is_made_once(tmp_path: Path, operation: Any
         assert (first.result.id, first.decision_id) == (again.result.id, again.decision_id)
         assert sum(await scene.amounts()) == 3 + 4
         assert {record.decision_id for record in scene.audit.records} == {first.decision_id}
+
+    play(tmp_path, act)
+
+
+# Permits for several calls. Of the limit of 10, 3 are held by another call all the while.
+
+
+def test_a_use_is_redeemed_whatever_its_arguments_and_no_more_than_are_allowed(
+    tmp_path: Path,
+) -> None:
+    async def act(scene: Scene) -> None:
+        await scene.hold_several(3, 2)
+        left = []
+        for number in range(3):
+            redemption = replace(
+                scene.redemption(f"use-{number}"), arguments_sha256=sha256_hex({"n": number})
+            )
+            left.append((await execution.redeem(scene.rooms, redemption)).use.uses_left)
+        assert left == [2, 1, 0]
+        with pytest.raises(PermitError) as refused:
+            await scene.redeem("use-3")
+        assert refused.value.reason_code == "permit_used"
+        assert [record.detail for record in scene.audit.records[:3]] == [
+            {"audience": "tools", "uses_left": number} for number in (2, 1, 0)
+        ]
+
+    play(tmp_path, act)
+
+
+@pytest.mark.parametrize("executed", (True, False))
+@pytest.mark.parametrize("uses", (1, 2, 3))
+def test_what_is_settled_is_the_share_of_the_calls_made(
+    tmp_path: Path, uses: int, *, executed: bool
+) -> None:
+    async def act(scene: Scene) -> None:
+        await scene.hold_several(3, 2)
+        assert await scene.amounts() == (0, 3 + 6)
+        reported = await scene.reported(uses=uses, executed=executed)
+        assert reported.settled == (Charge("tools", "calls", 2 * uses),)
+        assert await scene.amounts() == (2 * uses, 3)
+        again = await scene.reported(uses=uses, executed=executed)
+        assert (again.result.replayed, again.settled) == (True, reported.settled)
+        assert await scene.amounts() == (2 * uses, 3)
+        assert scene.audit.records[0].detail == {"uses": uses}
+
+    play(tmp_path, act)
+
+
+def test_of_a_permit_under_which_nothing_was_called_all_returns(tmp_path: Path) -> None:
+    async def act(scene: Scene) -> None:
+        await scene.hold_several(3, 2)
+        reported = await scene.reported(executed=False)
+        assert reported.settled == ()
+        assert await scene.amounts() == (0, 3)
+        with pytest.raises(PermitError) as refused:
+            await scene.redeem("late")
+        assert refused.value.reason_code == "permit_used"
+
+    play(tmp_path, act)
+
+
+def test_charges_that_are_named_are_what_all_calls_cost(tmp_path: Path) -> None:
+    async def act(scene: Scene) -> None:
+        await scene.hold_several(3, 2)
+        reported = await scene.reported(uses=3, charges=(Charge("tools", "calls", 1),))
+        assert reported.settled == (Charge("tools", "calls", 1),)
+        assert await scene.amounts() == (1, 3)
+
+    play(tmp_path, act)
+
+
+@pytest.mark.parametrize(("uses", "executed"), ((0, False), (1, False), (1, True)))
+def test_fewer_calls_than_tools_have_redeemed_can_not_be_reported(
+    tmp_path: Path, uses: int, *, executed: bool
+) -> None:
+    async def act(scene: Scene) -> None:
+        await scene.hold_several(3, 2)
+        await scene.redeem("use-1", "use-2")
+        reported = await scene.reported(uses=uses, executed=executed)
+        assert reported.settled == (Charge("tools", "calls", 4),)
+        assert await scene.amounts() == (4, 3)
+        assert scene.audit.records[-1].detail == {"uses": 2, "uses_reported": uses}
+
+    play(tmp_path, act)
+
+
+def test_more_calls_than_the_permit_allows_are_not_taken_in_and_close_nothing(
+    tmp_path: Path,
+) -> None:
+    async def act(scene: Scene) -> None:
+        assert await scene.refused(uses=2) == "request_invalid"
+        assert await scene.refused(uses=-1) == "request_invalid"
+        await scene.hold_several(3, 2)
+        assert await scene.refused(uses=4) == "request_invalid"
+        assert await scene.refused(uses=0) == "request_invalid", "that ran without a call"
+        costs = (Charge("tools", "calls", 1),)
+        assert await scene.refused(uses=0, executed=False, charges=costs) == "request_invalid"
+        assert await scene.amounts() == (0, 3 + 6)
+        await scene.redeem("use-1")
+
+    play(tmp_path, act)
+
+
+def test_the_calls_of_a_permit_are_reported_once(tmp_path: Path) -> None:
+    async def act(scene: Scene) -> None:
+        await scene.hold_several(3, 2)
+        await scene.reported(uses=3)
+        assert await scene.refused(uses=1) == "outcome_already_reported"
+        assert await scene.refused(executed=False) == "outcome_already_reported"
+        assert await scene.amounts() == (6, 3)
+
+    play(tmp_path, act)
+
+
+def test_a_report_on_one_call_may_say_that_it_was_one(tmp_path: Path) -> None:
+    async def act(scene: Scene) -> None:
+        await scene.reported(uses=1)
+        assert (await scene.reported()).result.replayed
+        assert await scene.amounts() == (3, 0)
+        assert scene.audit.records[0].detail is None
+
+    play(tmp_path, act)
+
+
+def test_a_permit_for_several_calls_that_cost_nothing_is_reported_on_too(tmp_path: Path) -> None:
+    async def act(scene: Scene) -> None:
+        await scene.sign(arguments_sha256="", max_uses=3, hold_id="")
+        assert (await scene.reported(uses=2)).settled == ()
+        assert scene.audit.records[0].detail == {"uses": 2}
+
+    play(tmp_path, act)
+
+
+# Attacks
+
+
+def test_a_redemption_that_names_no_arguments_is_none_of_a_permit_for_some(tmp_path: Path) -> None:
+    async def act(scene: Scene) -> None:
+        redemption = replace(scene.redemption("use-1"), arguments_sha256="")
+        with pytest.raises(PermitError) as refused:
+            await execution.redeem(scene.rooms, redemption)
+        assert refused.value.reason_code == "permit_mismatch"
+
+    play(tmp_path, act)
+
+
+@pytest.mark.parametrize("change", ({"max_uses": 9}, {"arguments_sha256": ""}, {"resource": ""}))
+def test_a_permit_whose_words_were_changed_is_none(tmp_path: Path, change: dict[str, Any]) -> None:
+    async def act(scene: Scene) -> None:
+        await scene.sign(resource="order/918")
+        header, _, signature = scene.permit.token.split(".")
+        claims = replace(scene.permit, **change).to_claims()
+        payload = base64url.encode(canonical_bytes(claims))
+        scene.permit = replace(scene.permit, token=f"{header}.{payload}.{signature}")
+        with pytest.raises(PermitError) as refused:
+            await scene.redeem("use-1")
+        assert refused.value.reason_code == "permit_invalid"
+        assert await scene.refused(executed=False) == "permit_invalid"
+
+    play(tmp_path, act)
+
+
+def test_no_permit_for_some_arguments_is_for_several_calls_even_where_it_is_signed(
+    tmp_path: Path,
+) -> None:
+    async def act(scene: Scene) -> None:
+        await scene.sign(max_uses=10)
+        with pytest.raises(PermitError) as refused:
+            await scene.redeem("use-1")
+        assert refused.value.reason_code == "permit_invalid"
+
+    play(tmp_path, act)
+
+
+def test_only_who_has_the_certificate_reports_on_a_permit_that_is_bound_to_it(
+    tmp_path: Path,
+) -> None:
+    async def act(scene: Scene) -> None:
+        await scene.sign(certificate_sha256="m" * 43)
+        for stolen in ("", "s" * 43):
+            assert await scene.refused(certificate_sha256=stolen) == "permit_mismatch"
+        assert await scene.amounts() == (0, 3)
+        await scene.redeem("use-1")
+        await scene.reported(certificate_sha256="m" * 43)
+        assert await scene.amounts() == (3, 0)
 
     play(tmp_path, act)

@@ -32,7 +32,8 @@ _FORGET_AT_ONCE: Final = 8
 class OnceError(PdpError):
     """The mutation is not done now.
 
-    Reason codes: call_under_way, whose result is not there yet, or never will be, where the
+    Reason codes: permit_mismatch, where the permit is for any arguments, and so its
+    transaction does not tell one mutation from another; call_under_way, whose result is not there yet, or never will be, where the
     tool died half way: what it did must then be looked up, and :meth:`Once.forget` lets it
     run again; idempotency_key_reused, where the transaction has other arguments.
     """
@@ -228,6 +229,12 @@ class RedisOnce:
 
 
 def _name(permit: Permit) -> str:
+    if not permit.arguments_sha256:
+        raise OnceError(
+            ReasonCode.PERMIT_MISMATCH,
+            "The permit is for any arguments, so it can not be told which of its calls this is:"
+            ' the policy must let the permits of this tool bind ["tool", "arguments"].',
+        )
     return json.dumps([permit.tenant, permit.actor, permit.tool, permit.transaction])
 
 

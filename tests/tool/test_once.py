@@ -71,6 +71,22 @@ def test_the_same_request_with_other_arguments_is_refused(once: Once) -> None:
     )
 
 
+@pytest.mark.parametrize("max_uses", (1, 3))
+def test_a_permit_for_any_arguments_tells_no_mutation_from_another(
+    once: Once, max_uses: int
+) -> None:
+    change = Mutation()
+    several = replace(permit(), arguments_sha256="", max_uses=max_uses)
+
+    async def mutation() -> JsonValue:
+        return change()
+
+    refused("permit_mismatch", lambda: once.run(several, change))
+    refused("permit_mismatch", lambda: asyncio.run(once.run_async(several, mutation)))
+    refused("permit_mismatch", lambda: once.forget(several))
+    assert change.runs == 0
+
+
 def test_what_fails_runs_again(once: Once) -> None:
     call = permit()
 

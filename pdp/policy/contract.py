@@ -7,8 +7,9 @@ from typing import Final
 from pdp.canonical import JsonObject, JsonValue
 from pdp.identity.subject import Subject
 from pdp.policy.engine import BundleError, Entrypoint, PolicyEngine, PolicyError
-from pdp.policy.question import authorize_input, budget_input
+from pdp.policy.question import authorize_input, budget_input, tools_input
 from pdp.policy.service_class import parse_service_class, service_class_input
+from pdp.policy.tools import parse_visible_tools
 from pdp.policy.verdict import parse_budget_verdict, parse_limits, parse_verdict
 from pdp.reason import ReasonCode
 
@@ -42,6 +43,7 @@ def check_answer(entrypoint: Entrypoint, value: JsonValue) -> None:
         Entrypoint.BUDGET_DECISION: parse_budget_verdict,
         Entrypoint.BUDGET_LIMITS: parse_limits,
         Entrypoint.SERVICE_CLASS: parse_service_class,
+        Entrypoint.TOOLS_VISIBLE: parse_visible_tools,
     }[entrypoint]
     parse(value)
 
@@ -64,4 +66,5 @@ def _probes() -> dict[Entrypoint, JsonObject]:
         Entrypoint.BUDGET_DECISION: spend,
         Entrypoint.BUDGET_LIMITS: call,
         Entrypoint.SERVICE_CLASS: service_class_input(_NOBODY.tenant),
+        Entrypoint.TOOLS_VISIBLE: tools_input(_NOBODY, time=0, context={}),
     }

@@ -17,13 +17,14 @@ class Entrypoint(StrEnum):
     BUDGET_DECISION = "pdp/budget/decision"
     BUDGET_LIMITS = "pdp/budget/limits"
     SERVICE_CLASS = "pdp/sidecar/service_class"
+    TOOLS_VISIBLE = "pdp/tools/visible"
 
     @property
     def optional(self) -> bool:
         """Whether a bundle may do without the rule: then it gives no answer, as one that
         is undefined.
         """
-        return self is Entrypoint.SERVICE_CLASS
+        return self in {Entrypoint.SERVICE_CLASS, Entrypoint.TOOLS_VISIBLE}
 
 
 REQUIRED_ENTRYPOINTS: Final = tuple(name for name in Entrypoint if not name.optional)

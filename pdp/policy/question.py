@@ -41,6 +41,12 @@ def authorize_input(
     )
 
 
+def tools_input(subject: Subject, *, time: float, context: JsonObject) -> JsonObject:
+    """The input for pdp/tools/visible. ``time`` is Unix seconds."""
+    action: JsonObject = {"name": "tools.list"}
+    return _document(subject, action, None, time=time, request_id="", context=context, tool="")
+
+
 def budget_input(
     subject: Subject,
     *,

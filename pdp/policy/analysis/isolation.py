@@ -30,7 +30,7 @@ from pdp.policy.analysis.questions import (
 from pdp.policy.analysis.workers import Progress, spread
 from pdp.policy.bundle import Bundle
 from pdp.policy.engine import REQUIRED_ENTRYPOINTS, Entrypoint
-from pdp.policy.question import budget_input
+from pdp.policy.question import budget_input, tools_input
 from pdp.policy.service_class import service_class_input
 
 TENANTS_PER_TASK: Final = 16
@@ -129,11 +129,14 @@ class _Desk:
             for entrypoint in (Entrypoint.AUTHZ_DECISION, Entrypoint.BUDGET_LIMITS):
                 yield _Ask(question.role, question.tool, entrypoint, document, question)
         for role in self.questions.roles(tenant):
+            subject = Subject(
+                tenant=tenant, actor=ACTOR, roles=(role,) if role else (), scopes=scopes
+            )
+            listing = tools_input(subject, time=self.questions.time, context={})
+            yield _Ask(role, "", Entrypoint.TOOLS_VISIBLE, listing, None)
             for charge in _charges(self.estate, tenant, role):
                 document = budget_input(
-                    Subject(
-                        tenant=tenant, actor=ACTOR, roles=(role,) if role else (), scopes=scopes
-                    ),
+                    subject,
                     operation="charge",
                     charges=(charge,),
                     tool="",

@@ -25,7 +25,7 @@ from pdp.policy.compile import compile_rego
 from pdp.policy.contract import check_answer
 from pdp.policy.engine import BundleError, Entrypoint, PolicyError
 from pdp.policy.part import is_test, read_part
-from pdp.policy.question import authorize_input, budget_input
+from pdp.policy.question import authorize_input, budget_input, tools_input
 from pdp.policy.service_class import service_class_input
 from pdp.policy.wasm import WasmEvaluator
 from pdp.reason import ReasonCode
@@ -257,6 +257,7 @@ def _samples(bundle: Bundle) -> Mapping[Entrypoint, Iterator[JsonObject]]:
         Entrypoint.BUDGET_DECISION: _spends(bundle),
         Entrypoint.BUDGET_LIMITS: _spends(bundle),
         Entrypoint.SERVICE_CLASS: _tenants(bundle),
+        Entrypoint.TOOLS_VISIBLE: _listings(bundle),
     }
 
 
@@ -277,6 +278,16 @@ def _spends(bundle: Bundle) -> Iterator[JsonObject]:
     for tenant in questions.tenants():
         for role in questions.roles(tenant):
             yield _spend(Subject(tenant=tenant, actor="check", roles=(role,)))
+
+
+def _listings(bundle: Bundle) -> Iterator[JsonObject]:
+    """A listing for nobody, and one for every role of every tenant."""
+    yield tools_input(_NOBODY, time=0, context={})
+    questions = Questionnaire([Estate(bundle.data)], Cases(), Only())
+    for tenant in questions.tenants():
+        for role in questions.roles(tenant):
+            subject = Subject(tenant=tenant, actor="check", roles=(role,))
+            yield tools_input(subject, time=0, context={})
 
 
 def _tenants(bundle: Bundle) -> Iterator[JsonObject]:

@@ -21,8 +21,9 @@ from pdp.budget.windows import is_timezone
 from pdp.identity.subject import TENANT_PATTERN, Subject
 from pdp.policy.authoring.schemas import schema_names, schema_text
 from pdp.policy.engine import PolicyError
-from pdp.policy.question import Usage, authorize_input, budget_input
+from pdp.policy.question import Usage, authorize_input, budget_input, tools_input
 from pdp.policy.service_class import parse_service_class, service_class_input
+from pdp.policy.tools import parse_visible_tools
 from pdp.policy.verdict import (
     MAX_SCOPES_LENGTH,
     parse_budget_verdict,
@@ -130,7 +131,7 @@ def test_every_spend_fits_its_schema_and_that_of_any_input(documents: list[Any])
     assert not any(fits("authz_input", documents))
 
 
-@pytest.mark.parametrize("name", ("authz_input", "budget_input", "input"))
+@pytest.mark.parametrize("name", ("authz_input", "budget_input", "tools_input", "input"))
 def test_what_all_inputs_have_is_described_alike(name: str) -> None:
     one, other = json.loads(schema_text(name)), json.loads(schema_text("input"))
 
@@ -355,6 +356,42 @@ def test_every_question_for_a_service_class_fits_its_schema(tenants: list[str]) 
 _NO_TENANT = str.maketrans(":/", "--")
 
 
+listings = st.builds(
+    tools_input, subjects, time=times, context=st.dictionaries(names, st.integers(), max_size=2)
+)
+
+
+@FEW
+@given(st.lists(listings, min_size=1, max_size=MANY))
+def test_every_listing_of_tools_fits_its_schema_and_that_of_any_input(documents: list[Any]) -> None:
+    assert all(fits("tools_input", documents))
+    assert all(fits("input", documents))
+    assert not any(fits("authz_input", documents))
+
+
+tool_like = st.fixed_dictionaries(
+    {
+        "name": st.sampled_from(["orders.read", "a" * 128, "a" * 129, "", "-a", "a b"]) | odd,
+        "callable": st.booleans() | odd,
+        "reason_code": reasons | odd,
+    },
+    optional={"more": st.just(1)},
+)
+sound_tools = st.builds(
+    lambda name, code: {"name": name, "callable": code == "ok", "reason_code": code},
+    names,
+    st.sampled_from(["ok", "my_own"]),
+)
+
+
+@FEW
+@given(st.lists(st.lists(sound_tools | tool_like, max_size=3) | odd, min_size=1, max_size=MANY))
+def test_the_schema_of_visible_tools_takes_just_what_is_accepted(documents: list[Any]) -> None:
+    for document, fit in zip(documents, fits("tools_visible", documents), strict=True):
+        expected = fit and len({each["name"] for each in document}) == len(document)
+        assert accepted(parse_visible_tools, document) is expected, document
+
+
 def test_an_answer_with_approval_fits_and_is_read_as_a_denial() -> None:
     approval = {"roles": ["lead"], "expires_seconds": 600, "four_eyes": True}
     decision: Any = {"allow": True, "reason_code": "ok", "approval": approval}
@@ -382,6 +419,8 @@ def test_there_is_a_schema_for_everything_that_is_asked_and_answered() -> None:
         "input",
         "service_class",
         "service_class_input",
+        "tools_input",
+        "tools_visible",
     ]
 
 

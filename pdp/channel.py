@@ -223,6 +223,7 @@ def _methods(channel: Any) -> Mapping[str, Callable[..., Any]]:  # noqa: ANN401 
     execution = execution_pb2_grpc.ExecutionServiceStub(channel)
     return {
         "Authorize": authorization.Authorize,
+        "Delegate": authorization.Delegate,
         "GetPermitKeys": execution.GetPermitKeys,
         "RedeemPermit": execution.RedeemPermit,
         "ReleaseBudget": budget.ReleaseBudget,

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 from pdp.client.acting import current_permit
 from pdp.client.decision import Decision
-from pdp.client.errors import BudgetRefused, PermitDenied
+from pdp.client.delegation import Delegation
+from pdp.client.errors import BudgetRefused, DelegationRefused, PermitDenied
 from pdp.client.guard import AsyncGuard, Guard
 from pdp.client.hold import Hold
 from pdp.client.spend import Reservation, Usage
@@ -30,6 +31,8 @@ __all__ = [
     "AsyncGuard",
     "BudgetRefused",
     "Decision",
+    "Delegation",
+    "DelegationRefused",
     "Guard",
     "Hold",
     "Permit",

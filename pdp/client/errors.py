@@ -55,7 +55,19 @@ class BudgetRefused(PdpError):  # noqa: N818 - as above
         """When to ask again, if waiting can help."""
 
 
+class DelegationRefused(PdpError):  # noqa: N818 - as above
+    """Nothing is delegated, or what was received is no delegation: nobody acts.
+
+    ``reason_code`` says why: delegation_too_wide, delegation_too_deep, request_invalid,
+    identity_missing, token_invalid, ...
+    """
+
+    def __init__(self, reason_code: str, message: str) -> None:
+        super().__init__(reason_code, f"no delegation: {message} ({reason_code})")
+
+
 class IdentityLacking(PdpError):  # noqa: N818 - as above
-    """The running code acts for nobody. It becomes a PermitDenied or a BudgetRefused:
+    """The running code acts for nobody. It becomes a PermitDenied, BudgetRefused or
+    DelegationRefused:
     identity_missing, identity_ended, token_invalid.
     """

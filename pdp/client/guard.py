@@ -27,6 +27,7 @@ from pdp.channel import AsyncConnection, CallError, Connection
 from pdp.client.acting import Identity, RunningUnder
 from pdp.client.call import Costs, Resource, Tool, ToolCall, check_tool_name, tool_call
 from pdp.client.decision import Decision
+from pdp.client.delegation import Carrier, Delegation, delegate, token_in
 from pdp.client.desk import (
     Grant,
     PermitDesk,
@@ -39,7 +40,12 @@ from pdp.client.desk import (
     report_failed,
     walk,
 )
-from pdp.client.errors import BudgetRefused, IdentityLacking, PermitDenied
+from pdp.client.errors import (
+    BudgetRefused,
+    DelegationRefused,
+    IdentityLacking,
+    PermitDenied,
+)
 from pdp.client.hold import Hold, TellingTask, TellingThread
 from pdp.client.keeper import Keeper
 from pdp.client.spend import Charge, Reservation, Usage
@@ -128,6 +134,16 @@ class _Face(Generic[_C]):
         here. ``traceparent`` is a W3C trace context, for the audit record.
         """
         return self._identity.acting_for(token, context=context, traceparent=traceparent)
+
+    def accept(
+        self, carrier: Carrier, *, context: JsonObject | None = None, traceparent: str = ""
+    ) -> AbstractContextManager[None]:
+        """Act inside the ``with`` under the delegation in ``carrier``: the headers of an HTTP
+        request, the metadata of a gRPC call or of an A2A message, or a queue's message. As
+        :meth:`acting_for` otherwise. Raises DelegationRefused where it holds none, several,
+        or anything else in its place, such as a user's token.
+        """
+        return self.acting_for(token_in(carrier), context=context, traceparent=traceparent)
 
     def _reserving(
         self, what: Usage | Sequence[Charge], tool: str, ttl_seconds: int
@@ -299,6 +315,42 @@ class Guard(_Face[Connection]):
             telling.stop()
             self._end(meter, failed=failed)
 
+    def delegate(
+        self,
+        agent: str,
+        *,
+        tools: Sequence[str],
+        arguments: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
+        ttl_seconds: int = 0,
+        budget: Sequence[Charge] = (),
+        request_id: str = "",
+    ) -> Delegation:
+        """A narrower identity for ``agent``, which is to act on behalf of whoever the code
+        acts for now: these ``tools`` and no others, for ``ttl_seconds`` (0 leaves that to the
+        sidecar), and of the budget no more than ``budget`` (all that the caller may, where
+        it is empty). ``arguments`` says what the tools' arguments must be besides, by tool
+        and argument: ``{"refunds.create": {"amount": {"max": 500}}}``, with the rules
+        ``one_of``, ``min``, ``max`` and ``prefix``.
+
+        The same ``request_id`` with the same request gets the same delegation again. Raises
+        DelegationRefused.
+        """
+        try:
+            outcome: Delegation | DelegationRefused = self._walk(
+                delegate(
+                    self._identity,
+                    agent,
+                    tools=tools,
+                    arguments=arguments,
+                    ttl_seconds=ttl_seconds,
+                    budget=budget,
+                    request_id=request_id,
+                )
+            )
+        except Exception as error:  # noqa: BLE001 - whatever it is, nothing is delegated
+            outcome = _not_delegated(error)
+        return _granted(outcome)
+
     def close(self) -> None:
         """Report on the permits that are kept, and close the connection; guarded tools
         open it again.
@@ -461,6 +513,33 @@ class AsyncGuard(_Face[AsyncConnection]):
         finally:
             await self._finish(self._end(meter, telling, failed=failed))
 
+    async def delegate(
+        self,
+        agent: str,
+        *,
+        tools: Sequence[str],
+        arguments: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
+        ttl_seconds: int = 0,
+        budget: Sequence[Charge] = (),
+        request_id: str = "",
+    ) -> Delegation:
+        """As :meth:`Guard.delegate`."""
+        try:
+            outcome: Delegation | DelegationRefused = await self._walk(
+                delegate(
+                    self._identity,
+                    agent,
+                    tools=tools,
+                    arguments=arguments,
+                    ttl_seconds=ttl_seconds,
+                    budget=budget,
+                    request_id=request_id,
+                )
+            )
+        except Exception as error:  # noqa: BLE001 - whatever it is, nothing is delegated
+            outcome = _not_delegated(error)
+        return _granted(outcome)
+
     async def close(self) -> None:
         """Finish the reports that are under way, report on the permits that are kept, and
         close the connection; guarded tools open it again.
@@ -615,15 +694,27 @@ def _refusal(error: Exception) -> BudgetRefused:
     )
 
 
+def _not_delegated(error: Exception) -> DelegationRefused:
+    """Whatever went wrong comes out as DelegationRefused, as by :func:`_denial`."""
+    if isinstance(error, DelegationRefused):
+        return _bare(error)
+    if isinstance(error, IdentityLacking | CallError):
+        return DelegationRefused(error.reason_code, error.message)
+    return DelegationRefused(
+        ReasonCode.GUARD_FAILED,
+        f"the guard failed with {type(error).__name__} at {_place(error)}",
+    )
+
+
 def _bare(error: _E) -> _E:
     """The error without the frames in which it arose."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)
 
 
-def _granted(outcome: _T | PermitDenied | BudgetRefused) -> _T:
+def _granted(outcome: _T | PermitDenied | BudgetRefused | DelegationRefused) -> _T:
     """What was granted, or the refusal is raised."""
-    if isinstance(outcome, PermitDenied | BudgetRefused):
+    if isinstance(outcome, PermitDenied | BudgetRefused | DelegationRefused):
         raise outcome
     return outcome
 

@@ -69,6 +69,7 @@ class Kept:
             (budget, unit, -(-amount // grant.permit.max_uses))
             for budget, unit, amount in grant.held
         )
+        self._nothing = tuple((budget, unit, 0) for budget, unit, _ in self._share)
         self.under_way = 1
         self.made = 1
         self._executed = False
@@ -88,9 +89,9 @@ class Kept:
     ) -> Steps[None] | None:
         """A use of it has raised. Its report, if this was the last one."""
         charges = charges_by(self.permit.tool, cost)
-        return self._ended(
-            self._share if charges is None else charges, error_type=error_type(error)
-        )
+        if charges is None:
+            charges = self._share
+        return self._ended(charges or self._nothing, error_type=error_type(error))
 
     def report(self) -> Steps[None]:
         """The one report on all of its uses. Raises CallError."""
@@ -299,6 +300,8 @@ class PermitPool:
 
 
 def _add(spent: _Spent, charges: Sequence[Charge], *, times: int = 1) -> None:
+    if not times:
+        return
     for budget, unit, amount in charges:
         total = spent.get((budget, unit), 0) + amount * times
         spent[budget, unit] = min(total, MAX_AMOUNT)

@@ -144,11 +144,11 @@ class StandIn:
         )
 
     def allow_several(
-        self, request: Request, max_uses: int, *held: tuple[str, str, int], **changes: object
+        self, request: Request, max_uses: int, *held: tuple[str, str, int], **changes: Any
     ) -> Response:
         """Yes, to as many calls with any arguments, with this held for each."""
         response = self.allow(
-            request, arguments_sha256="", resource="", max_uses=max_uses, **changes
+            request, **{"arguments_sha256": "", "resource": "", "max_uses": max_uses, **changes}
         )
         response.hold.charges.extend(
             common_pb2.Charge(budget=budget, unit=unit, amount=amount * max_uses)

@@ -656,6 +656,10 @@ class Permits(_Section):
     """How long a permit is valid, unless the policy says less."""
     default_audience: Audience = "tools"
     """The audience of a permit when the question names none."""
+    bind_to_certificate: bool = False
+    """Bind each permit to the client certificate of whoever asks for it: shown by anybody
+    else it is worth nothing. Whoever asks without a certificate gets no permit. Needs
+    tls.client_ca_file."""
 
 
 class TrustedSidecars(_Section):
@@ -871,7 +875,7 @@ class Config(_Section):
                         "identity.mode single_tenant trusts whoever reaches the socket, so "
                         "each address of listen.tcp and listen.named must be loopback"
                     )
-        self._check_workloads()
+        self._check_listeners()
         if self.budget.hold_ttl_seconds < self.permit.ttl_seconds:
             raise ValueError("budget.hold_ttl_seconds must be at least permit.ttl_seconds")
         if self.permit.issuer in {sidecars.issuer for sidecars in self.delegation.trusted}:
@@ -881,8 +885,8 @@ class Config(_Section):
             )
         return self
 
-    def _check_workloads(self) -> None:
-        """Raises ValueError where a listener is missing that workloads and routes need."""
+    def _check_listeners(self) -> None:
+        """Raises ValueError where a listener is missing that workloads, routes or permits need."""
         listen, identity = self.listen, self.identity
         if isinstance(identity, JwtIdentity):
             for route in identity.routes:
@@ -897,6 +901,8 @@ class Config(_Section):
             raise ValueError(
                 "identity.workload.certificates needs a listener with tls.client_ca_file"
             )
+        if self.permit.bind_to_certificate and not verified:
+            raise ValueError("permit.bind_to_certificate needs a listener with tls.client_ca_file")
 
     @property
     def admin_socket(self) -> Path:

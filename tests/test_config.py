@@ -257,3 +257,17 @@ def test_the_reference_pages_are_current(name: str) -> None:
 def test_the_example_of_the_page_is_accepted(tmp_path: Path) -> None:
     yaml.safe_load(GOOD)
     load_config(write(tmp_path, GOOD), {})
+
+
+def test_permits_are_bound_only_where_certificates_are_asked_for(tmp_path: Path) -> None:
+    tls = "certificate_file: c, key_file: k"
+    listen = "listen: {{tcp: {{address: '0.0.0.0:8443', tls: {{{}}}}}}}\n"
+    bound = GOOD + "permit: {bind_to_certificate: true}\n"
+    for text in (bound, bound + listen.format(tls)):
+        (fault,) = faults(tmp_path, text)
+        assert fault.endswith(
+            "permit.bind_to_certificate needs a listener with tls.client_ca_file"
+        ), fault
+    config = load_config(write(tmp_path, bound + listen.format(tls + ", client_ca_file: ca")), {})
+    assert config.permit.bind_to_certificate
+    assert not load_config(write(tmp_path, GOOD), {}).permit.bind_to_certificate

@@ -63,6 +63,7 @@ from pdp.server.services import (
     ExecutionServicer,
 )
 from pdp.server.stream import Streams
+from pdp.server.trusted_keys import TrustedKeys
 from pdp.server.watch import Watchers
 from pdp.strangers import Strangers
 
@@ -85,6 +86,7 @@ async def open_rooms(
     keys: LiveKeys,
     policy: ActivePolicy,
     *,
+    trusted_keys: TrustedKeys,
     service_class_failed: Callable[[str], None],
 ) -> AsyncIterator[Rooms]:
     """The rooms that the configuration describes, the policy being loaded. Closed in
@@ -115,7 +117,7 @@ async def open_rooms(
         )
         await stack.enter_async_context(classes.kept_current())
         yield Rooms(
-            identity=open_identity(config, keys, stack),
+            identity=open_identity(config, keys, trusted_keys, stack),
             admission=Admission(
                 max_concurrent_calls=config.limits.max_concurrent_calls,
                 max_waiting_calls=config.limits.max_waiting_calls,
@@ -136,6 +138,7 @@ async def open_rooms(
             strangers=Strangers(),
             revocations=revocations,
             digest_key=digest_key,
+            binds_permits=config.permit.bind_to_certificate,
             permit_ttl_seconds=config.permit.ttl_seconds,
             hold_ttl_seconds=config.budget.hold_ttl_seconds,
             delegation=delegation_terms(config),
@@ -203,6 +206,7 @@ async def serve(config: Config, *, loaded: Future[Loaded], started: Callable[[st
         stack.callback(lock.release)
         keys = _permit_keys(config)
         metrics = Metrics()
+        trusted_keys = TrustedKeys(metrics)
         records, shadow_records = PolicyRecords(metrics), PolicyRecords(metrics, action="shadow")
         policy = await stack.enter_async_context(
             open_policy(
@@ -214,9 +218,14 @@ async def serve(config: Config, *, loaded: Future[Loaded], started: Callable[[st
         )
         rooms = await stack.enter_async_context(
             open_rooms(
-                config, keys, policy.active, service_class_failed=metrics.service_class_failed
+                config,
+                keys,
+                policy.active,
+                trusted_keys=trusted_keys,
+                service_class_failed=metrics.service_class_failed,
             )
         )
+        await stack.enter_async_context(trusted_keys.kept_fresh())
         records.audit = shadow_records.audit = rooms.audit
         await records.activated(policy.active.revision)
         if policy.live is not None:
@@ -249,6 +258,7 @@ async def serve(config: Config, *, loaded: Future[Loaded], started: Callable[[st
             ("", *SERVICE_NAMES),
             policy_answers=policy.answers,
             audit_is_healthy=lambda: rooms.audit.healthy,
+            keys_are_usable=lambda: trusted_keys.usable,
         )
         await stack.enter_async_context(
             policy.kept_up_to_date(config.state_dir, events=records, shadow_events=shadow_records)
@@ -260,6 +270,7 @@ async def serve(config: Config, *, loaded: Future[Loaded], started: Callable[[st
                 "instance": config.instance or socket.gethostname(),
                 "audit": {"healthy": rooms.audit.healthy},
                 "policy": {**policy.status(), "answers": readiness.policy_answers},
+                "issuers": trusted_keys.status(),
             }
 
         if config.listen.metrics is not None:

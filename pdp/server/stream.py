@@ -135,10 +135,12 @@ class _Stream:
         self._places.release()
 
     async def _answer(self, message: authorization_pb2.AuthorizeStreamRequest) -> None:
-        within_seconds = seconds_of(message.timeout) if message.HasField("timeout") else None
+        timeout_seconds = seconds_of(message.timeout)
         try:
             answer = await self._runner.result(
-                "Authorize", lambda: self._decided(message), within_seconds=within_seconds
+                "Authorize",
+                lambda: self._decided(message),
+                within_seconds=timeout_seconds if timeout_seconds > 0 else None,
             )
         except PdpError as error:
             response = authorization_pb2.AuthorizeStreamResponse(

@@ -38,7 +38,9 @@ class AuthorizeRequest(_message.Message):
     request_id: _builtins.str
     """Idempotency key, made by the caller before its first try: 1 to 255
     printable ASCII characters without spaces. The same key with the same
-    content gets the first answer again for 24 hours, permit included; with
+    content gets the first answer again for 24 hours, permit included, until the
+    outcome of the call is reported: from then on it gets decision = false and
+    permit_used, so that nobody runs the tool twice under one permit. With
     other content the status is ALREADY_EXISTS (idempotency_key_reused). Keys of
     different tenants and actors do not meet.
     """

@@ -44,15 +44,16 @@ class AuthorizationServiceStub:
     A refusal is an OK response with decision = false and a reason_code; so is a
     policy that fails, times out, or answers nothing of use (policy_error,
     policy_timeout, policy_undefined, policy_invalid, policy_unavailable,
-    policy_stale).
+    policy_stale), and a call without a client certificate where permits are
+    bound to one (sender_unknown).
     Errors in asking are statuses that carry google.rpc.ErrorInfo, whose reason
     is the reason code: UNAUTHENTICATED (token_missing, token_invalid,
     token_expired, tenant_missing, tenant_unknown), INVALID_ARGUMENT
     (request_invalid, arguments_invalid, with google.rpc.BadRequest),
     ALREADY_EXISTS (idempotency_key_reused), UNAVAILABLE (budget_unavailable,
-    audit_unavailable), RESOURCE_EXHAUSTED (rate_limited: one call too many of
-    this tenant, or of all; google.rpc.RetryInfo says when to ask again),
-    DEADLINE_EXCEEDED (deadline_exceeded), INTERNAL (internal). Nothing is
+    permit_unavailable, audit_unavailable), RESOURCE_EXHAUSTED (rate_limited: one
+    call too many of this tenant, or of all; google.rpc.RetryInfo says when to ask
+    again), DEADLINE_EXCEEDED (deadline_exceeded), INTERNAL (internal). Nothing is
     allowed by any of them.
     """
     AuthorizeStream: _grpc.StreamStreamMultiCallable[_authorization_pb2.AuthorizeStreamRequest, _authorization_pb2.AuthorizeStreamResponse]
@@ -101,15 +102,16 @@ class AuthorizationServiceAsyncStub(AuthorizationServiceStub):
     A refusal is an OK response with decision = false and a reason_code; so is a
     policy that fails, times out, or answers nothing of use (policy_error,
     policy_timeout, policy_undefined, policy_invalid, policy_unavailable,
-    policy_stale).
+    policy_stale), and a call without a client certificate where permits are
+    bound to one (sender_unknown).
     Errors in asking are statuses that carry google.rpc.ErrorInfo, whose reason
     is the reason code: UNAUTHENTICATED (token_missing, token_invalid,
     token_expired, tenant_missing, tenant_unknown), INVALID_ARGUMENT
     (request_invalid, arguments_invalid, with google.rpc.BadRequest),
     ALREADY_EXISTS (idempotency_key_reused), UNAVAILABLE (budget_unavailable,
-    audit_unavailable), RESOURCE_EXHAUSTED (rate_limited: one call too many of
-    this tenant, or of all; google.rpc.RetryInfo says when to ask again),
-    DEADLINE_EXCEEDED (deadline_exceeded), INTERNAL (internal). Nothing is
+    permit_unavailable, audit_unavailable), RESOURCE_EXHAUSTED (rate_limited: one
+    call too many of this tenant, or of all; google.rpc.RetryInfo says when to ask
+    again), DEADLINE_EXCEEDED (deadline_exceeded), INTERNAL (internal). Nothing is
     allowed by any of them.
     """
     AuthorizeStream: _aio.StreamStreamMultiCallable[_authorization_pb2.AuthorizeStreamRequest, _authorization_pb2.AuthorizeStreamResponse]  # type: ignore[assignment]
@@ -161,15 +163,16 @@ class AuthorizationServiceServicer(metaclass=_abc_1.ABCMeta):
         A refusal is an OK response with decision = false and a reason_code; so is a
         policy that fails, times out, or answers nothing of use (policy_error,
         policy_timeout, policy_undefined, policy_invalid, policy_unavailable,
-        policy_stale).
+        policy_stale), and a call without a client certificate where permits are
+        bound to one (sender_unknown).
         Errors in asking are statuses that carry google.rpc.ErrorInfo, whose reason
         is the reason code: UNAUTHENTICATED (token_missing, token_invalid,
         token_expired, tenant_missing, tenant_unknown), INVALID_ARGUMENT
         (request_invalid, arguments_invalid, with google.rpc.BadRequest),
         ALREADY_EXISTS (idempotency_key_reused), UNAVAILABLE (budget_unavailable,
-        audit_unavailable), RESOURCE_EXHAUSTED (rate_limited: one call too many of
-        this tenant, or of all; google.rpc.RetryInfo says when to ask again),
-        DEADLINE_EXCEEDED (deadline_exceeded), INTERNAL (internal). Nothing is
+        permit_unavailable, audit_unavailable), RESOURCE_EXHAUSTED (rate_limited: one
+        call too many of this tenant, or of all; google.rpc.RetryInfo says when to ask
+        again), DEADLINE_EXCEEDED (deadline_exceeded), INTERNAL (internal). Nothing is
         allowed by any of them.
         """
 

@@ -66,7 +66,7 @@ class RedeemPermitRequest(_message.Message):
     """The tool that is about to run: as Action.name."""
     arguments_sha256: _builtins.str
     """SHA-256 over the RFC 8785 form of the arguments it is about to run with: 64
-    lower-case hexadecimal digits.
+    lower-case hexadecimal digits. May be empty where the permit is for any arguments.
     """
     audience: _builtins.str
     """The tool server's own id, which must be the permit's audience."""
@@ -106,7 +106,7 @@ class RedeemPermitResponse(_message.Message):
     decision_id: _builtins.str
     """The decision that issued the permit."""
     uses_left: _builtins.int
-    """Uses that are left."""
+    """Uses that are left, as things stand now."""
     replayed: _builtins.bool
     """True when this is the first answer to an earlier call."""
     @_builtins.property
@@ -151,11 +151,15 @@ class ReportOutcomeRequest(_message.Message):
     characters of [A-Za-z0-9_.], never its message.
     """
     uses: _builtins.int
-    """Of a permit for several calls: how many were made, those that failed included."""
+    """Of a permit for several calls: how many were made, those that failed included; 0
+    only with OUTCOME_FAILED and no charges. Fewer than tools have redeemed count as
+    those. Of a permit for one call it may be left out.
+    """
     @_builtins.property
     def charges(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Charge]:
         """What it cost, each pair of budget and unit one that is held. Left empty,
-        OUTCOME_EXECUTED settles all that is held and OUTCOME_FAILED nothing.
+        OUTCOME_EXECUTED settles all that is held and OUTCOME_FAILED nothing; of a permit
+        for several calls either settles the share of those that were made.
         """
 
     def __init__(

@@ -62,7 +62,8 @@ class ExecutionServiceServicer:
 
     def RedeemPermit(self, request, context):
         """Spends one use of a permit, exactly once. Tool servers call it after they
-        have verified the permit and before they act.
+        have verified the permit, and that whoever shows it has the client certificate
+        that it is bound to, if any, and before they act.
 
         UNAUTHENTICATED: permit_invalid. PERMISSION_DENIED: permit_mismatch (other
         tool, arguments or audience). FAILED_PRECONDITION: permit_expired,
@@ -75,10 +76,12 @@ class ExecutionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ReportOutcome(self, request, context):
-        """Says whether the tool ran, and what it cost: settles the hold of the call,
-        or releases it when the tool failed at no cost. The permit can be redeemed
-        no more. The permit's id is the idempotency key: the same report again gets
-        the first answer, another one ALREADY_EXISTS (outcome_already_reported).
+        """Says whether the tool ran, and what it cost: settles the hold of the call, or
+        of all calls under the permit, or releases it when the tool failed at no cost.
+        The permit can be redeemed no more. One that is bound to a client certificate is
+        reported on over a connection with that certificate (PERMISSION_DENIED:
+        permit_mismatch). The permit's id is the idempotency key: the same report again
+        gets the first answer, another one ALREADY_EXISTS (outcome_already_reported).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,7 +38,8 @@ class ExecutionServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ExecutionServiceAsyncStub: ...
     RedeemPermit: _grpc.UnaryUnaryMultiCallable[_execution_pb2.RedeemPermitRequest, _execution_pb2.RedeemPermitResponse]
     """Spends one use of a permit, exactly once. Tool servers call it after they
-    have verified the permit and before they act.
+    have verified the permit, and that whoever shows it has the client certificate
+    that it is bound to, if any, and before they act.
 
     UNAUTHENTICATED: permit_invalid. PERMISSION_DENIED: permit_mismatch (other
     tool, arguments or audience). FAILED_PRECONDITION: permit_expired,
@@ -47,10 +48,12 @@ class ExecutionServiceStub:
     of the tenant, however many, do not bring it about.
     """
     ReportOutcome: _grpc.UnaryUnaryMultiCallable[_execution_pb2.ReportOutcomeRequest, _execution_pb2.ReportOutcomeResponse]
-    """Says whether the tool ran, and what it cost: settles the hold of the call,
-    or releases it when the tool failed at no cost. The permit can be redeemed
-    no more. The permit's id is the idempotency key: the same report again gets
-    the first answer, another one ALREADY_EXISTS (outcome_already_reported).
+    """Says whether the tool ran, and what it cost: settles the hold of the call, or
+    of all calls under the permit, or releases it when the tool failed at no cost.
+    The permit can be redeemed no more. One that is bound to a client certificate is
+    reported on over a connection with that certificate (PERMISSION_DENIED:
+    permit_mismatch). The permit's id is the idempotency key: the same report again
+    gets the first answer, another one ALREADY_EXISTS (outcome_already_reported).
     """
     GetPermitKeys: _grpc.UnaryUnaryMultiCallable[_execution_pb2.GetPermitKeysRequest, _execution_pb2.GetPermitKeysResponse]
     """The public keys that verify permits, as a JWK set (RFC 7517)."""
@@ -65,7 +68,8 @@ class ExecutionServiceAsyncStub(ExecutionServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     RedeemPermit: _aio.UnaryUnaryMultiCallable[_execution_pb2.RedeemPermitRequest, _execution_pb2.RedeemPermitResponse]  # type: ignore[assignment]
     """Spends one use of a permit, exactly once. Tool servers call it after they
-    have verified the permit and before they act.
+    have verified the permit, and that whoever shows it has the client certificate
+    that it is bound to, if any, and before they act.
 
     UNAUTHENTICATED: permit_invalid. PERMISSION_DENIED: permit_mismatch (other
     tool, arguments or audience). FAILED_PRECONDITION: permit_expired,
@@ -74,10 +78,12 @@ class ExecutionServiceAsyncStub(ExecutionServiceStub):
     of the tenant, however many, do not bring it about.
     """
     ReportOutcome: _aio.UnaryUnaryMultiCallable[_execution_pb2.ReportOutcomeRequest, _execution_pb2.ReportOutcomeResponse]  # type: ignore[assignment]
-    """Says whether the tool ran, and what it cost: settles the hold of the call,
-    or releases it when the tool failed at no cost. The permit can be redeemed
-    no more. The permit's id is the idempotency key: the same report again gets
-    the first answer, another one ALREADY_EXISTS (outcome_already_reported).
+    """Says whether the tool ran, and what it cost: settles the hold of the call, or
+    of all calls under the permit, or releases it when the tool failed at no cost.
+    The permit can be redeemed no more. One that is bound to a client certificate is
+    reported on over a connection with that certificate (PERMISSION_DENIED:
+    permit_mismatch). The permit's id is the idempotency key: the same report again
+    gets the first answer, another one ALREADY_EXISTS (outcome_already_reported).
     """
     GetPermitKeys: _aio.UnaryUnaryMultiCallable[_execution_pb2.GetPermitKeysRequest, _execution_pb2.GetPermitKeysResponse]  # type: ignore[assignment]
     """The public keys that verify permits, as a JWK set (RFC 7517)."""
@@ -95,7 +101,8 @@ class ExecutionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_execution_pb2.RedeemPermitResponse, _abc.Awaitable[_execution_pb2.RedeemPermitResponse]]:
         """Spends one use of a permit, exactly once. Tool servers call it after they
-        have verified the permit and before they act.
+        have verified the permit, and that whoever shows it has the client certificate
+        that it is bound to, if any, and before they act.
 
         UNAUTHENTICATED: permit_invalid. PERMISSION_DENIED: permit_mismatch (other
         tool, arguments or audience). FAILED_PRECONDITION: permit_expired,
@@ -110,10 +117,12 @@ class ExecutionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _execution_pb2.ReportOutcomeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_execution_pb2.ReportOutcomeResponse, _abc.Awaitable[_execution_pb2.ReportOutcomeResponse]]:
-        """Says whether the tool ran, and what it cost: settles the hold of the call,
-        or releases it when the tool failed at no cost. The permit can be redeemed
-        no more. The permit's id is the idempotency key: the same report again gets
-        the first answer, another one ALREADY_EXISTS (outcome_already_reported).
+        """Says whether the tool ran, and what it cost: settles the hold of the call, or
+        of all calls under the permit, or releases it when the tool failed at no cost.
+        The permit can be redeemed no more. One that is bound to a client certificate is
+        reported on over a connection with that certificate (PERMISSION_DENIED:
+        permit_mismatch). The permit's id is the idempotency key: the same report again
+        gets the first answer, another one ALREADY_EXISTS (outcome_already_reported).
         """
 
     @_abc_1.abstractmethod

@@ -58,7 +58,8 @@ class Stream:
 
     def answer(self, message: Message | bytes) -> Response:
         self.send(message)
-        return next(self.call)
+        (response,) = self.read()
+        return response
 
     def end(self) -> None:
         """There are no more questions."""

@@ -42,7 +42,7 @@ class AuditRecord:
     """
 
     type: str
-    """One of "decision", "shadow", "budget", "redemption", "outcome", "policy" or
+    """One of "decision", "listing", "shadow", "budget", "redemption", "outcome", "policy" or
     "revocation"."""
     tenant_id: str | None
     actor_id: str | None

@@ -20,6 +20,7 @@ from pdp.api.v1 import (
 from pdp.batch import authorize_batch
 from pdp.delegating import delegate
 from pdp.identity.resolver import Credentials
+from pdp.listing import list_tools
 from pdp.permit.ring import LiveKeys
 from pdp.rooms import Rooms, identify, verified
 from pdp.server import wire
@@ -111,7 +112,18 @@ class AuthorizationServicer(authorization_pb2_grpc.AuthorizationServiceServicer)
         self, request: authorization_pb2.ListToolsRequest, context: _Context
     ) -> authorization_pb2.ListToolsResponse:
         """Tell which tools the caller may see."""
-        return await context.abort(grpc.StatusCode.UNIMPLEMENTED)
+
+        async def work() -> authorization_pb2.ListToolsResponse:
+            credentials, trace = caller_of(context, listener=self._listener)
+            listing = await list_tools(
+                self._rooms,
+                credentials,
+                context=wire.context_from(request.context_json),
+                trace_id=trace,
+            )
+            return wire.tools_response(listing)
+
+        return await self._runner.run(context, "ListTools", work)
 
     async def Delegate(  # noqa: N802 - the contract's name
         self, request: authorization_pb2.DelegateRequest, context: _Context

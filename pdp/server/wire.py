@@ -22,6 +22,7 @@ from pdp.decision import Asked, Question, Recorded
 from pdp.errors import RequestError
 from pdp.execution import Redeemed, Redemption, Report, Reported
 from pdp.identity.resolver import Credentials, Peer
+from pdp.listing import Listing
 from pdp.permit.claims import MAX_USES
 from pdp.permit.jws import MAX_LENGTH as MAX_PERMIT_LENGTH
 from pdp.policy.question import Usage
@@ -130,7 +131,7 @@ class QuestionReader:
                 resource=resource,
                 arguments=arguments,
                 arguments_sha256=digest,
-                context=_json("context_json", request.context_json, MAX_CONTEXT_BYTES),
+                context=context_from(request.context_json),
                 audience=audience,
                 trace_id=trace_id,
                 batch=batch,
@@ -181,6 +182,24 @@ def authorize_response(recorded: Recorded) -> authorization_pb2.AuthorizeRespons
         response.warnings.extend(_warnings(result))
         response.shadow_refusals.extend(map(limit_status, result.shadow_refusals))
     return response
+
+
+def context_from(data: bytes) -> JsonObject:
+    """Free context for the policy. Raises RequestError."""
+    return _json("context_json", data, MAX_CONTEXT_BYTES)
+
+
+def tools_response(listing: Listing) -> authorization_pb2.ListToolsResponse:
+    """A listing of tools on the wire."""
+    return authorization_pb2.ListToolsResponse(
+        tools=[
+            authorization_pb2.VisibleTool(
+                name=tool.name, callable=tool.callable, reason_code=tool.reason_code
+            )
+            for tool in listing.tools
+        ],
+        policy_revision=listing.policy_revision,
+    )
 
 
 def spend_from(

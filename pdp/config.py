@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
@@ -87,6 +88,7 @@ def _tenant_id(value: str) -> str:
 FilePath = Annotated[Path, Field(strict=False), AfterValidator(_expand_user)]
 Address = Annotated[str, AfterValidator(_address)]
 Name = Annotated[str, Field(min_length=1, max_length=255)]
+HttpUrl = Annotated[str, Field(pattern=r"^https?://[^\s@]{1,2000}$")]
 TenantId = Annotated[str, AfterValidator(_tenant_id)]
 TrustDomain = Annotated[str, Field(pattern=r"^[a-z0-9._-]{1,255}$")]
 Audience = Annotated[str, Field(pattern=r"^[A-Za-z0-9:/._-]{1,255}$")]
@@ -238,6 +240,15 @@ class TenantClaim(_Section):
         """Whether the claim holds an organisation id."""
         return self.organisations is not None or self.organisations_file is not None
 
+    @property
+    def only_tenants(self) -> frozenset[str] | None:
+        """All that it can ever come to; None where the configuration alone does not say."""
+        if self.fixed is not None:
+            return frozenset({self.fixed})
+        if self.tenants is not None:
+            return frozenset(self.tenants)
+        return None if self.organisations is None else frozenset(self.organisations.values())
+
     @model_validator(mode="after")
     def _tenant_ids(self) -> Self:
         for organisation, tenant in (self.organisations or {}).items():
@@ -260,15 +271,73 @@ class TenantClaim(_Section):
         return self
 
 
-class JwtIssuer(_Section):
+class IssuerKeys(_Section):
+    """Where an issuer's public keys are from: one place of four."""
+
+    jwks_file: FilePath | None = None
+    """A JWK set in a file, taken up again when it changes; each key needs a kid."""
+    jwks_url: HttpUrl | None = None
+    """In place of jwks_file: the URL of a JWK set. Plain http:// is allowed only to loopback."""
+    discovery: bool = False
+    """In place of jwks_file: ask the issuer, whose name is then its URL, where its keys are
+    (OpenID Connect Discovery)."""
+    workload_api: Annotated[str, Field(pattern=r"^unix:///\S{1,255}$")] | None = None
+    """In place of jwks_file: unix:///PATH of a SPIFFE agent, which knows the keys of the trust
+    domain."""
+    ca_file: FilePath | None = None
+    """PEM file with the authorities of an https server; null: the system's."""
+    bearer_token_file: FilePath | None = None
+    """File with a token for the server, as Kubernetes asks for; read anew for every request."""
+    poll_seconds: Annotated[float, Field(ge=1, le=86_400)] | None = None
+    """Time between two looks, moved by up to a tenth: so long a key counts that was taken away.
+    One that is not known is looked for at once, but at most every ten seconds. Null: 1 for a
+    file, 60 for a SPIFFE agent, 300 for a URL."""
+    max_age_seconds: Annotated[int, Field(ge=2, le=604_800)] = 3_600
+    """How long keys count where they can not be looked at any more; then calls are refused with
+    keys_unavailable."""
+
+    @property
+    def seconds_between_looks(self) -> float:
+        """poll_seconds, or what it is by default."""
+        if self.poll_seconds is not None:
+            return self.poll_seconds
+        if self.jwks_file is not None:
+            return 1.0
+        return 60.0 if self.workload_api is not None else 300.0
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        places = [self.jwks_file, self.jwks_url, self.discovery or None, self.workload_api]
+        if places.count(None) != len(places) - 1:
+            raise ValueError("set one of jwks_file, jwks_url, discovery and workload_api")
+        over_http = self.jwks_url is not None or self.discovery
+        if self.jwks_url is not None:
+            _plain_only_to_loopback(self.jwks_url)
+        if self.ca_file is not None and not over_http:
+            raise ValueError("ca_file goes with jwks_url or discovery")
+        if self.bearer_token_file is not None and not over_http:
+            raise ValueError("bearer_token_file goes with jwks_url or discovery")
+        if self.max_age_seconds < 2 * self.seconds_between_looks:
+            raise ValueError("max_age_seconds must be at least twice poll_seconds")
+        return self
+
+    def _check_place(self, *, issuer: str | None, is_trust_domain: bool) -> None:
+        """Whether the place is one for an issuer of this name. Raises ValueError."""
+        if self.workload_api is not None and not is_trust_domain:
+            raise ValueError("workload_api is for the keys of a trust domain (spiffe://NAME)")
+        if self.discovery:
+            if issuer is None or not re.fullmatch(r"https?://[^\s@?#]+", issuer):
+                raise ValueError("discovery needs an issuer that is a URL")
+            _plain_only_to_loopback(issuer)
+
+
+class JwtIssuer(IssuerKeys):
     """A token issuer that is trusted."""
 
     issuer: Name
     """Its exact iss claim."""
     audiences: Annotated[list[Name], Field(min_length=1, max_length=64)]
     """One of them must stand in the token's aud."""
-    jwks_file: FilePath
-    """JWK set with its public keys; each key needs a kid."""
     algorithms: Annotated[
         list[Literal["EdDSA", "ES256", "RS256"]], Field(min_length=1, max_length=3)
     ] = ["EdDSA", "ES256", "RS256"]
@@ -279,6 +348,12 @@ class JwtIssuer(_Section):
     """How a token names its tenant."""
     actor_claim: Name = "sub"
     """The claim that names the actor."""
+    actor_prefix: Annotated[str, Field(pattern=r"^[!-~]{0,64}$")] = ""
+    """Stands before the names of its actors, such as okta:, so that they are none of another
+    issuer's."""
+    shared_actors: bool = False
+    """Whether an actor of this issuer is the one of the same name of other issuers that say the
+    same."""
     roles_claim: Name = "roles"
     """The claim with the roles: a list, or a text with spaces between."""
     scopes_claim: Name = "scope"
@@ -302,8 +377,16 @@ class JwtIssuer(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_such_keys(self) -> Self:
+        self._check_place(
+            issuer=self.issuer,
+            is_trust_domain=re.fullmatch(r"spiffe://[a-z0-9._-]{1,255}", self.issuer) is not None,
+        )
+        return self
 
-class WorkloadIssuer(_Section):
+
+class WorkloadIssuer(IssuerKeys):
     """Who issues tokens to workloads: a SPIFFE trust domain or a Kubernetes cluster."""
 
     trust_domain: TrustDomain | None = None
@@ -316,8 +399,6 @@ class WorkloadIssuer(_Section):
     which must differ where there are several clusters."""
     audiences: Annotated[list[Name], Field(min_length=1, max_length=64)]
     """One of them must stand in the token's aud: a name of the sidecars' own."""
-    jwks_file: FilePath
-    """JWK set with its public keys; each key needs a kid."""
     algorithms: Annotated[
         list[Literal["EdDSA", "ES256", "RS256"]], Field(min_length=1, max_length=3)
     ] = ["EdDSA", "ES256", "RS256"]
@@ -331,6 +412,7 @@ class WorkloadIssuer(_Section):
             raise ValueError("set one of trust_domain and issuer")
         if self.cluster is not None and self.issuer is None:
             raise ValueError("cluster goes with issuer")
+        self._check_place(issuer=self.issuer, is_trust_domain=self.trust_domain is not None)
         return self
 
 
@@ -411,6 +493,17 @@ class JwtIdentity(_Section):
         return self
 
     @model_validator(mode="after")
+    def _actors_differ(self) -> Self:
+        for one, other in itertools.combinations(self.issuers, 2):
+            if not (one.shared_actors and other.shared_actors) and _can_name_alike(one, other):
+                raise ValueError(
+                    f"the issuers {one.issuer} and {other.issuer} can name the same actor of the"
+                    " same tenant: give each an actor_prefix that the other's does not begin with,"
+                    " or tenants of its own; or set shared_actors in both"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _routes_lead_somewhere(self) -> Self:
         if self.workload is None and any(route.workload is not None for route in self.routes):
             raise ValueError("a route of a workload needs identity.workload")
@@ -420,6 +513,14 @@ class JwtIdentity(_Section):
         if len(set(listeners)) != len(listeners):
             raise ValueError("a listener has two routes")
         return self
+
+
+def _can_name_alike(one: JwtIssuer, other: JwtIssuer) -> bool:
+    prefixes = sorted((one.actor_prefix, other.actor_prefix), key=len)
+    if not prefixes[1].startswith(prefixes[0]):
+        return False
+    tenants, others = one.tenant.only_tenants, other.tenant.only_tenants
+    return tenants is None or others is None or not tenants.isdisjoint(others)
 
 
 class SingleTenantIdentity(_Section):
@@ -460,7 +561,7 @@ class Verification(_Section):
 class HttpSource(_Section):
     """A bundle server, or any web server that hands out a file with an ETag."""
 
-    url: Annotated[str, Field(pattern=r"^https?://[^\s@]{1,2000}$")]
+    url: HttpUrl
     """Where the bundle lies. Plain http:// is allowed only to loopback."""
     bearer_token_file: FilePath | None = None
     """File with a token for the Authorization header; read anew for every request."""

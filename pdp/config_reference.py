@@ -69,6 +69,8 @@ def _docstrings() -> dict[str, dict[str, str]]:
         if not isinstance(node, ast.ClassDef):
             continue
         fields = found.setdefault(node.name, {})
+        for base in node.bases:
+            fields.update(found.get(ast.unparse(base), {}))
         for field, text in zip(node.body, node.body[1:], strict=False):
             if (
                 isinstance(field, ast.AnnAssign)

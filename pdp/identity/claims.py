@@ -50,7 +50,7 @@ def read_claims(token: VerifiedToken) -> Claimed:
     """What the claims of a verified token say. Raises IdentityError."""
     claims, issuer = token.claims, token.issuer
     actor = claims.get(issuer.actor_claim)
-    if not _is_name(actor):
+    if not _is_name(actor, MAX_NAME_LENGTH - len(issuer.actor_prefix)):
         raise invalid(f"names no actor ({issuer.actor_claim})")
     token_id = claims.get("jti", "")
     if token_id and not _is_name(token_id):
@@ -58,7 +58,7 @@ def read_claims(token: VerifiedToken) -> Claimed:
     rule = issuer.tenant
     subject = partial(
         Subject,
-        actor=str(actor),
+        actor=f"{issuer.actor_prefix}{actor}",
         roles=_names(claims, issuer.roles_claim),
         scopes=_names(claims, issuer.scopes_claim),
         organisation=_optional_name(

@@ -37,8 +37,17 @@ class JwksFile:
             raise fault_of(self.place, str(error)) from None
         return self._read[1]
 
+    def read_first(self) -> Mapping[str, IssuerKey]:
+        """The same, at the start: a file without a key is then a mistake. Later it takes all
+        keys away. Raises KeySourceError.
+        """
+        keys = self.read()
+        if not keys:
+            raise fault_of(self.place, "holds no signing key of type Ed25519, P-256 or RSA")
+        return keys
+
     async def fetch(self) -> Mapping[str, IssuerKey]:
-        """The same, off the loop."""
+        """What read says, off the loop."""
         return await asyncio.to_thread(self.read)
 
     async def close(self) -> None:

@@ -60,6 +60,8 @@ class KeyCache:
         self._failing = False
         self._fetching: asyncio.Task[None] | None = None
         self._may_ask_at = self._poll_at = clock()
+        if keys is not None:
+            self._poll_at += poll_seconds
 
     @property
     def place(self) -> str:
@@ -74,27 +76,31 @@ class KeyCache:
     @property
     def usable(self) -> bool:
         """Whether there are keys, and not too old ones."""
-        return self.age_seconds <= self._max_age_seconds
+        return bool(self._keys) and self._is_fresh
 
     async def find(self, kid: str) -> IssuerKey | None:
         """The key of that id, or None when the issuer has no such key. Raises
         KeySourceError when that can not be told.
         """
-        key = self._keys.get(kid) if self.usable else None
+        key = self._keys.get(kid) if self._is_fresh else None
         if key is not None:
             return key
         await self._ask()
-        key = self._keys.get(kid) if self.usable else None
-        if key is None and (not self.usable or self._failing or self._fetching is not None):
+        key = self._keys.get(kid) if self._is_fresh else None
+        if key is None and (not self._is_fresh or self._failing or self._fetching is not None):
             raise fault_of(self.place, "can not be had now")
         return key
+
+    async def look(self) -> None:
+        """Ask now, and wait until it is over."""
+        await asyncio.wait({self._begin()})
 
     async def keep_fresh(self) -> None:
         """Ask again in time, until cancelled."""
         while True:
             await asyncio.sleep(max(0.0, self._poll_at - self._clock()))
             if self._clock() >= self._poll_at:
-                await asyncio.wait({self._begin()})
+                await self.look()
 
     async def close(self) -> None:
         """Stop asking."""
@@ -102,6 +108,10 @@ class KeyCache:
             self._fetching.cancel()
             await asyncio.wait({self._fetching})
         await self._fetcher.close()
+
+    @property
+    def _is_fresh(self) -> bool:
+        return self.age_seconds <= self._max_age_seconds
 
     async def _ask(self) -> None:
         """Wait for the fetch that is under way, or for one that may begin now."""

@@ -42,6 +42,8 @@ class Issuer:
     tenant: TenantRule = field(default_factory=TenantRule)
     """Of a user's token."""
     actor_claim: str = "sub"
+    actor_prefix: str = ""
+    """Stands before the names of its actors."""
     roles_claim: str = "roles"
     scopes_claim: str = "scope"
     organisation_claim: str | None = None

@@ -7,8 +7,6 @@ import contextlib
 
 from pdp.config import Config, JwtIssuer, SingleTenantIdentity, TenantClaim, WorkloadIdentity
 from pdp.config import WorkloadIssuer as WorkloadIssuerSettings
-from pdp.identity.key_source import FixedKeys
-from pdp.identity.keys import load_jwks_file
 from pdp.identity.organisations import OrganisationFile
 from pdp.identity.principals import Principals
 from pdp.identity.resolver import IdentityResolver, SingleTenant
@@ -17,13 +15,17 @@ from pdp.identity.tokens import Issuer, TokenIdentity
 from pdp.identity.workloads import WorkloadIssuer, Workloads, WorkloadTokens
 from pdp.permit.ring import LiveKeys
 from pdp.server.delegations import with_delegations
+from pdp.server.trusted_keys import TrustedKeys
 
 
 def open_identity(
-    config: Config, keys: LiveKeys, stack: contextlib.AsyncExitStack
+    config: Config,
+    keys: LiveKeys,
+    trusted_keys: TrustedKeys,
+    stack: contextlib.AsyncExitStack,
 ) -> IdentityResolver:
     """Who tells whose call it is. ``keys`` are the permit keys, which sign delegations too.
-    Raises KeyFileError, OrganisationFileError, PermitError.
+    Raises KeySourceError, OrganisationFileError, PermitError.
     """
     identity = config.identity
     if isinstance(identity, SingleTenantIdentity):
@@ -32,7 +34,9 @@ def open_identity(
         )
         routes = Routes()
     else:
-        actors = TokenIdentity([_issuer(issuer, stack) for issuer in identity.issuers])
+        actors = TokenIdentity(
+            [_issuer(issuer, trusted_keys, stack) for issuer in identity.issuers]
+        )
         routes = Routes(
             listeners={
                 route.listener: route.tenant
@@ -45,20 +49,23 @@ def open_identity(
                 if route.workload is not None
             ],
         )
-    workloads = None if identity.workload is None else _workloads(identity.workload)
+    workloads = None if identity.workload is None else _workloads(identity.workload, trusted_keys)
     actors = with_delegations(actors, config, keys, stack)
     return Principals(actors, workloads=workloads, routes=routes)
 
 
-def _issuer(settings: JwtIssuer, stack: contextlib.AsyncExitStack) -> Issuer:
+def _issuer(
+    settings: JwtIssuer, trusted_keys: TrustedKeys, stack: contextlib.AsyncExitStack
+) -> Issuer:
     return Issuer(
         issuer=settings.issuer,
         audiences=frozenset(settings.audiences),
         types=frozenset(kind.lower() for kind in settings.types),
         algorithms=frozenset(settings.algorithms),
-        keys=FixedKeys(load_jwks_file(settings.jwks_file)),
+        keys=trusted_keys.open(settings, settings.issuer),
         tenant=_tenant_rule(settings.tenant, stack),
         actor_claim=settings.actor_claim,
+        actor_prefix=settings.actor_prefix,
         roles_claim=settings.roles_claim,
         scopes_claim=settings.scopes_claim,
         organisation_claim=settings.organisation_claim,
@@ -83,27 +90,30 @@ def _tenant_rule(settings: TenantClaim, stack: contextlib.AsyncExitStack) -> Ten
     return TenantRule(claim=settings.claim, organisations=organisations, tenants=tenants)
 
 
-def _workloads(settings: WorkloadIdentity) -> Workloads:
+def _workloads(settings: WorkloadIdentity, trusted_keys: TrustedKeys) -> Workloads:
     return Workloads(
         required=settings.required,
         certificates=settings.certificates,
         trust_domains=(
             None if settings.trust_domains is None else frozenset(settings.trust_domains)
         ),
-        tokens=WorkloadTokens([_workload_issuer(issuer) for issuer in settings.issuers]),
+        tokens=WorkloadTokens(
+            [_workload_issuer(issuer, trusted_keys) for issuer in settings.issuers]
+        ),
     )
 
 
-def _workload_issuer(settings: WorkloadIssuerSettings) -> WorkloadIssuer:
+def _workload_issuer(settings: WorkloadIssuerSettings, trusted_keys: TrustedKeys) -> WorkloadIssuer:
     trust_domain = settings.trust_domain
+    name = f"spiffe://{trust_domain}" if trust_domain else settings.issuer or ""
     return WorkloadIssuer(
         issuer=Issuer(
-            issuer=f"spiffe://{trust_domain}" if trust_domain else settings.issuer or "",
+            issuer=name,
             audiences=frozenset(settings.audiences),
             # A JWT-SVID need not name a type (JWT-SVID 2.2), and Kubernetes names none.
             types=frozenset({"", "jwt", "jose"}),
             algorithms=frozenset(settings.algorithms),
-            keys=FixedKeys(load_jwks_file(settings.jwks_file)),
+            keys=trusted_keys.open(settings, name),
             leeway_seconds=settings.leeway_seconds,
         ),
         trust_domain=trust_domain or "",

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from pdp.admission import Admission
 from pdp.budget.ledger import Receipt
 from pdp.decision import Recorded
+from pdp.identity.key_cache import KeyCache
 from pdp.policy.live import LivePolicy
 from pdp.reason import ReasonCode
 
@@ -137,6 +138,18 @@ class Metrics:
             "1 when the sources could not be reached for longer than policy.max_age_seconds.",
             registry=self.registry,
         )
+        self._key_fetches = Counter(
+            "pdp_key_fetches",
+            "Looks at where an issuer's keys are from: ok or failed.",
+            ("issuer", "result"),
+            registry=self.registry,
+        )
+        self._key_age = Gauge(
+            "pdp_keys_age_seconds",
+            "Time since an issuer's keys were last seen where they are from; +Inf for never.",
+            ("issuer",),
+            registry=self.registry,
+        )
         self._shadow = Counter(
             "pdp_shadow_answers",
             "Answers of the candidate: same, differs, or missed because too many waited.",
@@ -180,6 +193,14 @@ class Metrics:
     def bundle_unreachable(self, bundle: str) -> None:
         """A source could not be read."""
         self._bundle_failures.labels(bundle).inc()
+
+    def keys_are(self, issuer: str, cache: KeyCache) -> None:
+        """From here on the age of an issuer's keys is read off them."""
+        self._key_age.labels(issuer).set_function(lambda: cache.age_seconds)
+
+    def keys_fetched(self, issuer: str, result: str) -> None:
+        """A look at where an issuer's keys are from was "ok" or "failed"."""
+        self._key_fetches.labels(issuer, result).inc()
 
     def shadow_compared(self, result: str) -> None:
         """The candidate's answer is "same", "differs" or "missed"."""

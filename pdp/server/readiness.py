@@ -23,18 +23,22 @@ class Readiness:
         *,
         policy_answers: Callable[[], Awaitable[bool]],
         audit_is_healthy: Callable[[], bool],
+        keys_are_usable: Callable[[], bool],
     ) -> None:
         self._probes = probes
         self._services = services
         self._ask_policy = policy_answers
         self._audit_is_healthy = audit_is_healthy
+        self._keys_are_usable = keys_are_usable
         self.policy_answers = False
         """As last seen."""
 
     @property
     def ready(self) -> bool:
-        """Whether calls get an answer: the log as it is now, the policy as last seen."""
-        return self.policy_answers and self._audit_is_healthy()
+        """Whether calls get an answer: log and issuers' keys as they are now, the policy as
+        last seen.
+        """
+        return self.policy_answers and self._audit_is_healthy() and self._keys_are_usable()
 
     async def look(self) -> None:
         """See how things stand, and tell."""

@@ -53,7 +53,7 @@ from pdp.server.identity import open_identity
 from pdp.server.listeners import bind, listeners, options, read_file
 from pdp.server.locks import ExclusiveLock, StartError
 from pdp.server.metrics import Metrics
-from pdp.server.policy import Loaded, open_policy
+from pdp.server.policy import Loaded, PolicyRoom, open_policy
 from pdp.server.policy_records import PolicyRecords
 from pdp.server.readiness import Readiness
 from pdp.server.runner import CallRunner
@@ -116,8 +116,10 @@ async def open_rooms(
             policy, config.limits.tenants.service_class, failed=service_class_failed
         )
         await stack.enter_async_context(classes.kept_current())
+        identity = open_identity(config, keys, trusted_keys, stack)
+        await stack.enter_async_context(trusted_keys.kept_fresh())
         yield Rooms(
-            identity=open_identity(config, keys, trusted_keys, stack),
+            identity=identity,
             admission=Admission(
                 max_concurrent_calls=config.limits.max_concurrent_calls,
                 max_waiting_calls=config.limits.max_waiting_calls,
@@ -225,7 +227,6 @@ async def serve(config: Config, *, loaded: Future[Loaded], started: Callable[[st
                 service_class_failed=metrics.service_class_failed,
             )
         )
-        await stack.enter_async_context(trusted_keys.kept_fresh())
         records.audit = shadow_records.audit = rooms.audit
         await records.activated(policy.active.revision)
         if policy.live is not None:
@@ -264,16 +265,8 @@ async def serve(config: Config, *, loaded: Future[Loaded], started: Callable[[st
             policy.kept_up_to_date(config.state_dir, events=records, shadow_events=shadow_records)
         )
 
-        def status() -> JsonObject:
-            return {
-                "version": __version__,
-                "instance": config.instance or socket.gethostname(),
-                "audit": {"healthy": rooms.audit.healthy},
-                "policy": {**policy.status(), "answers": readiness.policy_answers},
-                "issuers": trusted_keys.status(),
-            }
-
         if config.listen.metrics is not None:
+            status = partial(_status, config, rooms, policy, readiness, trusted_keys)
             http = _http_listener(config, metrics, keys, readiness, stop, status)
             stack.push_async_callback(asyncio.to_thread, http.close)
             places.append(f"http://{config.listen.metrics.rpartition(':')[0]}:{http.port}")
@@ -296,6 +289,23 @@ async def serve(config: Config, *, loaded: Future[Loaded], started: Callable[[st
         looking.cancel()
         await probes.enter_graceful_shutdown()
         await _drain(servers, runner, config.limits.drain_seconds)
+
+
+def _status(
+    config: Config,
+    rooms: Rooms,
+    policy: PolicyRoom,
+    readiness: Readiness,
+    trusted_keys: TrustedKeys,
+) -> JsonObject:
+    """How things stand, for operators."""
+    return {
+        "version": __version__,
+        "instance": config.instance or socket.gethostname(),
+        "audit": {"healthy": rooms.audit.healthy},
+        "policy": {**policy.status(), "answers": readiness.policy_answers},
+        "issuers": trusted_keys.status(),
+    }
 
 
 def _add_services(

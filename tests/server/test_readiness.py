@@ -24,6 +24,7 @@ def test_a_policy_that_can_not_be_asked_is_not_ready_and_is_asked_again() -> Non
             ("",),
             policy_answers=answers,
             audit_is_healthy=lambda: True,
+            keys_are_usable=lambda: True,
         )
         seen = []
         while said:

@@ -116,6 +116,7 @@ async def open_rooms(
             policy, config.limits.tenants.service_class, failed=service_class_failed
         )
         await stack.enter_async_context(classes.kept_current())
+        stack.callback(asyncio.create_task(keys.keep_looking()).cancel)
         identity = open_identity(config, keys, trusted_keys, stack)
         await stack.enter_async_context(trusted_keys.kept_fresh())
         yield Rooms(
@@ -278,7 +279,6 @@ async def serve(config: Config, *, loaded: Future[Loaded], started: Callable[[st
         await readiness.look()
         looking = asyncio.create_task(readiness.keep_looking())
         stack.callback(looking.cancel)
-        stack.callback(asyncio.create_task(keys.keep_looking()).cancel)
         _leave_to_refcounts()
         for server in servers:
             await server.start()

@@ -15,7 +15,7 @@ help: ## List the commands
 demo: .venv/demo ## Watch the main job and the attacks on it (no Go, no service needed)
 	@.venv/bin/pdp demo
 
-test: .venv/dev $(OPA) .tools/regal .tools/opa-cases $(REDIS) ## Set up what the tests need and run them
+test: .venv/dev $(OPA) .tools/regal .tools/opa-cases .tools/jose $(REDIS) ## Set up what the tests need and run them
 	@.venv/bin/pytest -m "not slow and not kubernetes" --cov --cov-report=term
 
 test-slow: .venv/dev $(OPA) .tools/opa-cases .tools/crane .tools/toxiproxy-server $(REDIS) ## The suites that take longer: kill loops, long property tests
@@ -57,6 +57,7 @@ policies: .venv/dev $(OPA) ## Build policies/bundle.tar.gz from policies/
 
 docs: .venv/dev $(OPA) .tools/opa-cases ## Generate the reference pages in docs/
 	$(PY) scripts/generate_docs.py
+	$(PY) -m scripts.generate_permit_vectors
 	$(PY) -m tests.conformance.report
 
 chart: .venv/dev ## Generate the schema of the chart's values
@@ -101,6 +102,11 @@ clean: ## Remove what was built; keep .venv and .tools
 $(REDIS) .tools/etcd: scripts/install_package.py | .venv/bin/python
 	$(PY) scripts/install_package.py $(notdir $@)
 	@touch -h $@
+
+# An implementation of JOSE that is not ours, for the tests of permits.
+.tools/jose: scripts/install_jose.py | .venv/dev
+	$(PY) scripts/install_jose.py
+	@touch $@
 
 # OPA, Regal and the other commands written in Go are built from their Go modules once (minutes), unless they are on PATH.
 .tools/%: scripts/install_tool.py | .venv/bin/python

@@ -21,6 +21,26 @@ decision := {
 	input.action.name == "tools.costly"
 }
 
+# For any arguments, several times.
+decision := {
+	"allow": true,
+	"reason_code": "ok",
+	"charge": [{"budget": "tools", "unit": "calls", "amount": 2}],
+	"permit": {"binds": ["tool"], "max_uses": 5},
+} if {
+	input.action.name == "orders.search"
+}
+
+# For so many calls that all of them never fit.
+decision := {
+	"allow": true,
+	"reason_code": "ok",
+	"charge": [{"budget": "ten", "unit": "calls", "amount": 6}],
+	"permit": {"binds": ["tool"], "max_uses": 2},
+} if {
+	input.action.name == "tools.rare"
+}
+
 decision := {
 	"allow": true,
 	"reason_code": "ok",

@@ -74,6 +74,11 @@ def _faults(found: JsonObject) -> Iterator[str]:
         yield "the policy gives no answers; every call is refused"
     if policy.get("stale") is True:
         yield "the policy could not be renewed for longer than policy.max_age_seconds"
+    for issuer in _objects(found.get("issuers")):
+        if issuer.get("error"):
+            yield f"issuer {issuer.get('issuer')}: {issuer.get('error')}"
+        if issuer.get("usable") is not True:
+            yield f"issuer {issuer.get('issuer')}: there are no keys; its tokens are refused"
     for name, side in (("", policy), ("shadow ", _object(policy.get("shadow")))):
         for bundle in _objects(side.get("bundles")):
             if bundle.get("error"):

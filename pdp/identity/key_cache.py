@@ -57,7 +57,8 @@ class KeyCache:
         self._draw = draw
         self._keys: Mapping[str, IssuerKey] = keys or {}
         self._answered_at: float | None = None if keys is None else clock()
-        self._failing = False
+        self.error: str | None = None
+        """Why the last fetch failed, for operators."""
         self._fetching: asyncio.Task[None] | None = None
         self._may_ask_at = self._poll_at = clock()
         if keys is not None:
@@ -87,7 +88,7 @@ class KeyCache:
             return key
         await self._ask()
         key = self._keys.get(kid) if self._is_fresh else None
-        if key is None and (not self._is_fresh or self._failing or self._fetching is not None):
+        if key is None and (not self._is_fresh or self.error or self._fetching is not None):
             raise fault_of(self.place, "can not be had now")
         return key
 
@@ -130,16 +131,16 @@ class KeyCache:
         except KeySourceError as error:
             self._failed(error, error.message)
         except Exception as error:  # noqa: BLE001 - a source that can not be read has no keys
-            self._failed(error, f"The key set {self.place} failed: {type(error).__name__}")
+            self._failed(error, f"The key set {self.place} failed: {type(error).__name__}.")
         else:
             self._answered(began_at)
         finally:
             self._fetching = None
 
     def _answered(self, began_at: float) -> None:
-        if self._failing:
+        if self.error is not None:
             _log.info("the key set %s is there again", self.place)
-        self._failing, self._answered_at = False, began_at
+        self.error, self._answered_at = None, began_at
         self._pace.went_well()
         now = self._clock()
         self._may_ask_at = now + min(COOLDOWN_SECONDS, self._poll_seconds)
@@ -147,9 +148,9 @@ class KeyCache:
         self._fetched("ok")
 
     def _failed(self, error: Exception, message: str) -> None:
-        if not self._failing:
+        if self.error != message:
             _log.error("%s", message)
-        self._failing = True
+        self.error = message
         self._pace.failed(error)
         self._may_ask_at = self._poll_at = self._clock() + self._pace.seconds()
         self._fetched("failed")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 
 from joserfc.errors import JoseError
@@ -13,8 +12,6 @@ from joserfc.jwk import ECKey, OKPKey, RSAKey
 
 from pdp import base64url
 from pdp.canonical import JsonError, JsonObject, JsonValue, parse_object
-from pdp.errors import PdpError
-from pdp.reason import ReasonCode
 
 MAX_JWKS_BYTES: Final = 1024 * 1024
 MAX_KEYS: Final = 100
@@ -174,24 +171,3 @@ def _powers_of_65537() -> dict[int, frozenset[int]]:
             power = power * 65537 % prime
         found[prime] = frozenset(powers)
     return found
-
-
-class KeyFileError(PdpError):
-    """The JWK set can not be used; the message names the file and what is wrong."""
-
-
-def load_jwks_file(path: Path) -> dict[str, IssuerKey]:
-    """The keys of a file that an operator has written. Raises KeyFileError."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_JWKS_BYTES + 1)
-        keys = parse_jwks(data, strict=True)
-    except OSError as error:
-        what = f"can not be read: {error.strerror}"
-    except JwksError as error:
-        what = str(error)
-    else:
-        if keys:
-            return keys
-        what = "holds no signing key of type Ed25519, P-256 or RSA"
-    raise KeyFileError(ReasonCode.TOKEN_INVALID, f"The JWK set {path} {what}.")

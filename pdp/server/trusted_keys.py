@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from functools import partial
 from typing import Final
 
-from pdp.canonical import JsonObject
+from pdp.canonical import JsonValue
 from pdp.config import IssuerKeys
 from pdp.identity.jwks_file import JwksFile
 from pdp.identity.key_cache import KeyCache
@@ -56,12 +56,17 @@ class TrustedKeys:
         """
         return not self._caches or any(cache.usable for cache in self._caches.values())
 
-    def status(self) -> JsonObject:
+    def status(self) -> list[JsonValue]:
         """How things stand with each issuer's keys, for operators."""
-        return {
-            issuer: {"place": cache.place, "usable": cache.usable}
+        return [
+            {
+                "issuer": issuer,
+                "place": cache.place,
+                "usable": cache.usable,
+                "error": cache.error,
+            }
             for issuer, cache in self._caches.items()
-        }
+        ]
 
     @contextlib.asynccontextmanager
     async def kept_fresh(self) -> AsyncIterator[None]:

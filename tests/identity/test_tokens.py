@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from joserfc import jwk, jws
 from pdp import base64url
 from pdp.budget.bounds import check_account
 from pdp.canonical import JsonObject
-from pdp.identity.key_source import FixedKeys
-from pdp.identity.keys import IssuerKey, KeyFileError, load_jwks_file
+from pdp.identity.jwks_file import JwksFile
+from pdp.identity.key_source import FixedKeys, KeySourceError
+from pdp.identity.keys import IssuerKey
 from pdp.identity.resolver import Credentials, IdentityError, SingleTenant
 from pdp.identity.subject import Subject
 from pdp.identity.tenancy import TenantRule
@@ -45,11 +47,11 @@ def idp(clock: Clock) -> TokenIssuer:
 
 
 @pytest.fixture
-def keys(idp: TokenIssuer, tmp_path: Path) -> dict[str, IssuerKey]:
-    return load_jwks_file(idp.write_jwks(tmp_path / "jwks.json"))
+def keys(idp: TokenIssuer, tmp_path: Path) -> Mapping[str, IssuerKey]:
+    return JwksFile(idp.write_jwks(tmp_path / "jwks.json")).read_first()
 
 
-def trusted(keys: dict[str, IssuerKey], **changes: Any) -> Issuer:
+def trusted(keys: Mapping[str, IssuerKey], **changes: Any) -> Issuer:
     usual: dict[str, Any] = {
         "issuer": "https://id.example",
         "audiences": frozenset({"agent-service"}),
@@ -62,7 +64,7 @@ def trusted(keys: dict[str, IssuerKey], **changes: Any) -> Issuer:
 
 
 @pytest.fixture
-def identity(keys: dict[str, IssuerKey], clock: Clock) -> TokenIdentity:
+def identity(keys: Mapping[str, IssuerKey], clock: Clock) -> TokenIdentity:
     return TokenIdentity([trusted(keys)], clock=clock)
 
 
@@ -251,7 +253,7 @@ def test_a_remembered_token_expires_all_the_same(
 
 
 def test_the_memory_for_tokens_is_bounded(
-    keys: dict[str, IssuerKey], idp: TokenIssuer, clock: Clock
+    keys: Mapping[str, IssuerKey], idp: TokenIssuer, clock: Clock
 ) -> None:
     identity = TokenIdentity([trusted(keys)], clock=clock, cache_entries=3)
     for number in range(10):
@@ -267,7 +269,7 @@ def test_what_is_remembered_is_not_the_token(identity: TokenIdentity, idp: Token
 
 
 def test_organisations_are_mapped_to_tenants(
-    keys: dict[str, IssuerKey], idp: TokenIssuer, clock: Clock
+    keys: Mapping[str, IssuerKey], idp: TokenIssuer, clock: Clock
 ) -> None:
     rule = TenantRule(claim="org_id", organisations={"org-1": "tenant_acme"})
     identity = TokenIdentity([trusted(keys, tenant=rule)], clock=clock)
@@ -289,7 +291,7 @@ BELONGING: dict[str, Any] = {
 
 
 def test_a_token_may_name_organisation_team_and_session(
-    keys: dict[str, IssuerKey], idp: TokenIssuer, clock: Clock
+    keys: Mapping[str, IssuerKey], idp: TokenIssuer, clock: Clock
 ) -> None:
     identity = TokenIdentity([trusted(keys, **BELONGING)], clock=clock)
     token = idp.token("tenant_acme", "u", org="ACME Group", team="Rücksendungen", sid="s" * 255)
@@ -301,7 +303,7 @@ def test_a_token_may_name_organisation_team_and_session(
 
 @pytest.mark.parametrize("nothing", ({}, {"org": "", "team": "", "sid": ""}))
 def test_a_token_need_not_name_them(
-    nothing: dict[str, Any], keys: dict[str, IssuerKey], idp: TokenIssuer, clock: Clock
+    nothing: dict[str, Any], keys: Mapping[str, IssuerKey], idp: TokenIssuer, clock: Clock
 ) -> None:
     identity = TokenIdentity([trusted(keys, **BELONGING)], clock=clock)
     subject = resolve(identity, idp.token("tenant_acme", "u", **nothing))
@@ -327,7 +329,7 @@ def test_claims_that_are_not_configured_name_nothing(
 )
 @pytest.mark.parametrize("claim", ("org", "team", "sid"))
 def test_a_team_that_is_no_short_text_refuses_the_token(
-    claim: str, odd: Any, keys: dict[str, IssuerKey], idp: TokenIssuer, clock: Clock
+    claim: str, odd: Any, keys: Mapping[str, IssuerKey], idp: TokenIssuer, clock: Clock
 ) -> None:
     identity = TokenIdentity([trusted(keys, **BELONGING)], clock=clock)
     refused(identity, idp.token("tenant_acme", "u", **{claim: odd}), "token_invalid")
@@ -335,7 +337,7 @@ def test_a_team_that_is_no_short_text_refuses_the_token(
 
 @pytest.mark.parametrize(("claim", "longest"), (("org", 128), ("team", 128), ("sid", 255)))
 def test_what_is_named_is_no_longer_than_ledgers_take(
-    claim: str, longest: int, keys: dict[str, IssuerKey], idp: TokenIssuer, clock: Clock
+    claim: str, longest: int, keys: Mapping[str, IssuerKey], idp: TokenIssuer, clock: Clock
 ) -> None:
     identity = TokenIdentity([trusted(keys, **BELONGING)], clock=clock)
     named: Any = "x" * longest
@@ -348,7 +350,7 @@ def test_what_is_named_is_no_longer_than_ledgers_take(
 
 
 def test_a_mapped_organisation_is_the_organisation(
-    keys: dict[str, IssuerKey], idp: TokenIssuer, clock: Clock
+    keys: Mapping[str, IssuerKey], idp: TokenIssuer, clock: Clock
 ) -> None:
     rule = TenantRule(claim="org_id", organisations={"org-1": "tenant_acme"})
     identity = TokenIdentity([trusted(keys, tenant=rule, **BELONGING)], clock=clock)
@@ -359,10 +361,10 @@ def test_a_mapped_organisation_is_the_organisation(
 
 
 def test_a_key_of_one_issuer_does_not_sign_for_another(
-    keys: dict[str, IssuerKey], idp: TokenIssuer, clock: Clock, tmp_path: Path
+    keys: Mapping[str, IssuerKey], idp: TokenIssuer, clock: Clock, tmp_path: Path
 ) -> None:
     other = TokenIssuer("https://other.example", kid="other-key", clock=clock)
-    other_keys = load_jwks_file(other.write_jwks(tmp_path / "other.json"))
+    other_keys = JwksFile(other.write_jwks(tmp_path / "other.json")).read_first()
     identity = TokenIdentity([trusted(keys), trusted(other_keys, issuer=other.issuer)], clock=clock)
     assert resolve(identity, other.token("tenant_acme", "u")).issuer == other.issuer
     refused(identity, other.token("tenant_acme", "u", iss=idp.issuer), "token_invalid")
@@ -381,7 +383,7 @@ def test_es256_and_rs256_are_accepted_from_their_own_kind_of_key(
 ) -> None:
     file = tmp_path / "jwks.json"
     file.write_text(json.dumps({"keys": [{**key.as_dict(private=False), "kid": "k"}]}))
-    keys = load_jwks_file(file)
+    keys = JwksFile(file).read_first()
     payload = json.dumps(
         {
             "iss": "https://id.example",
@@ -417,8 +419,8 @@ def test_a_key_file_that_can_not_be_trusted_is_refused(
 ) -> None:
     file = tmp_path / "jwks.json"
     file.write_text(text)
-    with pytest.raises(KeyFileError, match=problem) as caught:
-        load_jwks_file(file)
+    with pytest.raises(KeySourceError, match=problem) as caught:
+        JwksFile(file).read_first()
     assert str(file) in caught.value.message
 
 
@@ -427,13 +429,13 @@ def test_a_short_rsa_key_is_refused(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="Key size"):
         key = jwk.RSAKey.generate_key(1024)
     file.write_text(json.dumps({"keys": [{**key.as_dict(private=False), "kid": "k"}]}))
-    with pytest.raises(KeyFileError, match="fewer than 2048 bits"):
-        load_jwks_file(file)
+    with pytest.raises(KeySourceError, match="fewer than 2048 bits"):
+        JwksFile(file).read_first()
 
 
 def test_a_missing_key_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(KeyFileError, match=r"absent\.json can not be read: No such file"):
-        load_jwks_file(tmp_path / "absent.json")
+    with pytest.raises(KeySourceError, match=r"absent\.json can not be read: No such file"):
+        JwksFile(tmp_path / "absent.json").read_first()
 
 
 def test_single_tenant_mode_has_one_subject() -> None:

@@ -18,11 +18,13 @@ from pdp.budget.sqlite import SqliteLedger
 from pdp.canonical import JsonObject, JsonValue, sha256_hex
 from pdp.config import TenantLimits
 from pdp.errors import PdpError
+from pdp.identity.jwks_file import JwksFile
 from pdp.identity.key_source import FixedKeys
-from pdp.identity.keys import load_jwks_file
-from pdp.identity.resolver import Credentials, IdentityError
-from pdp.identity.tenancy import TenantRule
+from pdp.identity.principals import Principals
+from pdp.identity.resolver import Credentials, IdentityError, Peer
+from pdp.identity.tenancy import Routes, TenantRule
 from pdp.identity.tokens import Issuer, TokenIdentity
+from pdp.identity.workloads import Workloads, WorkloadTokens
 from pdp.permit.claims import Permit
 from pdp.permit.issuer import PermitIssuer
 from pdp.permit.signing import SigningKey
@@ -51,6 +53,8 @@ class Case:
     name: str
     token: Mapping[str, Any]
     """Claims: tenant, roles, scopes, and any other."""
+    workload: str = ""
+    """The workload that asks, which shows it by its certificate."""
     call: Mapping[str, Any] | None = None
     """tool, arguments, and perhaps resource and context."""
     spend: Mapping[str, Any] | None = None
@@ -227,8 +231,8 @@ def _spend(spend: Mapping[str, Any], number: int) -> spending.Spend:
     )
 
 
-def _identity(issuer: TokenIssuer, directory: Path, clock: Any) -> TokenIdentity:
-    keys = load_jwks_file(issuer.write_jwks(directory / "jwks.json"))
+def _identity(issuer: TokenIssuer, directory: Path, clock: Any) -> Principals:
+    keys = JwksFile(issuer.write_jwks(directory / "jwks.json")).read_first()
     trusted = Issuer(
         issuer=issuer.issuer,
         audiences=frozenset({issuer.audience}),
@@ -238,7 +242,8 @@ def _identity(issuer: TokenIssuer, directory: Path, clock: Any) -> TokenIdentity
         tenant=TenantRule(claim="tenant_id"),
         team_claim="team",
     )
-    return TokenIdentity([trusted], clock=clock)
+    workloads = Workloads(required=False, certificates=True, tokens=WorkloadTokens([]))
+    return Principals(TokenIdentity([trusted], clock=clock), workloads=workloads, routes=Routes())
 
 
 def _bearer(issuer: TokenIssuer, case: Case, now: float) -> Credentials:
@@ -256,4 +261,6 @@ def _bearer(issuer: TokenIssuer, case: Case, now: float) -> Credentials:
         exp=int(now) + 300 + claims.pop("expired", 0),
         **claims,
     )
-    return Credentials(bearer=token)
+    uris = (case.workload,) if case.workload else ()
+    peer = Peer(certificate_sha256="c" * 43 if uris else "", uris=uris)
+    return Credentials(bearer=token, peer=peer)

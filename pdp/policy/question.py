@@ -104,9 +104,16 @@ def _document(
         ("organisation", subject.organisation),
         ("team", subject.team),
         ("session", subject.session),
+        ("issuer", subject.issuer),
+        ("workload", subject.workload),
     ):
         if value:
             properties[name] = value
+    if subject.delegation is not None:
+        properties["delegation"] = {
+            "agents": list(subject.delegation.agents),
+            "tools": sorted(subject.delegation.tools),
+        }
     document: JsonObject = {
         "subject": {"type": "user", "id": subject.actor, "properties": properties},
         "action": action,

@@ -31,17 +31,22 @@ from tests.policy.cases.reading import (
     read,
     refusal,
     starter_cases,
+    workload_cases,
+    workload_data,
 )
 from tests.policy.cases.walk import Case, Seen, arguments_digest, walk
 from tests.policy.conftest import Files
 
 ROOT: Final = Path(__file__).resolve().parents[2]
+POLICIES: Final = ROOT / "policies"
 STARTER: Final = starter_cases()
 ERRING: Final = Erring()
-WALKS: Final = (STARTER, ERRING.cases, ERRING.endless)
+WORKLOADS: Final = list(workload_cases())
+WALKS: Final = (STARTER, WORKLOADS, ERRING.cases, ERRING.endless)
 ALL: Final = [case for cases in WALKS for case in cases]
 REQUESTS: Final = [number for cases in WALKS for number in range(len(cases))]
 """The number of a case within its own walk."""
+WALK_OF: Final = [walk for walk, cases in enumerate(WALKS) for _ in cases]
 DEADLINE_MS: Final = 1_500
 """Long for a machine with much else to do."""
 SHORT_DEADLINE_MS: Final = 200
@@ -59,7 +64,8 @@ class Walked:
     records: list[JsonObject]
     log: bytes
     """The audit logs themselves."""
-    revisions: tuple[str, str]
+    revisions: tuple[str, ...]
+    """Of the policy of each walk."""
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +74,33 @@ def erring(build_policy: Callable[[Files], Bundle]) -> Bundle:
 
 
 @pytest.fixture(scope="module")
+def with_workloads(build_policy: Callable[[Files], Bundle]) -> Bundle:
+    """The policy that the product ships, with data of workloads."""
+    listed, by_tenant = workload_data()
+    files = {
+        str(file.relative_to(POLICIES)): file.read_text(encoding="utf-8")
+        for file in (
+            *POLICIES.rglob("*.rego"),
+            *POLICIES.rglob("data.json"),
+            POLICIES / ".manifest",
+        )
+        if not file.name.endswith("_test.rego")
+    }
+    tenants = json.loads(files["tenants/data.json"])
+    for tenant, workloads in by_tenant.items():
+        tenants[tenant]["workloads"] = workloads
+    return build_policy(
+        {**files, "tenants/data.json": json.dumps(tenants), "workloads/data.json": listed}
+    )
+
+
+@pytest.fixture(scope="module")
 def walked(
-    starter: Bundle, erring: Bundle, opa: Path, tmp_path_factory: pytest.TempPathFactory
+    starter: Bundle,
+    with_workloads: Bundle,
+    erring: Bundle,
+    opa: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Walked]:
     """All the cases in every engine."""
     issuer = TokenIssuer()
@@ -79,6 +110,7 @@ def walked(
         log = b""
         for bundle, cases, deadline_ms in (
             (starter, STARTER, DEADLINE_MS),
+            (with_workloads, WORKLOADS, DEADLINE_MS),
             (erring, ERRING.cases, DEADLINE_MS),
             (erring, ERRING.endless, SHORT_DEADLINE_MS),
         ):
@@ -93,7 +125,7 @@ def walked(
             seen,
             [record for record in records if record["type"] in {"decision", "budget"}],
             log,
-            (starter.revision, erring.revision),
+            tuple(bundle.revision for bundle in (starter, with_workloads, erring, erring)),
         )
 
     return {engine: asyncio.run(run(engine)) for engine in ENGINES}
@@ -112,7 +144,7 @@ def test_the_case_is_decided_and_recorded_as_written(
 
     record = walked[engine].records[number]
     said = {name: value for name, value in record.items() if name not in OF_THE_CHAIN | IDS}
-    revision = walked[engine].revisions[number >= len(STARTER)]
+    revision = walked[engine].revisions[WALK_OF[number]]
     assert said == expected_record(case, seen, REQUESTS[number], revision)
     assert ("permit_id" in record) is (seen.permit is not None)
 
@@ -123,7 +155,10 @@ def expected_record(case: Case, seen: Seen, number: int, revision: str) -> JsonO
     record: JsonObject = {
         "tenant_id": case.token["tenant"],
         "actor_id": "alice",
-        "identity": {"issuer": "https://id.example"},
+        "identity": {
+            "issuer": "https://id.example",
+            **({"workload": case.workload} if case.workload else {}),
+        },
         "outcome": "allowed" if allowed else "denied",
         "reason_code": case.reason_code,
         "request_id": f"req-{number}",
@@ -295,4 +330,6 @@ def test_every_reason_code_of_the_shipped_policy_has_a_case(starter: Bundle) -> 
         for code in re.findall(r'(?:reason_code|else) := "(\w+)"', text)
     }
     assert len(written) > 5
-    assert written <= {case.reason_code for case in STARTER}, "add a case to cases/*.yaml"
+    assert written <= {case.reason_code for case in (*STARTER, *WORKLOADS)}, (
+        "add a case to cases/*.yaml"
+    )

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from pdp.budget.ledger import Charge
 from pdp.canonical import check
-from pdp.identity.subject import Subject
+from pdp.identity.subject import Delegation, Link, Subject
 from pdp.policy.question import Usage, authorize_input, budget_input
 
 ALICE = Subject(
@@ -24,6 +24,7 @@ SUBJECT = {
         "tenant": "tenant_acme",
         "roles": ["support_agent"],
         "scopes": ["orders:write"],
+        "issuer": "https://id.example",
     },
 }
 
@@ -114,6 +115,28 @@ def test_what_the_token_says_of_organisation_team_and_session_stands_with_the_su
     told = {"organisation": "acme-group", "team": "returns", "session": "s-1"}
     for document in (call, spend):
         assert document["subject"] == {**SUBJECT, "properties": SUBJECT["properties"] | told}  # type: ignore[operator]
+
+
+def test_the_workload_and_the_agents_that_act_stand_with_the_subject() -> None:
+    delegation = Delegation(
+        links=(Link(id="d-1", agent="planner"), Link(id="d-2", agent="mailer")),
+        tools=frozenset({"mail.send", "orders.read"}),
+        arguments={},
+        root_token_id="token-1",
+        ledger="ledger-1",
+    )
+    bob = replace(ALICE, workload="spiffe://example.org/agent", delegation=delegation)
+
+    document = budget_input(bob, operation="get", charges=(), tool="", time=0, request_id="")
+
+    told = {
+        "workload": "spiffe://example.org/agent",
+        "delegation": {
+            "agents": ["planner", "mailer"],
+            "tools": ["mail.send", "orders.read"],
+        },
+    }
+    assert document["subject"] == {**SUBJECT, "properties": SUBJECT["properties"] | told}  # type: ignore[operator]
 
 
 def test_usage_is_put_in_place_of_charges() -> None:

@@ -46,6 +46,8 @@ reason_code := "tenant_unknown" if {
 	not tool_allowed
 } else := "role_not_allowed" if {
 	not role_allowed
+} else := "workload_not_allowed" if {
+	not workload_allowed
 } else := "scope_missing" if {
 	not scopes_held
 } else := "ok" if {
@@ -62,6 +64,12 @@ tool_allowed if {
 role_allowed if {
 	some role in subject.roles
 	input.action.name in role.tools
+}
+
+# The workload that asks may ask for this tenant, and use the tool.
+workload_allowed if {
+	subject.workload_admitted
+	subject.workload_may_use(input.action.name)
 }
 
 # Token and tenant both hold every scope that the tool needs.

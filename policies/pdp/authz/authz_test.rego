@@ -137,3 +137,74 @@ test_a_slip_in_the_permit_of_a_tool_refuses if {
 	decision := authz.decision with input as read with data.tools as {"orders.read": tool}
 	decision == {"allow": false, "reason_code": "policy_denied"}
 }
+
+runtimes := {
+	"spiffe://example.org/reader": {"tools": ["orders.read"]},
+	"spiffe://example.org/acme": {"tools": ["orders.read"], "tenants": ["tenant_acme"]},
+	"spiffe://example.org/globex": {"tools": ["orders.read"], "tenants": ["tenant_globex"]},
+}
+
+by(workload) := object.union(read, {"subject": {"properties": {"workload": workload}}})
+
+test_a_workload_that_is_listed_may_use_its_tools if {
+	every workload in ["spiffe://example.org/reader", "spiffe://example.org/acme"] {
+		decision := authz.decision with input as by(workload) with data.workloads as runtimes
+		decision.allow
+	}
+}
+
+test_a_workload_that_is_not_listed_may_use_none if {
+	every question in [read, by("spiffe://example.org/stranger"), by("")] {
+		decision := authz.decision with input as question with data.workloads as runtimes
+		decision == {"allow": false, "reason_code": "workload_not_allowed"}
+	}
+}
+
+test_a_workload_asks_only_for_its_tenants if {
+	decision := authz.decision with input as by("spiffe://example.org/globex") with data.workloads as runtimes
+	decision == {"allow": false, "reason_code": "workload_not_allowed"}
+}
+
+test_an_actor_may_do_no_more_than_the_workload if {
+	question := object.union(update, {"subject": {"properties": {"workload": "spiffe://example.org/reader"}}})
+	decision := authz.decision with input as question with data.workloads as runtimes
+	decision == {"allow": false, "reason_code": "workload_not_allowed"}
+}
+
+test_a_workload_may_do_no_more_than_the_actor if {
+	question := object.union(by("spiffe://example.org/reader"), {"subject": {"properties": {"roles": []}}})
+	decision := authz.decision with input as question with data.workloads as runtimes
+	decision == {"allow": false, "reason_code": "role_not_allowed"}
+}
+
+test_a_tenant_may_demand_workloads_of_its_own if {
+	every row in [
+		[read, "workload_not_allowed"],
+		[by("spiffe://example.org/stranger"), "workload_not_allowed"],
+		[by("spiffe://example.org/reader"), "ok"],
+	] {
+		[question, reason_code] := row
+		decision := authz.decision with input as question
+			with data.tenants.tenant_acme.workloads as ["spiffe://example.org/reader"]
+		decision.reason_code == reason_code
+	}
+}
+
+test_a_slip_in_what_is_said_of_workloads_refuses if {
+	every slip in [
+		null, true, [], "spiffe://example.org/reader",
+		{"spiffe://example.org/reader": null},
+		{"spiffe://example.org/reader": {}},
+		{"spiffe://example.org/reader": {"tools": "orders.read"}},
+		{"spiffe://example.org/reader": {"tools": ["orders.read"], "tenants": null}},
+		{"spiffe://example.org/reader": {"tools": ["orders.read"], "tenants": "tenant_acme"}},
+	] {
+		decision := authz.decision with input as by("spiffe://example.org/reader") with data.workloads as slip
+		decision == {"allow": false, "reason_code": "workload_not_allowed"}
+	}
+	every slip in [null, false, true, {}, [], "spiffe://example.org/reader"] {
+		decision := authz.decision with input as by("spiffe://example.org/reader")
+			with data.tenants.tenant_acme.workloads as slip
+		decision == {"allow": false, "reason_code": "workload_not_allowed"}
+	}
+}

@@ -45,6 +45,8 @@ reason_code := settled if {
 	not subject.tenant
 } else := "tenant_suspended" if {
 	not subject.active
+} else := "workload_not_allowed" if {
+	not subject.workload_admitted
 } else := "model_unknown" if {
 	input.usage
 	not prices.charges

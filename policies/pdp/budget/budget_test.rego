@@ -165,3 +165,15 @@ test_a_suspended_tenant_refunds_nothing if {
 		with data.tenants.tenant_initech.roles as {"viewer": {"refunds": true}}
 	decision == {"allow": false, "reason_code": "tenant_suspended"}
 }
+
+test_a_workload_that_is_not_listed_spends_nothing if {
+	every operation in ["budget.charge", "budget.reserve", "budget.refund"] {
+		decision := budget.decision with input as {
+			"subject": {"properties": {"tenant": "tenant_acme", "roles": ["agent", "billing"]}},
+			"action": {"name": operation},
+			"charges": [{"budget": "llm", "unit": "tokens_in", "amount": 1}],
+		}
+			with data.workloads as {"spiffe://example.org/reader": {"tools": []}}
+		decision == {"allow": false, "reason_code": "workload_not_allowed"}
+	}
+}

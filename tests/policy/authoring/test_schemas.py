@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from pdp.budget.ledger import MAX_AMOUNT, MAX_BUCKET, Charge, Scope, Window
 from pdp.budget.windows import is_timezone
-from pdp.identity.subject import TENANT_PATTERN, Subject
+from pdp.identity.subject import TENANT_PATTERN, Delegation, Link, Subject
 from pdp.policy.authoring.schemas import schema_names, schema_text
 from pdp.policy.engine import PolicyError
 from pdp.policy.question import Usage, authorize_input, budget_input, tools_input
@@ -78,6 +78,17 @@ subjects = st.builds(
     organisation=st.just("") | texts,
     team=st.just("") | texts,
     session=st.just("") | texts,
+    issuer=st.just("") | texts,
+    workload=st.just("") | texts,
+    delegation=st.none()
+    | st.builds(
+        Delegation,
+        links=st.lists(st.builds(Link, id=texts, agent=texts), min_size=1, max_size=3).map(tuple),
+        tools=st.frozensets(names, max_size=3),
+        arguments=st.just({}),
+        root_token_id=texts,
+        ledger=texts,
+    ),
 )
 times = st.floats(0, 4e9)
 budgets = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,20}", fullmatch=True)

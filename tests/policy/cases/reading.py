@@ -36,6 +36,27 @@ def starter_cases() -> list[Case]:
     return [*_authz_cases(), *_argument_cases(), *_budget_cases()]
 
 
+def workload_data() -> tuple[JsonObject, JsonObject]:
+    """data.workloads, and the workloads that tenants list, of the workload_cases()."""
+    read_in = read("workloads.yaml")
+    return read_in["workloads"], read_in["tenant_workloads"]
+
+
+def workload_cases() -> Iterator[Case]:
+    """Those that are about the same policy with other data."""
+    for row in read("workloads.yaml")["cases"]:
+        refused = row.get("refused")
+        yield Case(
+            name=row["name"],
+            token=row["token"],
+            workload=row.get("workload", ""),
+            call=row.get("call"),
+            spend=row.get("spend"),
+            answer=refusal(refused) if refused else None,
+            reason_code=refused or "ok",
+        )
+
+
 def _authz_cases() -> Iterator[Case]:
     for row in read("authz_decision.yaml"):
         unheard = row.get("unidentified")

@@ -204,12 +204,10 @@ def subject_of(claims: JsonObject) -> Subject:
     """
     try:
         subject = _read(claims)
+        same = claims_of(subject, issuer=_text(claims["iss"]), issued_at=_whole(claims["iat"]))
     except (KeyError, TypeError, ValueError):
         raise _malformed() from None
-    issuer, issued_at = claims["iss"], claims["iat"]
-    if type(issuer) is not str or type(issued_at) is not int:
-        raise _malformed()
-    if not _same(claims, claims_of(subject, issuer=issuer, issued_at=issued_at)):
+    if not _same(claims, same):
         raise _malformed()
     return subject
 

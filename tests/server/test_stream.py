@@ -227,7 +227,7 @@ def test_on_a_stream_shared_by_fifty_tenants_each_answer_is_its_asker_s(
             )
         )
     responses = stream.read(len(asked))
-    recorded = {record["request_id"]: record for record in records(sidecar)}
+    recorded = {record.get("request_id"): record for record in records(sidecar)}
     for response in responses:
         tenant, actor, request_id = asked.pop(response.id)
         answer = response.answer

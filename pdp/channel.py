@@ -223,8 +223,10 @@ def _methods(channel: Any) -> Mapping[str, Callable[..., Any]]:  # noqa: ANN401 
     execution = execution_pb2_grpc.ExecutionServiceStub(channel)
     return {
         "Authorize": authorization.Authorize,
+        "AuthorizeBatch": authorization.AuthorizeBatch,
         "Delegate": authorization.Delegate,
         "GetPermitKeys": execution.GetPermitKeys,
+        "ListTools": authorization.ListTools,
         "RedeemPermit": execution.RedeemPermit,
         "ReleaseBudget": budget.ReleaseBudget,
         "ReportOutcome": execution.ReportOutcome,

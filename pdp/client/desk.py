@@ -196,16 +196,18 @@ class PermitDesk:
         IdentityLacking.
         """
         acting = self._identity.current()
-        request = authorization_pb2.AuthorizeRequest(
-            request_id=call.request_id,
-            action=authorization_pb2.Action(name=call.tool),
-            arguments_json=call.encoded,
-            context_json=_context(acting, call),
-            audience=call.audience,
-        )
-        if call.resource is not None:
-            request.resource.type, request.resource.id = call.resource
+        request = question(call, acting)
         response = yield Ask("Authorize", request, acting.metadata)
+        return (yield from self.accept(call, request, response, acting))
+
+    def accept(
+        self,
+        call: ToolCall,
+        request: authorization_pb2.AuthorizeRequest,
+        response: authorization_pb2.AuthorizeResponse,
+        acting: Acting,
+    ) -> Steps[Grant]:
+        """The permit of an answer, verified. Raises PermitDenied and IdentityLacking."""
         if self._observe is not None:
             self._observe(Decision.of(request, response))
         if response.decision is not True:
@@ -265,6 +267,20 @@ class PermitDesk:
     def _verifier_with(self, keys: PermitKeySet) -> PermitVerifier:
         # The audience is that of each call, not one of the guard's.
         return PermitVerifier(keys, issuer=self._issuer, audience="", clock=self._clock)
+
+
+def question(call: ToolCall, acting: Acting) -> authorization_pb2.AuthorizeRequest:
+    """What the sidecar is asked for a call."""
+    request = authorization_pb2.AuthorizeRequest(
+        request_id=call.request_id,
+        action=authorization_pb2.Action(name=call.tool),
+        arguments_json=call.encoded,
+        context_json=_context(acting, call),
+        audience=call.audience,
+    )
+    if call.resource is not None:
+        request.resource.type, request.resource.id = call.resource
+    return request
 
 
 def report_executed(permit: Permit, cost: Callable[[], Sequence[Charge]]) -> Steps[None]:

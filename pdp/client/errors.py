@@ -66,6 +66,20 @@ class DelegationRefused(PdpError):  # noqa: N818 - as above
         super().__init__(reason_code, f"no delegation: {message} ({reason_code})")
 
 
+class ListingRefused(PdpError):  # noqa: N818 - as above
+    """It is not known which tools there are.
+
+    ``reason_code`` says why, as :class:`PermitDenied` does.
+    """
+
+    def __init__(
+        self, reason_code: str, message: str, *, retry_after_seconds: float | None = None
+    ) -> None:
+        super().__init__(reason_code, f"no tools are listed: {message} ({reason_code})")
+        self.retry_after_seconds = retry_after_seconds
+        """When to ask again, if waiting can help."""
+
+
 class IdentityLacking(PdpError):  # noqa: N818 - as above
     """The running code acts for nobody. It becomes a PermitDenied, BudgetRefused or
     DelegationRefused:

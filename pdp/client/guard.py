@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, ParamSpec, Self, TypeVar
 from pdp.canonical import JsonObject
 from pdp.channel import AsyncConnection, CallError, Connection
 from pdp.client.acting import Identity, RunningUnder
+from pdp.client.batch import Call, Outcome, check_number, obtain_all
 from pdp.client.call import Costs, Resource, Tool, ToolCall, check_tool_name, tool_call
 from pdp.client.decision import Decision
 from pdp.client.delegation import Carrier, Delegation, delegate, token_in
@@ -44,11 +45,13 @@ from pdp.client.errors import (
     BudgetRefused,
     DelegationRefused,
     IdentityLacking,
+    ListingRefused,
     PermitDenied,
 )
 from pdp.client.hold import Hold, TellingTask, TellingThread
 from pdp.client.keeper import Keeper
 from pdp.client.spend import Charge, Reservation, Usage
+from pdp.client.tools import ToolInfo, list_tools
 from pdp.permit.claims import Permit
 from pdp.permit.keys import PermitKeySet
 from pdp.reason import ReasonCode
@@ -192,6 +195,23 @@ class _Face(Generic[_C]):
             audience=self._audience if audience is None else audience,
         )
 
+    def _obtaining_all(
+        self,
+        calls: Sequence[Call],
+        all_or_nothing: bool,  # noqa: FBT001 - as it was said to either face
+    ) -> Steps[list[Outcome]]:
+        def describe(call: Call) -> ToolCall:
+            return self._call(
+                call.tool, call.arguments, call.resource, call.request_id, call.audience
+            )
+
+        return obtain_all(
+            self._desk,
+            self._identity,
+            [functools.partial(describe, call) for call in calls],
+            all_or_nothing=all_or_nothing,
+        )
+
 
 class Guard(_Face[Connection]):
     """Blocks every tool call that lacks a permit. Threads may share it, and it
@@ -273,6 +293,33 @@ class Guard(_Face[Connection]):
         return _granted(
             self._obtain(tool, lambda: self._call(tool, arguments, resource, request_id, audience))
         ).permit
+
+    def authorize_all(
+        self, calls: Sequence[Call], *, all_or_nothing: bool = False
+    ) -> list[Permit | PermitDenied]:
+        """Permits for calls that are to be made at the same time, at most 32, in one round
+        trip: for each its permit, or why it has none, in the order of the calls.
+
+        With ``all_or_nothing`` either all have a permit or none has; what would have been
+        allowed is denied with batch_refused. The same calls with the same request ids get
+        the same permits again. The caller goes on as after :meth:`authorize`.
+        """
+        check_number(calls)
+        try:
+            outcomes = self._walk(self._obtaining_all(calls, all_or_nothing))
+        except Exception as error:  # noqa: BLE001 - whatever it is, nothing runs
+            outcomes = [error] * len(calls)
+        return _permits(calls, outcomes)
+
+    def tools(self) -> tuple[ToolInfo, ...]:
+        """Which tools there are for whoever the code acts for, by name, to show a model
+        those that are callable. Each call is authorized all the same. Raises ListingRefused.
+        """
+        try:
+            outcome: tuple[ToolInfo, ...] | ListingRefused = self._walk(list_tools(self._identity))
+        except Exception as error:  # noqa: BLE001 - whatever it is, no tool is shown
+            outcome = _not_listed(error)
+        return _granted(outcome)
 
     def executed(self, permit: Permit, charges: Sequence[Charge] = ()) -> None:
         """Report that the permit's call ran, and what it cost."""
@@ -483,6 +530,27 @@ class AsyncGuard(_Face[AsyncConnection]):
             )
         )
         return grant.permit
+
+    async def authorize_all(
+        self, calls: Sequence[Call], *, all_or_nothing: bool = False
+    ) -> list[Permit | PermitDenied]:
+        """As :meth:`Guard.authorize_all`."""
+        check_number(calls)
+        try:
+            outcomes = await self._walk(self._obtaining_all(calls, all_or_nothing))
+        except Exception as error:  # noqa: BLE001 - whatever it is, nothing runs
+            outcomes = [error] * len(calls)
+        return _permits(calls, outcomes)
+
+    async def tools(self) -> tuple[ToolInfo, ...]:
+        """As :meth:`Guard.tools`."""
+        try:
+            outcome: tuple[ToolInfo, ...] | ListingRefused = await self._walk(
+                list_tools(self._identity)
+            )
+        except Exception as error:  # noqa: BLE001 - whatever it is, no tool is shown
+            outcome = _not_listed(error)
+        return _granted(outcome)
 
     async def executed(self, permit: Permit, charges: Sequence[Charge] = ()) -> None:
         """As :meth:`Guard.executed`."""
@@ -706,15 +774,38 @@ def _not_delegated(error: Exception) -> DelegationRefused:
     )
 
 
+def _not_listed(error: Exception) -> ListingRefused:
+    """Whatever went wrong comes out as ListingRefused, as by :func:`_denial`."""
+    if isinstance(error, IdentityLacking):
+        return ListingRefused(error.reason_code, error.message)
+    if isinstance(error, CallError):
+        return ListingRefused(
+            error.reason_code, error.message, retry_after_seconds=error.retry_after_seconds
+        )
+    return ListingRefused(
+        ReasonCode.GUARD_FAILED,
+        f"the guard failed with {type(error).__name__} at {_place(error)}",
+    )
+
+
+def _permits(calls: Sequence[Call], outcomes: Sequence[Outcome]) -> list[Permit | PermitDenied]:
+    return [
+        outcome.permit if isinstance(outcome, Grant) else _denial(outcome, call.tool)
+        for call, outcome in zip(calls, outcomes, strict=True)
+    ]
+
+
 def _bare(error: _E) -> _E:
     """The error without the frames in which it arose."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)
 
 
-def _granted(outcome: _T | PermitDenied | BudgetRefused | DelegationRefused) -> _T:
+def _granted(
+    outcome: _T | PermitDenied | BudgetRefused | DelegationRefused | ListingRefused,
+) -> _T:
     """What was granted, or the refusal is raised."""
-    if isinstance(outcome, PermitDenied | BudgetRefused | DelegationRefused):
+    if isinstance(outcome, PermitDenied | BudgetRefused | DelegationRefused | ListingRefused):
         raise outcome
     return outcome
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from contextvars import copy_context
 from typing import Any, Protocol
 
-from pdp.client import AsyncGuard, Guard, Hold, Permit
+from pdp.client import AsyncGuard, Call, Guard, Hold, Permit, PermitDenied, ToolInfo
 
 Function = Callable[..., Any]
 Condition = Callable[[], object]
@@ -24,6 +24,8 @@ class Face(Protocol):
     def tool(self, name: str, **options: Any) -> Callable[[Function], Function]: ...
     def acting_for(self, token: str, **options: Any) -> AbstractContextManager[None]: ...
     def authorize(self, tool: str, arguments: dict[str, Any], **options: Any) -> Permit: ...
+    def authorize_all(self, calls: list[Call], **options: Any) -> list[Permit | PermitDenied]: ...
+    def tools(self) -> tuple[ToolInfo, ...]: ...
     def executed(self, permit: Permit, charges: Any = ()) -> None: ...
     def failed(self, permit: Permit, error: BaseException, charges: Any = ()) -> None: ...
     def spend(self, what: Any, block: Block, **options: Any) -> None: ...
@@ -37,6 +39,8 @@ class Blocking:
         self.tool = guard.tool
         self.acting_for = guard.acting_for
         self.authorize = guard.authorize
+        self.authorize_all = guard.authorize_all
+        self.tools = guard.tools
         self.executed = guard.executed
         self.failed = guard.failed
         self._reserve = guard.reserve
@@ -74,6 +78,16 @@ class Awaiting:
     def authorize(self, tool: str, arguments: dict[str, Any], **options: Any) -> Permit:
         permit: Permit = self._run(self._guard.authorize(tool, arguments, **options))
         return permit
+
+    def authorize_all(self, calls: list[Call], **options: Any) -> list[Permit | PermitDenied]:
+        outcomes: list[Permit | PermitDenied] = self._run(
+            self._guard.authorize_all(calls, **options)
+        )
+        return outcomes
+
+    def tools(self) -> tuple[ToolInfo, ...]:
+        tools: tuple[ToolInfo, ...] = self._run(self._guard.tools())
+        return tools
 
     def executed(self, permit: Permit, charges: Any = ()) -> None:
         self._run(self._guard.executed(permit, charges))

@@ -2,6 +2,12 @@ package pdp.authz_test
 
 import data.pdp.authz
 
+# Whatever workloads the data lists, these are about the actor.
+answer := decision if {
+	# regal ignore:with-outside-test-context
+	decision := authz.decision with data.workloads as {}
+}
+
 call(tenant, roles, scopes, tool, arguments) := {
 	"subject": {
 		"id": "alice",
@@ -24,7 +30,7 @@ mail := call(
 read := call("tenant_acme", ["viewer"], ["orders:read"], "orders.read", {"order_id": "918"})
 
 test_a_support_agent_may_update_an_order if {
-	decision := authz.decision with input as update
+	decision := answer with input as update
 	decision == {
 		"allow": true,
 		"reason_code": "ok",
@@ -35,7 +41,7 @@ test_a_support_agent_may_update_an_order if {
 }
 
 test_mail_is_charged_to_two_budgets if {
-	decision := authz.decision with input as mail
+	decision := answer with input as mail
 	decision.allow
 	decision.charge == [
 		{"budget": "tools", "unit": "calls", "amount": 1},
@@ -44,13 +50,13 @@ test_mail_is_charged_to_two_budgets if {
 }
 
 test_reading_is_free if {
-	decision := authz.decision with input as read
+	decision := answer with input as read
 	decision.allow
 	decision.charge == []
 }
 
 test_no_input_is_denied if {
-	decision := authz.decision with input as {}
+	decision := answer with input as {}
 	decision == {"allow": false, "reason_code": "tenant_unknown"}
 }
 
@@ -65,7 +71,7 @@ test_reasons_have_a_fixed_order if {
 		["argument_not_allowed", "tenant_acme", ["support_agent"], ["orders:write"], "orders.update", {}],
 	] {
 		[reason_code, tenant, roles, scopes, tool, arguments] := row
-		decision := authz.decision with input as call(tenant, roles, scopes, tool, arguments)
+		decision := answer with input as call(tenant, roles, scopes, tool, arguments)
 		decision == {"allow": false, "reason_code": reason_code}
 	}
 }
@@ -73,31 +79,31 @@ test_reasons_have_a_fixed_order if {
 test_a_tenant_in_the_arguments_changes_nothing if {
 	every name in ["tenant", "tenant_id"] {
 		arguments := {"order_id": "918", "status": "shipped", name: "tenant_globex"}
-		decision := authz.decision with input as update with input.action.properties.arguments as arguments
+		decision := answer with input as update with input.action.properties.arguments as arguments
 		decision == {"allow": false, "reason_code": "argument_not_allowed"}
 	}
 }
 
 test_a_role_means_what_the_tenant_says if {
-	decision := authz.decision with input as read
+	decision := answer with input as read
 		with data.tenants.tenant_acme.roles as {"viewer": {"tools": ["mail.send"]}}
 	decision.reason_code == "role_not_allowed"
 }
 
 test_a_scope_that_only_the_token_has_is_missing if {
-	decision := authz.decision with input as read
+	decision := answer with input as read
 		with data.tenants.tenant_acme.scopes as ["mail:send"]
 	decision.reason_code == "scope_missing"
 }
 
 test_a_tool_that_is_not_on_the_allowlist_is_not_allowed if {
-	decision := authz.decision with input as read
+	decision := answer with input as read
 		with data.tenants.tenant_acme.allowlist as ["orders.update"]
 	decision == {"allow": false, "reason_code": "tool_not_allowed"}
 }
 
 test_an_allowlisted_tool_that_is_not_defined_is_not_allowed if {
-	decision := authz.decision with input as call("tenant_acme", ["viewer"], [], "orders.drop", {})
+	decision := answer with input as call("tenant_acme", ["viewer"], [], "orders.drop", {})
 		with data.tenants.tenant_acme.allowlist as ["orders.drop"]
 	decision.reason_code == "tool_not_allowed"
 }
@@ -108,33 +114,33 @@ test_a_slip_in_the_scopes_of_a_tool_refuses if {
 		{"arguments": {"order_id": {"type": "string"}}, "scopes": null},
 		{"arguments": {"order_id": {"type": "string"}}, "scopes": "orders:read"},
 	] {
-		decision := authz.decision with input as read with data.tools as {"orders.read": tool}
+		decision := answer with input as read with data.tools as {"orders.read": tool}
 		decision == {"allow": false, "reason_code": "scope_missing"}
 	}
 }
 
 test_mail_goes_only_to_the_domains_of_the_tenant if {
 	every address in ["kim@globex.example", "kim@customers.example.evil.example", "kim@evil.example"] {
-		decision := authz.decision with input as mail with input.action.properties.arguments.to as address
+		decision := answer with input as mail with input.action.properties.arguments.to as address
 		decision.reason_code == "argument_not_allowed"
 	}
 }
 
 test_mail_goes_nowhere_for_a_tenant_without_domains if {
-	decision := authz.decision with input as mail with data.tenants.tenant_acme.tools as null
+	decision := answer with input as mail with data.tenants.tenant_acme.tools as null
 	decision.reason_code == "argument_not_allowed"
 }
 
 test_a_subject_holds_no_further_header if {
 	every subject in ["Hello\r\nBcc: eve@evil.example", "Hello\n", "", "\u0000"] {
-		decision := authz.decision with input as mail with input.action.properties.arguments.subject as subject
+		decision := answer with input as mail with input.action.properties.arguments.subject as subject
 		decision.reason_code == "argument_not_allowed"
 	}
 }
 
 test_a_slip_in_the_permit_of_a_tool_refuses if {
 	tool := object.union(data.tools["orders.read"], {"permit": "60"})
-	decision := authz.decision with input as read with data.tools as {"orders.read": tool}
+	decision := answer with input as read with data.tools as {"orders.read": tool}
 	decision == {"allow": false, "reason_code": "policy_denied"}
 }
 
@@ -184,7 +190,7 @@ test_a_tenant_may_demand_workloads_of_its_own if {
 		[by("spiffe://example.org/reader"), "ok"],
 	] {
 		[question, reason_code] := row
-		decision := authz.decision with input as question
+		decision := answer with input as question
 			with data.tenants.tenant_acme.workloads as ["spiffe://example.org/reader"]
 		decision.reason_code == reason_code
 	}

@@ -2,6 +2,12 @@ package pdp.budget_test
 
 import data.pdp.budget
 
+# Whatever workloads the data lists, these are about the actor.
+answer := decision if {
+	# regal ignore:with-outside-test-context
+	decision := budget.decision with data.workloads as {}
+}
+
 spend(tenant, roles, charges) := {
 	"subject": {
 		"id": "planner",
@@ -19,14 +25,14 @@ dollars := {"budget": "llm", "unit": "usd_micros", "amount": 900}
 
 test_an_agent_may_charge_its_tokens if {
 	every operation in ["budget.charge", "budget.reserve"] {
-		decision := budget.decision with input as spend("tenant_acme", ["agent"], [tokens, dollars])
+		decision := answer with input as spend("tenant_acme", ["agent"], [tokens, dollars])
 			with input.action.name as operation
 		decision == {"allow": true, "reason_code": "ok"}
 	}
 }
 
 test_every_charge_must_be_granted if {
-	decision := budget.decision with input as spend("tenant_globex", ["agent"], [tokens, dollars])
+	decision := answer with input as spend("tenant_globex", ["agent"], [tokens, dollars])
 	decision == {"allow": false, "reason_code": "budget_not_allowed"}
 }
 
@@ -40,14 +46,14 @@ test_what_is_not_granted_is_refused if {
 		object.union(spend("tenant_acme", ["agent"], [tokens]), {"action": {"name": "orders.read"}}),
 		object.remove(spend("tenant_acme", ["agent"], [tokens]), ["charges"]),
 	] {
-		decision := budget.decision with input as request
+		decision := answer with input as request
 		decision == {"allow": false, "reason_code": "budget_not_allowed"}
 	}
 }
 
 test_unknown_and_suspended_tenants_charge_nothing if {
 	every tenant, reason_code in {"tenant_nobody": "tenant_unknown", "tenant_initech": "tenant_suspended"} {
-		decision := budget.decision with input as spend(tenant, ["agent"], [tokens])
+		decision := answer with input as spend(tenant, ["agent"], [tokens])
 		decision == {"allow": false, "reason_code": reason_code}
 		limits := budget.limits with input as spend(tenant, ["agent"], [tokens])
 		limits == []
@@ -75,7 +81,7 @@ usage(operation, tenant, roles, model, quantities) := object.union(
 test_usage_is_priced if {
 	every operation in ["budget.charge", "budget.reserve"] {
 		request := usage(operation, "tenant_acme", ["agent"], "gpt-x", {"tokens_in": 1200, "tokens_out": 4000})
-		decision := budget.decision with input as request
+		decision := answer with input as request
 		decision == {
 			"allow": true,
 			"reason_code": "ok",
@@ -96,7 +102,7 @@ test_a_model_without_a_price_is_not_free if {
 		usage("budget.settle", "tenant_acme", ["agent"], "gpt-9", {"tokens_in": 1}),
 		object.union(spend("tenant_acme", ["agent"], [tokens]), {"action": {"name": "budget.settle"}}),
 	] {
-		decision := budget.decision with input as request
+		decision := answer with input as request
 		decision == {"allow": false, "reason_code": "model_unknown"}
 	}
 }
@@ -104,20 +110,20 @@ test_a_model_without_a_price_is_not_free if {
 test_every_charge_of_usage_must_be_granted if {
 	every tenant, roles in {"tenant_acme": ["viewer"], "tenant_globex": ["agent"]} {
 		request := usage("budget.reserve", tenant, roles, "gpt-x", {"tokens_in": 1200})
-		decision := budget.decision with input as request
+		decision := answer with input as request
 		decision == {"allow": false, "reason_code": "budget_not_allowed"}
 	}
 }
 
 test_charges_beside_usage_do_not_stand_in_for_its_price if {
 	request := usage("budget.charge", "tenant_globex", ["agent"], "gpt-x", {"tokens_in": 1200})
-	decision := budget.decision with input as object.union(request, {"charges": [tokens]})
+	decision := answer with input as object.union(request, {"charges": [tokens]})
 	decision == {"allow": false, "reason_code": "budget_not_allowed"}
 }
 
 test_what_was_used_is_priced_whatever_became_of_the_tenant if {
 	every tenant in ["tenant_acme", "tenant_initech", "tenant_nobody"] {
-		decision := budget.decision with input as usage("budget.settle", tenant, [], "gpt-x", {"tokens_out": 5})
+		decision := answer with input as usage("budget.settle", tenant, [], "gpt-x", {"tokens_out": 5})
 		decision.allow
 		decision.charges == [
 			{"budget": "llm", "unit": "tokens_out", "amount": 5},
@@ -133,7 +139,7 @@ refund(tenant, roles, charges) := object.union(
 
 test_a_role_that_says_so_may_refund if {
 	every charges in [[], [tokens]] {
-		decision := budget.decision with input as refund("tenant_acme", ["billing"], charges)
+		decision := answer with input as refund("tenant_acme", ["billing"], charges)
 		decision == {"allow": true, "reason_code": "ok"}
 	}
 }
@@ -147,21 +153,21 @@ test_an_agent_can_not_refund_itself if {
 		refund("tenant_globex", ["agent", "billing"], []),
 		usage("budget.refund", "tenant_acme", ["agent"], "gpt-x", {"tokens_in": 1}),
 	] {
-		decision := budget.decision with input as request
+		decision := answer with input as request
 		decision == {"allow": false, "reason_code": "budget_not_allowed"}
 	}
 }
 
 test_only_a_plain_yes_lets_a_role_refund if {
 	every slip in ["true", 1, null, false, {}, ["llm"]] {
-		decision := budget.decision with input as refund("tenant_acme", ["agent"], [])
+		decision := answer with input as refund("tenant_acme", ["agent"], [])
 			with data.tenants.tenant_acme.roles as {"agent": {"refunds": slip}}
 		decision == {"allow": false, "reason_code": "budget_not_allowed"}
 	}
 }
 
 test_a_suspended_tenant_refunds_nothing if {
-	decision := budget.decision with input as refund("tenant_initech", ["viewer"], [])
+	decision := answer with input as refund("tenant_initech", ["viewer"], [])
 		with data.tenants.tenant_initech.roles as {"viewer": {"refunds": true}}
 	decision == {"allow": false, "reason_code": "tenant_suspended"}
 }

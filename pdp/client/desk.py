@@ -7,6 +7,7 @@ response, or thrown the CallError.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -103,6 +104,12 @@ class Walk(Generic[_T]):
         """Go on without one."""
         self._advance(functools.partial(self._steps.throw, error))
 
+    def close(self) -> None:
+        """Go no further. Whoever walks says so in any case: who waits for what the steps
+        do at their end would wait for as long as somebody keeps the exception.
+        """
+        self._steps.close()
+
     def result(self) -> _T:
         """What the steps came to. Raises ValueError while they are under way."""
         [result] = self._results
@@ -118,15 +125,15 @@ class Walk(Generic[_T]):
 
 def walk(connection: Connection, steps: Steps[_T]) -> _T:
     """What the steps come to, over a blocking connection."""
-    walk = Walk(steps)
-    while (ask := walk.ask) is not None:
-        try:
-            answer = _end_of(ask) if isinstance(ask, Wait) else connection.call(*ask.message)
-        except CallError as error:
-            walk.fail(error)
-        else:
-            walk.answer(answer)
-    return walk.result()
+    with contextlib.closing(Walk(steps)) as walk:
+        while (ask := walk.ask) is not None:
+            try:
+                answer = _end_of(ask) if isinstance(ask, Wait) else connection.call(*ask.message)
+            except CallError as error:
+                walk.fail(error)
+            else:
+                walk.answer(answer)
+        return walk.result()
 
 
 def _end_of(wait: Wait) -> bool:

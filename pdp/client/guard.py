@@ -651,18 +651,18 @@ class AsyncGuard(_Face[AsyncConnection]):
             return _refusal(error)
 
     async def _walk(self, steps: Steps[_T]) -> _T:
-        walk = Walk(steps)
-        while (ask := walk.ask) is not None:
-            try:
-                if isinstance(ask, Wait):
-                    answer = await _end_of(ask)
+        with contextlib.closing(Walk(steps)) as walk:
+            while (ask := walk.ask) is not None:
+                try:
+                    if isinstance(ask, Wait):
+                        answer = await _end_of(ask)
+                    else:
+                        answer = await self._connection.call(*ask.message)
+                except CallError as error:
+                    walk.fail(error)
                 else:
-                    answer = await self._connection.call(*ask.message)
-            except CallError as error:
-                walk.fail(error)
-            else:
-                walk.answer(answer)
-        return walk.result()
+                    walk.answer(answer)
+            return walk.result()
 
     async def _report(self, steps: Steps[None] | None) -> None:
         if steps is not None:

@@ -61,6 +61,7 @@ class StandIn:
         self.take_end: Callable[[End, Context], Raw] = lambda end, _context: self.ended(end)
         self.revision = "r-1"
         """What a Watch tells first."""
+        self.refuses_watch = False
         self.watch_tokens: list[str] = []
         self._watches: list[queue.SimpleQueue[Event | None]] = []
         self._directory = tempfile.TemporaryDirectory(prefix="pdp-")
@@ -200,6 +201,8 @@ class StandIn:
 
     def _watch(self, _request: authorization_pb2.WatchRequest, context: Context) -> Iterator[Event]:
         self.watch_tokens.append(str(dict(context.invocation_metadata()).get("authorization", "")))
+        if self.refuses_watch:
+            refuse(context, "rate_limited")
         watch: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         context.add_callback(lambda: watch.put(None))
         yield Event(policy=authorization_pb2.PolicyInForce(revision=self.revision))

@@ -29,8 +29,6 @@ class Asks(Protocol):
 
     async def list_tools(self) -> Any: ...
 
-    async def read_resource(self, uri: str) -> Any: ...
-
 
 class Ran:
     """What the tool was given, call by call."""

@@ -88,10 +88,23 @@ def test_a_permit_among_the_arguments_is_an_argument(shop: Shop) -> None:
     assert shop.refused(None, {**ORDER, META_KEY: permit().token}) == "permit_missing"
 
 
-def test_tools_may_be_listed_and_nothing_else_asked_for(shop: Shop) -> None:
+def test_tools_may_be_listed(shop: Shop) -> None:
     assert shop.do(lambda client: client.list_tools())
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    (
+        ("read_resource", ("orders://all",)),
+        ("list_resources", ()),
+        ("list_resource_templates", ()),
+        ("list_prompts", ()),
+        ("get_prompt", ("secret",)),
+    ),
+)
+def test_nothing_else_may_be_asked_for(shop: Shop, method: str, given: tuple[str, ...]) -> None:
     with pytest.raises(MCPError) as caught:
-        shop.do(lambda client: client.read_resource("orders://all"))
+        shop.do(lambda client: getattr(client, method)(*given))
     assert caught.value.error.data == {"reason_code": "permit_mismatch"}
 
 

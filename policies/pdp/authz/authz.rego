@@ -12,7 +12,9 @@ import data.pdp.subject
 
 tenant := subject.tenant
 
-tool := data.tools[input.action.name]
+tool_name := object.get(input, ["action", "name"], "")
+
+tool := data.tools[tool_name]
 
 # METADATA
 # title: The decision on one tool call
@@ -38,51 +40,60 @@ decision := {"allow": false, "reason_code": reason_code} if reason_code != "ok"
 # The ladder. Each rung stands on the ones above it.
 default reason_code := "argument_not_allowed"
 
-reason_code := "tenant_unknown" if {
-	not tenant
-} else := "tenant_suspended" if {
-	not subject.active
-} else := "tool_not_allowed" if {
-	not tool_allowed
-} else := "role_not_allowed" if {
-	not role_allowed
-} else := "workload_not_allowed" if {
-	not workload_allowed
-} else := "scope_missing" if {
-	not scopes_held
+reason_code := standing(tool_name) if {
+	standing(tool_name) != "ok"
 } else := "ok" if {
 	arguments_allowed
 }
 
+# How far the caller comes with a tool, whatever the arguments: "ok" where only they can refuse.
+standing(name) := "tenant_unknown" if {
+	not tenant
+} else := "tenant_suspended" if {
+	not subject.active
+} else := "tool_not_allowed" if {
+	not tool_allowed(name)
+} else := "role_not_allowed" if {
+	not role_allowed(name)
+} else := "workload_not_allowed" if {
+	not workload_allowed(name)
+} else := "scope_missing" if {
+	not scopes_held(name)
+} else := "ok"
+
 # The tool exists, and is on the tenant's allowlist.
-tool_allowed if {
-	is_object(tool)
-	input.action.name in tenant.allowlist
+tool_allowed(name) if {
+	is_object(data.tools[name])
+	name in tenant.allowlist
 }
 
 # One of the actor's roles, as this tenant defines it, may use the tool.
-role_allowed if {
+role_allowed(name) if {
 	some role in subject.roles
-	input.action.name in role.tools
+	name in role.tools
 }
 
 # The workload that asks may ask for this tenant, and use the tool.
-workload_allowed if {
+workload_allowed(name) if {
 	subject.workload_admitted
-	subject.workload_may_use(input.action.name)
+	subject.workload_may_use(name)
 }
 
 # Token and tenant both hold every scope that the tool needs.
-scopes_held if {
-	every scope in tool.scopes {
-		scope in input.subject.properties.scopes
-		scope in tenant.scopes
+scopes_held(name) if {
+	every scope in data.tools[name].scopes {
+		scope in scopes
 	}
+}
+
+scopes contains scope if {
+	some scope in input.subject.properties.scopes
+	scope in tenant.scopes
 }
 
 # Nothing is missing, nothing is unknown, and each value keeps the tool's rules
 # and those that the tenant adds.
 arguments_allowed if {
-	tenant_rules := object.get(tenant, ["tools", input.action.name, "arguments"], {})
+	tenant_rules := object.get(tenant, ["tools", tool_name, "arguments"], {})
 	arguments.allowed(input.action.properties.arguments, tool.arguments, tenant_rules)
 }

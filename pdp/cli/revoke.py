@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 MAX_NAME: Final = 255
-"""Characters of an actor's name, and of a token's id."""
+"""Characters of an actor's or workload's name, and of a token's id."""
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -80,18 +80,38 @@ def token(
 
 
 @app.command()
+def workload(
+    workload: Annotated[str, typer.Argument(help="The workload, as audit records name it.")],
+    config: ConfigFile,
+    reason: Reason,
+    by: By = "",
+    hours: Hours = 0,
+) -> None:
+    """Revoke a workload: it asks for no tenant any more, and its permits count no more.
+
+    Exit codes: 0 done, 2 the configuration or the store can not be used.
+    """
+    _add(config, _target("workload", "", workload), reason, by, hours)
+
+
+@app.command()
 def lift(
     config: ConfigFile,
-    tenant: Tenant,
+    tenant: Annotated[str, typer.Argument(help="The tenant, unless a workload was revoked.")] = "",
     actor: Annotated[str, typer.Option(help="The actor, where one was revoked.")] = "",
     token: Annotated[str, typer.Option(help="The token's id, where one was revoked.")] = "",
+    workload: Annotated[str, typer.Option(help="The workload, where one was revoked.")] = "",
 ) -> None:
     """Take a revocation back.
 
     Exit codes: 0 done, 1 there is none, 2 the configuration or the store can not be used.
     """
-    kind = "actor" if actor else "token" if token else "tenant"
-    target = _target(kind, tenant, actor or token)
+    named = {"actor": actor, "token": token, "workload": workload}
+    kinds = [kind for kind, name in named.items() if name]
+    if len(kinds) > 1:
+        _refuse("name one of --actor, --token and --workload")
+    kind = kinds[0] if kinds else "tenant"
+    target = _target(kind, tenant, named.get(kind, ""))
     if not _run(config, lambda store: store.lift(target)):
         typer.echo("pdp: nothing of the kind is revoked: pdp revoke list shows what is.", err=True)
         raise typer.Exit(exit_codes.FAILED)
@@ -132,10 +152,14 @@ def _target(kind: str, tenant: str, name: str = "") -> Target:
     from pdp.identity.subject import TENANT_PATTERN  # noqa: PLC0415
     from pdp.revocation.revocations import Kind, Target  # noqa: PLC0415
 
-    if not TENANT_PATTERN.fullmatch(tenant):
+    if kind == "workload" and tenant:
+        _refuse("a workload is revoked for all tenants: name none")
+    if kind != "workload" and not TENANT_PATTERN.fullmatch(tenant):
         _refuse("that is no tenant's id")
     if kind != "tenant" and not (0 < len(name) <= MAX_NAME and name.isprintable()):
-        _refuse(f"an actor, and a token's id, is 1 to {MAX_NAME} printable characters")
+        _refuse(
+            f"an actor or a workload, and a token's id, is 1 to {MAX_NAME} printable characters"
+        )
     return Target(kind=Kind(kind), tenant=tenant, name=name)
 
 

@@ -110,10 +110,9 @@ def _document(
         if value:
             properties[name] = value
     if subject.delegation is not None:
-        properties["delegation"] = {
-            "agents": list(subject.delegation.agents),
-            "tools": sorted(subject.delegation.tools),
-        }
+        agents: list[JsonValue] = [*subject.delegation.agents]
+        tools: list[JsonValue] = [*sorted(subject.delegation.tools)]
+        properties["delegation"] = {"agents": agents, "tools": tools}
     document: JsonObject = {
         "subject": {"type": "user", "id": subject.actor, "properties": properties},
         "action": action,

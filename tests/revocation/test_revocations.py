@@ -27,6 +27,7 @@ from tests.budget.redis_server import RedisServer
 ALICE = Target(kind=Kind.ACTOR, tenant="acme", name="alice")
 ACME = Target(kind=Kind.TENANT, tenant="acme")
 TOKEN = Target(kind=Kind.TOKEN, tenant="acme", name="jti-1")
+AGENT = Target(kind=Kind.WORKLOAD, tenant="", name="spiffe://example.org/agent")
 Open = Callable[[], AbstractAsyncContextManager[RevocationStore]]
 
 
@@ -87,6 +88,23 @@ def test_who_is_revoked_is_found_and_nobody_else(opened: Open) -> None:
             assert not await elsewhere.lift(ACME)
             await revocations.look()
             assert revocations.find(tenant="acme", actor="bob") is None
+
+    asyncio.run(run())
+
+
+def test_a_workload_is_revoked_for_every_tenant_and_no_other_is(opened: Open) -> None:
+    async def run() -> None:
+        async with opened() as store:
+            await store.add(revoked(AGENT))
+            revocations = Revocations(store)
+            await revocations.look()
+            for tenant in ("acme", "globex"):
+                found = revocations.find(tenant=tenant, actor="alice", workload=AGENT.name)
+                assert found == revoked(AGENT)
+            for workload in ("", f"{AGENT.name}/1", AGENT.name.upper(), "alice"):
+                assert revocations.find(tenant="acme", actor="alice", workload=workload) is None
+            # Who is named like a workload is none.
+            assert revocations.find(tenant="", actor=AGENT.name, token_ids=[AGENT.name]) is None
 
     asyncio.run(run())
 
@@ -211,6 +229,8 @@ def test_a_store_that_fails_in_a_way_nobody_thought_of_lets_nobody_act_either(
         to_json([revoked(ALICE)]).replace(b"alice", b""),
         to_json([revoked(ACME)]).replace(b'"name": ""', b'"name": "x"'),
         to_json([revoked(ALICE)]).replace(b"acme", b""),
+        to_json([revoked(AGENT)]).replace(b'"tenant": ""', b'"tenant": "acme"'),
+        to_json([revoked(AGENT)]).replace(b"spiffe://example.org/agent", b""),
     ),
 )
 def test_a_file_that_holds_no_revocations_is_refused(text: bytes, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
@@ -156,6 +155,8 @@ class Sidecars:
 
     def _ask(self) -> None:
         """Ask each sidecar for its keys; one that does not answer keeps those it had."""
+        from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - the stub needs none
+
         self._asked_at = self._clock()
         with ThreadPoolExecutor(min(AT_ONCE, len(self._redeemers))) as pool:
             answers = tuple(pool.map(self._keys_of, self._redeemers))

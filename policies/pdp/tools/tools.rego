@@ -17,13 +17,9 @@ import data.pdp.subject
 #   arguments are allowed; else why not. Nothing is said of tools that are not on it.
 # scope: document
 # entrypoint: true
-visible := [tool |
-	some name in allowlisted
-	code := authz.standing(name)
-	tool := {"name": name, "callable": code == "ok", "reason_code": code}
-]
-
-allowlisted contains name if {
+visible contains tool if {
 	some name in subject.tenant.allowlist
 	is_object(data.tools[name])
+	code := authz.standing(name)
+	tool := {"name": name, "callable": code == "ok", "reason_code": code}
 }

@@ -27,7 +27,7 @@ test_each_tool_of_the_tenant_says_how_far_the_caller_comes if {
 
 test_only_what_is_ok_is_callable if {
 	listed := tools.visible with input as support
-	[tool.name | some tool in listed; tool.callable] == ["orders.read", "orders.update"]
+	{tool.name | some tool in listed; tool.callable} == {"orders.read", "orders.update"}
 }
 
 test_a_role_that_may_use_nothing_sees_why if {
@@ -38,13 +38,13 @@ test_a_role_that_may_use_nothing_sees_why if {
 test_tools_off_the_allowlist_are_not_mentioned if {
 	listed := tools.visible with input as support
 		with data.tenants.tenant_acme.allowlist as ["orders.read"]
-	[tool.name | some tool in listed] == ["orders.read"]
+	{tool.name | some tool in listed} == {"orders.read"}
 }
 
 test_an_allowlisted_tool_that_is_not_defined_is_not_mentioned if {
 	listed := tools.visible with input as support
 		with data.tenants.tenant_acme.allowlist as ["orders.read", "orders.drop"]
-	[tool.name | some tool in listed] == ["orders.read"]
+	{tool.name | some tool in listed} == {"orders.read"}
 }
 
 test_a_suspended_tenant_calls_nothing if {
@@ -55,6 +55,6 @@ test_a_suspended_tenant_calls_nothing if {
 }
 
 test_nobody_sees_nothing if {
-	tools.visible == [] with input as caller("tenant_nobody", ["support_agent"], ["orders:read"])
-	tools.visible == [] with input as {}
+	tools.visible == set() with input as caller("tenant_nobody", ["support_agent"], ["orders:read"])
+	tools.visible == set() with input as {}
 }

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -94,6 +97,76 @@ def test_over_http_a_bound_permit_counts_with_its_certificate_and_no_other(
     for pem, answer in ((thief, "permit_mismatch"), (owner, "918 of tenant_acme")):
         with served(shows(application_of(), pem.decode())) as url:
             assert asyncio.run(told(url)) == answer
+
+
+def post(url: str, message: str) -> str:
+    headers = {
+        "content-type": "application/json",
+        "accept": "application/json, text/event-stream",
+        "mcp-protocol-version": "2025-11-25",
+    }
+    asked = urllib.request.Request(url, message.encode(), headers)  # noqa: S310 - loopback
+    try:
+        with urllib.request.urlopen(asked, timeout=20) as answer:  # noqa: S310
+            return str(answer.read(), "utf-8")
+    except urllib.error.HTTPError as error:
+        with error:
+            return str(error.read(), "utf-8")
+
+
+@pytest.mark.parametrize(
+    "application_of",
+    (
+        lambda ran: sdk_server(door(), ran).streamable_http_app(
+            stateless_http=True, json_response=True
+        ),
+        lambda ran: fastmcp_server(door(), ran).http_app(stateless_http=True, json_response=True),
+    ),
+    ids=("sdk", "fastmcp"),
+)
+def test_raw_messages_that_are_not_the_permitted_call_reach_no_tool(
+    application_of: Callable[[Ran], Any],
+) -> None:
+    ran = Ran()
+    token = permit().token
+    whole = json.dumps(ORDER)
+
+    def message(
+        arguments: str = whole,
+        meta: str = json.dumps({META_KEY: token}),
+        name: str = '"orders.update"',
+        method: str = "tools/call",
+    ) -> str:
+        return (
+            f'{{"jsonrpc":"2.0","id":1,"method":"{method}","params":'
+            f'{{"name":{name},"arguments":{arguments},"_meta":{meta}}}}}'
+        )
+
+    with served(application_of(ran)) as url:
+        for attack in (
+            message(meta="{}"),
+            message(meta="[]"),
+            message(meta=f'["{META_KEY}"]'),
+            message(whole[:-1] + ',"count":NaN}'),
+            message(whole[:-1] + ',"count":1e400}'),
+            message(whole[:-1] + ',"count":123456789012345678901234567890}'),
+            message('{"order_id":"918","status":"\\ud800"}'),
+            message('{"order_id":"918","order_id":"919","status":"shipped"}'),
+            message("[]"),
+            message("null"),
+            message(name='["orders.update"]'),
+            message(name="7"),
+            message(method="shop/wipe"),
+            message(method="tools/Call"),
+            message(method="tools/call "),
+            "[" + message() + "]",
+        ):
+            assert token not in post(url, attack)
+            assert ran.calls == [], attack
+        # Of a name that stands twice the last counts, for the door as for the tool.
+        twice = '{"order_id":"919","order_id":"918","status":"shipped"}'
+        assert "918 of tenant_acme" in post(url, message(twice))
+    assert [call["order_id"] for call in ran.calls] == ["918"]
 
 
 def test_over_http_a_permit_in_a_header_is_none() -> None:

@@ -131,13 +131,14 @@ class Workloads:
 
     def _certified(self, peer: Peer) -> str:
         """The name in a certificate: its one URI or, where it has none, its one DNS name."""
-        names = peer.uris or peer.dns_names
+        names, form = (peer.uris, _URI) if peer.uris else (peer.dns_names, _DNS_NAME)
         name = names[0] if len(names) == 1 else ""
-        if self._trust_domains is not None or name.lower().startswith("spiffe:"):
+        if peer.uris and name.lower().startswith("spiffe:"):
             return _spiffe_id(name, self._trust_domains)
-        form = _URI if peer.uris else _DNS_NAME
         if len(name) > MAX_WORKLOAD_LENGTH or not form.fullmatch(name):
             raise _invalid("The client certificate does not name one workload.")
+        if self._trust_domains is not None:
+            raise _invalid("The client certificate names no SPIFFE id.")
         return name
 
 

@@ -66,8 +66,12 @@ class TokenIssuer:
         return self.sign(json.dumps(payload).encode("utf-8"))
 
     def sign(self, payload: bytes, *, header: JsonObject | None = None) -> str:
-        """Sign these bytes, whatever they are, under this header."""
-        members = {"alg": "EdDSA", "kid": self.kid, "typ": "JWT", **(header or {})}
+        """Sign these bytes, whatever they are, under this header; a member that is None is
+        left out.
+        """
+        usual = {"alg": "EdDSA", "kid": self.kid, "typ": "JWT"}
+        named = {**usual, **(header or {})}
+        members = {name: value for name, value in named.items() if value is not None}
         with warnings.catch_warnings():
             # joserfc warns that the name EdDSA is being replaced by Ed25519.
             warnings.simplefilter("ignore")

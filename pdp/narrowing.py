@@ -11,7 +11,7 @@ from pdp.budget.bounds import MAX_LIMITS
 from pdp.budget.ledger import Account, Charge, Limit, Scope, Window
 from pdp.canonical import JsonObject, JsonValue
 from pdp.errors import PdpError
-from pdp.identity.subject import Subject
+from pdp.identity.subject import Delegation, Subject
 from pdp.reason import ReasonCode
 
 
@@ -34,7 +34,7 @@ def refusal(subject: Subject, *, tool: str, arguments: JsonObject) -> ReasonCode
         return None
     if tool not in delegation.tools:
         return ReasonCode.TOOL_NOT_DELEGATED
-    for name, rules in rules_of(subject, tool).items():
+    for name, rules in _rules_of(delegation, tool).items():
         if name not in arguments or not all(_keeps(arguments[name], rule) for rule in rules):
             return ReasonCode.ARGUMENT_NOT_DELEGATED
     return None
@@ -47,13 +47,9 @@ def check_delegated(subject: Subject, *, tool: str, arguments: JsonObject) -> No
         raise NotDelegated(refused)
 
 
-def rules_of(subject: Subject, tool: str) -> dict[str, list[JsonValue]]:
-    """By argument, the rules that it must keep in calls of the tool. Where there are any, a
-    permit must bind the arguments: with one that does not, others could be used.
-    """
-    if subject.delegation is None:
-        return {}
-    arguments = subject.delegation.arguments.get(tool, {})
+def _rules_of(delegation: Delegation, tool: str) -> dict[str, list[JsonValue]]:
+    """By argument, the rules that it must keep in calls of the tool."""
+    arguments = delegation.arguments.get(tool, {})
     # What is no list of rules is one rule that nothing keeps.
     return {
         name: rules if isinstance(rules, list) else [None]

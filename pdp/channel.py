@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from pdp.errors import PdpError
 from pdp.reason import REASON_CODE_PATTERN, ReasonCode
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from google.protobuf.duration_pb2 import Duration
     from google.protobuf.message import Message
     from google.rpc.status_pb2 import Status
+
+    from pdp.stream import AsyncStream, Stream
 
 DETAILS_KEY: Final = "grpc-status-details-bin"
 ERROR_DOMAIN: Final = "agent-pdp"
@@ -28,6 +32,15 @@ OPTIONS: Final = (
         json.dumps(
             {
                 "methodConfig": [
+                    # A stream that can not be opened gives way to calls at once.
+                    {
+                        "name": [
+                            {
+                                "service": "pdp.v1.AuthorizationService",
+                                "method": "AuthorizeStream",
+                            }
+                        ]
+                    },
                     {
                         "name": [{}],
                         "retryPolicy": {
@@ -37,7 +50,7 @@ OPTIONS: Final = (
                             "backoffMultiplier": 3,
                             "retryableStatusCodes": ["UNAVAILABLE"],
                         },
-                    }
+                    },
                 ]
             }
         ),
@@ -106,15 +119,48 @@ def connect_async(
     return grpc.aio.secure_channel(target, credentials, options=OPTIONS)
 
 
-class _Channel(NamedTuple):
-    channel: Any
-    """A grpc.Channel, or a grpc.aio.Channel."""
-    methods: Mapping[str, Callable[..., Any]]
-    owner: object
-    """The process, or event loop, that it works in."""
+_S = TypeVar("_S", bound="Stream | AsyncStream")
 
 
-class _Connection:
+class _Channel(Generic[_S]):
+    """A grpc.Channel or grpc.aio.Channel, and the stream of questions over it."""
+
+    def __init__(self, channel: Any, open_stream: Callable[[Callable[..., Any]], _S]) -> None:  # noqa: ANN401 - of either kind
+        self.channel = channel
+        self.methods = _methods(channel)
+        self.closed = False
+        self._open_stream = open_stream
+        self._stream: _S | None = None
+        self._lock = threading.Lock()
+
+    def stream(self) -> _S | None:
+        """The stream, which is opened if need be; None while there can be none."""
+        with self._lock:
+            if self._stream is not None:
+                rests_until = self._stream.rests_until
+                if rests_until is None:
+                    return self._stream
+                if time.monotonic() < rests_until:
+                    return None
+            self._stream = (
+                None if self.closed else self._open_stream(self.methods["AuthorizeStream"])
+            )
+            return self._stream
+
+    def check_open(self) -> None:
+        """Raises CallError where it was closed in the meantime."""
+        if self.closed:
+            raise _error_of("CANCELLED")
+
+    def stop(self) -> _S | None:
+        """No stream is opened any more; the one that there was, to be closed."""
+        with self._lock:
+            self.closed = True
+            stream, self._stream = self._stream, None
+            return stream
+
+
+class _Connection(Generic[_S]):
     """What a blocking and an awaiting connection share. Neither is made before the
     first call.
     """
@@ -141,33 +187,62 @@ class _Connection:
         self._target = target
         self._timeout_seconds = timeout_seconds
         self._credentials = credentials
-        self._open: _Channel | None = None
+        self._channels: dict[tuple[int, object], _Channel[_S]] = {}
+        """By process and event loop. After a fork its parent's stays, untouched: even to
+        let go of it can wait for a lock that nobody is left to release."""
 
-    def _method(
-        self, name: str, owner: object, connect: Callable[..., grpc.Channel | grpc.aio.Channel]
-    ) -> Callable[..., Any]:
-        """A method over the channel of ``owner``, which is made if there is none."""
-        found = self._open
-        if found is None or found.owner != owner:
-            channel = connect(self._target, self._credentials)
-            self._open = found = _Channel(channel, _methods(channel), owner)
-        return found.methods[name]
+    def _channel_of(
+        self,
+        loop: object,
+        connect: Callable[..., grpc.Channel | grpc.aio.Channel],
+        open_stream: Callable[[Callable[..., Any]], _S],
+    ) -> _Channel[_S]:
+        """The channel of this process and loop, which is made if there is none."""
+        owner = (os.getpid(), loop)
+        found = self._channels.get(owner)
+        if found is None:
+            for other in list(self._channels):
+                if other[0] == owner[0] and other != owner:  # of a loop that was before
+                    del self._channels[other]
+            made = _Channel(connect(self._target, self._credentials), open_stream)
+            found = self._channels.setdefault(owner, made)  # another thread may be first
+        return found
 
-    def _take_channel(self) -> Any:  # noqa: ANN401 - of either kind
-        found, self._open = self._open, None
-        return found.channel if found is not None else None
+    def _take_channel(self, loop: object) -> _Channel[_S] | None:
+        return self._channels.pop((os.getpid(), loop), None)
+
+    def _message(self, method: str, request: Any, metadata: Metadata) -> Any:  # noqa: ANN401 - as call
+        """The request as a message of a stream; None where it is to travel as a call."""
+        from pdp.stream import message_from  # noqa: PLC0415
+
+        if method != "Authorize":
+            return None
+        return message_from(request, metadata, timeout_seconds=self._timeout_seconds)
 
 
-class Connection(_Connection):
+class Connection(_Connection["Stream"]):
     """A blocking connection. Threads may share it, and it survives a fork."""
 
     def call(self, method: str, request: Message, metadata: Metadata = ()) -> Any:  # noqa: ANN401
         """The response. Raises CallError."""
         import grpc  # noqa: PLC0415 - as in connect
 
+        from pdp.stream import NotAnswered, answer_from  # noqa: PLC0415
+
+        channel = self._channel()
+        ends_at = time.monotonic() + self._timeout_seconds
+        message = self._message(method, request, metadata)
+        stream = channel.stream() if message is not None else None
+        if stream is not None:
+            try:
+                return answer_from(stream.ask(message, timeout_seconds=self._timeout_seconds))
+            except NotAnswered:
+                channel.check_open()
+            except TimeoutError:
+                raise _error_of("DEADLINE_EXCEEDED") from None
         try:
-            return self._method(method, os.getpid(), connect)(
-                request, timeout=self._timeout_seconds, metadata=metadata
+            return channel.methods[method](
+                request, timeout=ends_at - time.monotonic(), metadata=metadata
             )
         except grpc.RpcError as error:
             raise call_error(error) from None
@@ -176,27 +251,46 @@ class Connection(_Connection):
         """The call, to be iterated over for its messages, however long they take: it has
         no deadline, and is ended with its ``cancel()``. Iterating raises grpc.RpcError.
         """
-        return self._method(method, os.getpid(), connect)(request, metadata=metadata)
+        return self._channel().methods[method](request, metadata=metadata)
 
     def close(self) -> None:
         """Close it; the next call opens it again."""
-        channel = self._take_channel()
+        channel = self._take_channel(None)
         if channel is not None:
-            channel.close()
+            stream = channel.stop()
+            if stream is not None:
+                stream.close()
+            channel.channel.close()
+
+    def _channel(self) -> _Channel[Stream]:
+        from pdp.stream import Stream  # noqa: PLC0415 - as in connect
+
+        return self._channel_of(None, connect, Stream)
 
 
-class AsyncConnection(_Connection):
+class AsyncConnection(_Connection["AsyncStream"]):
     """An awaiting connection, of one event loop at a time."""
 
     async def call(self, method: str, request: Message, metadata: Metadata = ()) -> Any:  # noqa: ANN401
         """The response. Raises CallError."""
-        import asyncio  # noqa: PLC0415 - as in connect
+        import grpc  # noqa: PLC0415 - as in connect
 
-        import grpc  # noqa: PLC0415
+        from pdp.stream import NotAnswered, answer_from  # noqa: PLC0415
 
+        channel = self._channel()
+        ends_at = time.monotonic() + self._timeout_seconds
+        message = self._message(method, request, metadata)
+        stream = channel.stream() if message is not None else None
+        if stream is not None:
+            try:
+                return answer_from(await stream.ask(message, timeout_seconds=self._timeout_seconds))
+            except NotAnswered:
+                channel.check_open()
+            except TimeoutError:
+                raise _error_of("DEADLINE_EXCEEDED") from None
         try:
-            response = await self._method(method, asyncio.get_running_loop(), connect_async)(
-                request, timeout=self._timeout_seconds, metadata=metadata
+            response = await channel.methods[method](
+                request, timeout=ends_at - time.monotonic(), metadata=metadata
             )
         except grpc.RpcError as error:
             raise call_error(error) from None
@@ -206,9 +300,21 @@ class AsyncConnection(_Connection):
 
     async def close(self) -> None:
         """Close it; the next call opens it again."""
-        channel = self._take_channel()
+        import asyncio  # noqa: PLC0415 - as in connect
+
+        channel = self._take_channel(asyncio.get_running_loop())
         if channel is not None:
-            await channel.close()
+            stream = channel.stop()
+            if stream is not None:
+                await stream.close()
+            await channel.channel.close()
+
+    def _channel(self) -> _Channel[AsyncStream]:
+        import asyncio  # noqa: PLC0415 - as in connect
+
+        from pdp.stream import AsyncStream  # noqa: PLC0415
+
+        return self._channel_of(asyncio.get_running_loop(), connect_async, AsyncStream)
 
 
 def _methods(channel: Any) -> Mapping[str, Callable[..., Any]]:  # noqa: ANN401 - of either kind
@@ -224,6 +330,7 @@ def _methods(channel: Any) -> Mapping[str, Callable[..., Any]]:  # noqa: ANN401 
     return {
         "Authorize": authorization.Authorize,
         "AuthorizeBatch": authorization.AuthorizeBatch,
+        "AuthorizeStream": authorization.AuthorizeStream,
         "Delegate": authorization.Delegate,
         "GetPermitKeys": execution.GetPermitKeys,
         "ListTools": authorization.ListTools,
@@ -247,9 +354,14 @@ def call_error(error: grpc.RpcError) -> CallError:
             own = _own_error(value)
             if own is not None:
                 return own
+    return _error_of(code.name)
+
+
+def _error_of(status: str) -> CallError:
+    """What a status means of which nothing else is known."""
     return CallError(
-        _REASON_OF_STATUS.get(code.name, ReasonCode.INTERNAL),
-        f"The sidecar could not be asked ({code.name}); see that it runs, and listens where it"
+        _REASON_OF_STATUS.get(status, ReasonCode.INTERNAL),
+        f"The sidecar could not be asked ({status}); see that it runs, and listens where it"
         " is looked for.",
     )
 

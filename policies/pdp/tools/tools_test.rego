@@ -16,7 +16,7 @@ support := caller("tenant_acme", ["support_agent"], ["orders:read", "orders:writ
 codes(listed) := {tool.name: tool.reason_code | some tool in listed}
 
 test_each_tool_of_the_tenant_says_how_far_the_caller_comes if {
-	listed := tools.visible with input as support
+	listed := tools.visible with input as support with data.workloads as {}
 	codes(listed) == {
 		"mail.send": "scope_missing",
 		"orders.read": "ok",
@@ -26,8 +26,13 @@ test_each_tool_of_the_tenant_says_how_far_the_caller_comes if {
 }
 
 test_only_what_is_ok_is_callable if {
-	listed := tools.visible with input as support
+	listed := tools.visible with input as support with data.workloads as {}
 	{tool.name | some tool in listed; tool.callable} == {"orders.read", "orders.update"}
+}
+
+test_a_workload_that_is_not_listed_sees_why if {
+	listed := tools.visible with input as support with data.workloads as {"spiffe://example.org/other": {}}
+	codes(listed)["orders.read"] == "workload_not_allowed"
 }
 
 test_a_role_that_may_use_nothing_sees_why if {

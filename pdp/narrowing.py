@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
+from typing import Final
 
 from pdp.budget.bounds import MAX_LIMITS
 from pdp.budget.ledger import Account, Charge, Limit, Scope, Window
@@ -13,6 +14,10 @@ from pdp.canonical import JsonObject, JsonValue
 from pdp.errors import PdpError
 from pdp.identity.subject import Delegation, Subject
 from pdp.reason import ReasonCode
+
+SLICE: Final = "~delegation."
+"""What the id of a slice's limit begins with. It sorts behind the policy's own, so that
+agents without number do not push those out of an operator's list."""
 
 
 class NotDelegated(PdpError):  # noqa: N818 - it reads as what is wrong
@@ -97,7 +102,7 @@ def slices_of(subject: Subject) -> tuple[Limit, ...]:
         return ()
     return tuple(
         Limit(
-            id=f"delegation.{link.id}",
+            id=f"{SLICE}{link.id}",
             budget=budget,
             unit=unit,
             window=Window.LIFETIME,

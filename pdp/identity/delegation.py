@@ -64,7 +64,7 @@ class DelegatedIdentity:
         issuers: Sequence[DelegationIssuer],
         *,
         clock: Callable[[], float] = time.time,
-        cache_entries: int = 10_000,
+        cache_entries: int = 2_000,
     ) -> None:
         self._otherwise = otherwise
         self._issuers = {issuer.name: issuer for issuer in issuers}

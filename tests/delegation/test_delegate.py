@@ -360,7 +360,7 @@ def test_an_agent_sees_what_is_left_of_its_slices(sidecar: SidecarProcess, user:
     with child(sidecar, user, budget=charges(100)) as agent:
         reserve(agent, 30)
         limits = agent.budget.GetBudget(budget_pb2.GetBudgetRequest()).limits
-        [found] = [each for each in limits if each.limit_id.startswith("delegation.")]
+        [found] = [each for each in limits if each.limit_id.startswith("~delegation.")]
         assert (found.limit, found.held, found.remaining) == (100, 30, 70)
         assert len(limits) > 1
 

@@ -11,6 +11,7 @@ from pdp.budget.ledger import Account, Charge, Limit, Scope, Window
 from pdp.canonical import JsonObject, JsonValue
 from pdp.identity.subject import Delegation, Link, Subject
 from pdp.narrowing import (
+    SLICE,
     NotDelegated,
     limits_within,
     may_end,
@@ -192,8 +193,8 @@ def test_every_slice_of_the_chain_is_a_limit_besides_the_policys() -> None:
     found = limits_within(subject, ACCOUNT, [CALLS], [limit()], LEDGER)
     assert [(each.id, each.limit) for each in found] == [
         ("calls-a-day", 100),
-        ("delegation.d1", 10),
-        ("delegation.d3", 3),
+        ("~delegation.d1", 10),
+        ("~delegation.d3", 3),
     ]
     assert {each.until for each in found[1:]} == {2_000_000_000}
     assert limits_within(USER, ACCOUNT, [CALLS], [limit()], LEDGER) == (limit(),)
@@ -212,7 +213,7 @@ def test_every_slice_of_the_chain_is_a_limit_besides_the_policys() -> None:
 def test_a_slice_does_not_stand_in_for_a_limit_that_the_policy_lacks(policys: list[Limit]) -> None:
     subject = acting(with_slice("d1", ("tools", "calls", 10)))
     found = limits_within(subject, ACCOUNT, [CALLS], policys, LEDGER)
-    assert not any(each.id.startswith("delegation.") for each in found)
+    assert not any(each.id.startswith(SLICE) for each in found)
 
 
 def test_a_limit_for_tools_bounds_nothing_that_is_spent_for_none() -> None:

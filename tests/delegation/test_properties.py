@@ -27,7 +27,7 @@ from pdp.delegating import DelegationError, DelegationRequest, issuer_of, narrow
 from pdp.identity.delegation import TYPE, DelegatedIdentity, claims_of
 from pdp.identity.resolver import Credentials, SingleTenant
 from pdp.identity.subject import Link, Subject
-from pdp.narrowing import NotDelegated, limits_within, links_of, refusal, slices_of
+from pdp.narrowing import SLICE, NotDelegated, limits_within, links_of, refusal, slices_of
 from pdp.permit.signing import SigningKey
 from pdp.storage import Durability
 from pdp.testing import Caller, SidecarProcess, TokenIssuer
@@ -248,7 +248,7 @@ def test_no_slice_is_ever_overspent(
         asyncio.run(run(Path(folder)))
     for limit in {limit for subject in everybody for limit in slices_of(subject)}:
         if (limit.budget, limit.unit) == (CALL.budget, CALL.unit):
-            assert used[limit.id.removeprefix("delegation.")] <= limit.limit
+            assert used[limit.id.removeprefix(SLICE)] <= limit.limit
 
 
 # Real decisions

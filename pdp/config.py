@@ -447,7 +447,7 @@ class WorkloadIdentity(_Section):
 
 
 class Route(_Section):
-    """A way in that is one tenant's: a listener, or a workload."""
+    """A way in that is one tenant's: a listener, a workload or a server name."""
 
     listener: ListenerName | None = None
     """One of listen.named: all calls that come in there."""
@@ -455,15 +455,18 @@ class Route(_Section):
     """In place of listener: all calls of this workload. In a SPIFFE id or a service account
     "*" stands for any one part, "{tenant}" for the part that is the tenant, and "**" at the
     end for whatever follows: spiffe://example.org/tenant/{tenant}/**."""
+    server_name: Annotated[str, Field(pattern=r"^[a-z0-9.-]{1,253}$")] | None = None
+    """In place of listener: all calls that ask for this name by TLS (SNI). As callers choose it
+    themselves it is never where a tenant comes from (tenant.by_route); it must agree."""
     tenant: TenantId | None = None
     """The tenant, unless the workload's name holds it."""
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
-        if (self.listener is None) is (self.workload is None):
-            raise ValueError("set one of listener and workload")
-        if self.listener is not None and self.tenant is None:
-            raise ValueError("name the listener's tenant")
+        if [self.listener, self.workload, self.server_name].count(None) != 2:  # noqa: PLR2004
+            raise ValueError("set one of listener, workload and server_name")
+        if self.workload is None and self.tenant is None:
+            raise ValueError("name the tenant")
         if self.workload is not None:
             WorkloadRoute.of(self.workload, self.tenant or "")
         return self
@@ -507,11 +510,15 @@ class JwtIdentity(_Section):
     def _routes_lead_somewhere(self) -> Self:
         if self.workload is None and any(route.workload is not None for route in self.routes):
             raise ValueError("a route of a workload needs identity.workload")
-        if not self.routes and any(issuer.tenant.by_route for issuer in self.issuers):
-            raise ValueError("tenant.by_route needs identity.routes")
-        listeners = [route.listener for route in self.routes if route.listener is not None]
-        if len(set(listeners)) != len(listeners):
-            raise ValueError("a listener has two routes")
+        if all(route.server_name is not None for route in self.routes) and any(
+            issuer.tenant.by_route for issuer in self.issuers
+        ):
+            raise ValueError("tenant.by_route needs identity.routes of listeners or workloads")
+        for name in ("listener", "server_name"):
+            named = [getattr(route, name) for route in self.routes]
+            named = [each for each in named if each is not None]
+            if len(set(named)) != len(named):
+                raise ValueError(f"a {name} has two routes")
         return self
 
 

@@ -31,8 +31,9 @@ class Principals:
         if routed:
             credentials = replace(credentials, route_tenant=agreed(routed))
         subject = await self._actors.resolve(credentials)
-        if routed:
-            agreed((Source("token", subject.tenant), *routed), actor=subject.actor)
+        named = (*routed, *self._routes.asked_for(peer.server_name))
+        if named:
+            agreed((Source("token", subject.tenant), *named), actor=subject.actor)
         if workload or peer.certificate_sha256:
             return replace(subject, workload=workload, certificate_sha256=peer.certificate_sha256)
         return subject

@@ -11,7 +11,7 @@ from pdp.identity.subject import Subject
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
-    """What the transport itself knows of a call: nothing that the caller has written."""
+    """What the transport itself knows of a call."""
 
     listener: str = ""
     """Name of the listener that it came in by; empty for the usual ones."""
@@ -21,6 +21,8 @@ class Peer:
     uris: tuple[str, ...] = ()
     """The certificate's subject alternative names that are URIs, SPIFFE ids among them."""
     dns_names: tuple[str, ...] = ()
+    server_name: str = ""
+    """Whom the caller wanted to reach, by TLS's SNI: its own word, unlike all the rest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

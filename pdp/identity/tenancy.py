@@ -73,7 +73,7 @@ class Source:
     """What one trusted source says."""
 
     name: str
-    """"token", "listener" or "workload"."""
+    """"token", "listener", "workload" or "server_name"."""
     tenant: str
 
 
@@ -152,16 +152,20 @@ def _part(part: str, *, last: bool) -> str:
 
 
 class Routes:
-    """Which tenants the listener and the workload of a call stand for."""
+    """Which tenants the listener, the workload and the server name of a call stand for."""
 
     def __init__(
         self,
         *,
         listeners: Mapping[str, str] | None = None,
         workloads: Iterable[WorkloadRoute] = (),
+        server_names: Mapping[str, str] | None = None,
     ) -> None:
-        """``listeners`` gives the tenant by the listener's name."""
+        """``listeners`` and ``server_names`` give the tenant by the name, the latter in
+        lower case.
+        """
         self._listeners = listeners or {}
+        self._server_names = server_names or {}
         self._workloads = tuple(workloads)
         self._tenants_of = functools.lru_cache(maxsize=_REMEMBERED_WORKLOADS)(self._find)
 
@@ -170,6 +174,11 @@ class Routes:
         tenant = self._listeners.get(listener)
         by_listener = () if tenant is None else (Source("listener", tenant),)
         return by_listener + (self._tenants_of(workload) if workload else ())
+
+    def asked_for(self, server_name: str) -> tuple[Source, ...]:
+        """What the server name says. As the caller writes it, it can only disagree."""
+        tenant = self._server_names.get(server_name.lower())
+        return () if tenant is None else (Source("server_name", tenant),)
 
     def _find(self, workload: str) -> tuple[Source, ...]:
         tenants = (route.tenant_of(workload) for route in self._workloads)

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import ssl
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Final, Protocol, TypeVar
 
 from cryptography import x509
@@ -15,6 +16,7 @@ from pdp.identity.resolver import Credentials, Peer
 from pdp.server import wire
 
 _PEM: Final = "x509_pem_cert"
+_SERVER_NAME: Final = "ssl_requested_server_name"
 
 
 class Context(Protocol):
@@ -46,9 +48,13 @@ def peer_of(context: Context, *, listener: str) -> Peer:
     """What the transport knows of the caller. gRPC shows a client's certificate only where
     it was verified against listen.tcp.tls.client_ca_file.
     """
-    for certificate in context.auth_context().get(_PEM, ()):
-        return _peer_with(certificate, listener)
-    return Peer(listener=listener)
+    known = context.auth_context()
+    peer = Peer(listener=listener)
+    for certificate in known.get(_PEM, ()):
+        peer = _peer_with(certificate, listener)
+    for name in known.get(_SERVER_NAME, ()):
+        peer = replace(peer, server_name=name.decode("ascii", errors="replace"))
+    return peer
 
 
 @functools.lru_cache(maxsize=1_024)

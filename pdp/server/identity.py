@@ -48,6 +48,11 @@ def open_identity(
                 for route in identity.routes
                 if route.workload is not None
             ],
+            server_names={
+                route.server_name: route.tenant
+                for route in identity.routes
+                if route.server_name is not None and route.tenant is not None
+            },
         )
     workloads = None if identity.workload is None else _workloads(identity.workload, trusted_keys)
     actors = with_delegations(actors, config, keys, stack)

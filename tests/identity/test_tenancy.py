@@ -176,12 +176,16 @@ ROUTES = Routes(
         WorkloadRoute.of("agent.both.example", "tenant_acme"),
         WorkloadRoute.of("agent.both.example", "tenant_globex"),
     ],
+    server_names={"acme.pdp.example": "tenant_acme"},
 )
 
 
-def resolved(tenant: str, *, listener: str = "", dns_name: str = "") -> Subject:
+def resolved(
+    tenant: str, *, listener: str = "", dns_name: str = "", server_name: str = ""
+) -> Subject:
     peer = Peer(
         listener=listener,
+        server_name=server_name,
         certificate_sha256="c" * 43 if dns_name else "",
         dns_names=(dns_name,) if dns_name else (),
     )
@@ -240,6 +244,34 @@ def test_two_sources_that_disagree_are_refused_and_both_are_told_to_nobody_but_t
     assert caught.value.tenant is None
     assert "acme" not in caught.value.message
     assert "globex" not in caught.value.message
+
+
+def test_a_server_name_must_agree_but_names_no_tenant() -> None:
+    assert resolved("tenant_acme", server_name="acme.pdp.example").tenant == "tenant_acme"
+    assert resolved("tenant_globex", server_name="other.pdp.example").tenant == "tenant_globex"
+    assert resolved("", server_name="acme.pdp.example", listener="acme").tenant == "tenant_acme"
+    for name in ("acme.pdp.example", "ACME.pdp.example"):
+        with pytest.raises(IdentityError) as caught:
+            resolved("tenant_globex", server_name=name)
+        assert caught.value.sources == (
+            ("token", "tenant_globex"),
+            ("server_name", "tenant_acme"),
+        )
+
+
+def test_a_caller_can_not_choose_its_tenant_by_a_server_name() -> None:
+    rule = TenantRule(by_route=True)
+
+    class Routed:
+        async def resolve(self, credentials: Credentials) -> Subject:
+            tenant = rule.tenant_of("", route_tenant=credentials.route_tenant, actor="alice")
+            return Subject(tenant=tenant, actor="alice")
+
+    principals = Principals(Routed(), workloads=None, routes=ROUTES)
+    shown = Credentials(bearer="t", peer=Peer(server_name="acme.pdp.example"))
+    with pytest.raises(IdentityError) as caught:
+        asyncio.run(principals.resolve(shown))
+    assert caught.value.reason_code == "tenant_missing"
 
 
 # A file of organisations

@@ -13,6 +13,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
+_SIDECARS = ("localhost", "acme.pdp.example")
+"""Names by which a sidecar can be reached."""
+
 
 class Authority:
     """Certifies a sidecar, as localhost, and its clients."""
@@ -24,7 +27,7 @@ class Authority:
 
     def tls_section(self, directory: Path) -> dict[str, str]:
         """listen.tcp.tls of a sidecar that asks for certificates."""
-        certificate, key = self.issue([x509.DNSName("localhost")])
+        certificate, key = self.issue(list(map(x509.DNSName, _SIDECARS)))
         for name, content in (
             ("server.pem", certificate),
             ("server.key", key),

@@ -18,7 +18,7 @@ import grpc
 import pytest
 
 from pdp import base64url
-from pdp.api.v1 import authorization_pb2, execution_pb2
+from pdp.api.v1 import authorization_pb2, authorization_pb2_grpc, execution_pb2
 from pdp.canonical import sha256_hex
 from pdp.testing import Caller, Refusal, SidecarProcess, TokenIssuer, build_bundle, refusal_of
 from tests.server.authority import Authority
@@ -120,6 +120,7 @@ def scene(sockets: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
             ],
             "routes": [
                 {"listener": "acme", "tenant": ACME},
+                {"server_name": "acme.pdp.example", "tenant": ACME},
                 {"listener": "globex", "tenant": GLOBEX},
                 {"workload": "spiffe://example.org/tenant/{tenant}/**"},
                 {"workload": "agent.globex.example", "tenant": GLOBEX},
@@ -304,6 +305,24 @@ def test_a_certificate_of_another_authority_is_not_let_in(scene: Scene) -> None:
     credentials = grpc.ssl_channel_credentials(scene.authority.pem, key, certificate)
     refusal = scene.refusal(ACME, certificate=credentials)
     assert refusal.status is grpc.StatusCode.UNAVAILABLE
+
+
+def test_whoever_asks_for_a_tenants_server_name_must_be_of_that_tenant(scene: Scene) -> None:
+    certificate = scene.authority.client(dns_names=["agent.example"])
+    for tenant in (ACME, GLOBEX):
+        token = USERS.token(tenant, "user-7")
+        options = [("grpc.ssl_target_name_override", "acme.pdp.example")]
+        with grpc.secure_channel(scene.tls_target, certificate, options=options) as channel:
+            stub = authorization_pb2_grpc.AuthorizationServiceStub(channel)
+            request = authorization_pb2.AuthorizeRequest(
+                request_id=str(uuid.uuid4()), action=authorization_pb2.Action(name="orders.read")
+            )
+            metadata = (("authorization", f"Bearer {token}"),)
+            if tenant == ACME:
+                assert stub.Authorize(request, metadata=metadata, timeout=20).decision
+                continue
+            refusal = refusal_of(stub.Authorize, request, metadata=metadata, timeout=20)
+            assert refusal.reason_code == "tenant_mismatch"
 
 
 # Tokens of workloads

@@ -28,11 +28,13 @@ _STATUS: Final[dict[str, grpc.StatusCode]] = {
     ReasonCode.PERMIT_INVALID: grpc.StatusCode.UNAUTHENTICATED,
     ReasonCode.PERMIT_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
     ReasonCode.PDP_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    ReasonCode.REQUEST_INVALID: grpc.StatusCode.INVALID_ARGUMENT,
 }
 """Everything else is PERMISSION_DENIED."""
 
 Arguments = Callable[[Any], JsonObject]
-"""The arguments that a request stands for, as the runtime authorized them."""
+"""The arguments that a request stands for, as the runtime authorized them. KeyError and
+ValueError refuse the request."""
 
 
 class PermitInterceptor(grpc.ServerInterceptor):
@@ -76,7 +78,7 @@ class PermitInterceptor(grpc.ServerInterceptor):
                 admitted = self._door.admit(
                     permit,
                     tool=tool,
-                    arguments=arguments_of(request),
+                    arguments=_read(arguments_of, request),
                     certificate_sha256=_certificate_sha256(context),
                 )
             except PdpError as error:
@@ -90,6 +92,16 @@ class PermitInterceptor(grpc.ServerInterceptor):
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
+
+
+def _read(arguments_of: Arguments, request: Message) -> JsonObject:
+    try:
+        return arguments_of(request)
+    except (KeyError, ValueError):
+        # gRPC would show the caller the error's own words, and with them arguments.
+        raise PdpError(
+            ReasonCode.REQUEST_INVALID, "The request stands for no tool's call."
+        ) from None
 
 
 def _certificate_sha256(context: grpc.ServicerContext) -> str:

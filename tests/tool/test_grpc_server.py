@@ -31,6 +31,8 @@ def count(request: Struct, context: grpc.ServicerContext) -> Iterator[Struct]:
 
 
 def arguments_of(request: Struct) -> JsonObject:
+    if "secret" in request:
+        raise ValueError(request["secret"])
     return {name: str(value) for name, value in request.items()}
 
 
@@ -109,6 +111,14 @@ def test_any_other_call_is_refused(channel: grpc.Channel) -> None:
     mismatch = ("PERMISSION_DENIED", "permit_mismatch")
     assert refused(channel, "Update", permit("mail.send").token) == mismatch
     assert refused(channel, "Update", permit().token, order_id="919") == mismatch
+
+
+def test_a_request_that_reads_as_no_arguments_is_refused_without_a_word_of_it(
+    channel: grpc.Channel,
+) -> None:
+    with pytest.raises(grpc.RpcError, match="request_invalid: The request stands") as caught:
+        ask(channel, "Update", permit().token, secret="hunter2")
+    assert "hunter2" not in str(caught.value)
 
 
 def test_what_is_not_named_is_refused_and_what_needs_no_permit_is_served(

@@ -312,13 +312,15 @@ def report_failed(
     all the same: nothing, unless ``cost`` says so. Where that fails, or names what was
     not held, all that is ``held`` counts as spent, where it is known.
     """
+    charges = charges_by(permit.tool, cost)
     request = execution_pb2.ReportOutcomeRequest(
         permit=permit.token,
         outcome=execution_pb2.OUTCOME_FAILED,
         error_type=error_type(error),
-        uses=_one_use(permit),
+        # A use that is counted costs its share, where no charge is named.
+        uses=0 if charges == () else _one_use(permit),
     )
-    yield from report(permit.tool, request, charges=charges_by(permit.tool, cost), otherwise=held)
+    yield from report(permit.tool, request, charges=charges, otherwise=held)
 
 
 def error_type(error: BaseException) -> str:

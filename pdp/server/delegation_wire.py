@@ -11,7 +11,7 @@ from pdp.canonical import JsonError, JsonObject, JsonValue, parse_object
 from pdp.delegating import Delegated, DelegationRequest
 from pdp.errors import RequestError
 from pdp.identity.claims import MAX_NAME_LENGTH
-from pdp.server.wire import charges_from, key_from, receipt_out, tool_from
+from pdp.server.wire import charges_from, key_from, receipt_out, tool_named
 
 MAX_TOOLS: Final = 128
 MAX_RULES_BYTES: Final = 2 * 1024
@@ -27,18 +27,20 @@ def delegation_from(
     agent = request.delegate
     if not 0 < len(agent) <= MAX_NAME_LENGTH or not agent.isprintable():
         raise RequestError("delegate", f"must be 1 to {MAX_NAME_LENGTH} printable characters")
-    if not 0 < len(request.tools) <= MAX_TOOLS or "" in request.tools:
+    if not 0 < len(request.tools) <= MAX_TOOLS:
         raise RequestError("tools", f"must name 1 to {MAX_TOOLS} tools")
     if not 0 <= request.ttl_seconds <= MAX_TTL_SECONDS:
         raise RequestError("ttl_seconds", f"must be 0 to {MAX_TTL_SECONDS}")
-    tools = tuple(sorted({tool_from(tool) for tool in request.tools}))
+    tools = {tool_named(f"tools[{number}]", tool) for number, tool in enumerate(request.tools)}
+    if len(tools) != len(request.tools):
+        raise RequestError("tools", "must name each tool once")
     return DelegationRequest(
         request_id=key_from("request_id", request.request_id),
         delegate=agent,
-        tools=tools,
+        tools=tuple(sorted(tools)),
         arguments=_rules(request.arguments_json, tools),
         ttl_seconds=request.ttl_seconds,
-        budget=charges_from(request.budget, least=1),
+        budget=charges_from(request.budget, least=1, field="budget"),
         trace_id=trace_id,
     )
 
@@ -57,7 +59,7 @@ def delegate_response(delegated: Delegated) -> authorization_pb2.DelegateRespons
     return response
 
 
-def _rules(data: bytes, tools: tuple[str, ...]) -> JsonObject:
+def _rules(data: bytes, tools: set[str]) -> JsonObject:
     field = "arguments_json"
     try:
         rules = parse_object(data or b"{}", max_bytes=MAX_RULES_BYTES)

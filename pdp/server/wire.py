@@ -260,7 +260,12 @@ def refund_from(request: budget_pb2.RefundBudgetRequest, *, trace_id: str | None
 
 def tool_from(tool: str) -> str:
     """The tool of a budget request, which may be empty. Raises RequestError."""
-    return matching("tool", tool, _NAME, _NAME_FORM) if tool else ""
+    return tool_named("tool", tool) if tool else ""
+
+
+def tool_named(field: str, tool: str) -> str:
+    """A tool's name. Raises RequestError."""
+    return matching(field, tool, _NAME, _NAME_FORM)
 
 
 def charge_response(spent: Spent) -> budget_pb2.ChargeBudgetResponse:
@@ -444,20 +449,22 @@ def _json(field: str, data: bytes, max_bytes: int) -> JsonObject:
         raise RequestError(field, str(error), reason_code=ReasonCode.ARGUMENTS_INVALID) from None
 
 
-def charges_from(charges: Sequence[common_pb2.Charge], *, least: int) -> tuple[Charge, ...]:
+def charges_from(
+    charges: Sequence[common_pb2.Charge], *, least: int, field: str = "charges"
+) -> tuple[Charge, ...]:
     """Charges of at least ``least`` each. Raises RequestError."""
     if len(charges) > MAX_CHARGES:
-        raise RequestError("charges", f"must be at most {MAX_CHARGES}")
+        raise RequestError(field, f"must be at most {MAX_CHARGES}")
     read = []
     for index, charge in enumerate(charges):
-        field = f"charges[{index}]"
-        matching(f"{field}.budget", charge.budget, _BUDGET, "1 to 64 of [a-z0-9._-]")
-        matching(f"{field}.unit", charge.unit, _BUDGET, "1 to 64 of [a-z0-9._-]")
+        place = f"{field}[{index}]"
+        matching(f"{place}.budget", charge.budget, _BUDGET, "1 to 64 of [a-z0-9._-]")
+        matching(f"{place}.unit", charge.unit, _BUDGET, "1 to 64 of [a-z0-9._-]")
         if not least <= charge.amount <= MAX_AMOUNT:
-            raise RequestError(f"{field}.amount", f"must be {least} to {MAX_AMOUNT}")
+            raise RequestError(f"{place}.amount", f"must be {least} to {MAX_AMOUNT}")
         read.append(Charge(charge.budget, charge.unit, charge.amount))
     if len({(charge.budget, charge.unit) for charge in read}) != len(read):
-        raise RequestError("charges", "must name each budget and unit at most once")
+        raise RequestError(field, "must name each budget and unit at most once")
     return tuple(read)
 
 

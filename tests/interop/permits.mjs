@@ -2,7 +2,7 @@
 // from docs/permits.md for Node, on the npm package jose.
 //
 //     node permits.mjs JOSE verify < permit-vectors.json   what it answers to each case, as JSON
-//     node permits.mjs JOSE sign < permit-vectors.json     permits that it has signed, a line each
+//     node permits.mjs JOSE sign < permit-vectors.json     permits that it has signed, as JSON
 //
 // JOSE is the folder of the package.
 
@@ -159,11 +159,13 @@ if (task === "verify") {
   console.log(JSON.stringify({ cases, digests }));
 } else {
   const key = await jose.importJWK(vectors.signing_key, "EdDSA");
+  const permits = [];
   for (const { permit, question, reason_code } of vectors.cases) {
     if (reason_code !== "ok") continue;
     const signed = await new jose.SignJWT(jose.decodeJwt(permit))
       .setProtectedHeader({ typ: "tool-permit+jwt", alg: "EdDSA", kid: vectors.signing_key.kid })
       .sign(key);
-    console.log(JSON.stringify({ permit: signed, question }));
+    permits.push({ permit: signed, question });
   }
+  console.log(JSON.stringify(permits));
 }

@@ -73,27 +73,25 @@ def answer(permit: str, question: dict[str, Any]) -> str:
     return "ok"
 
 
-@pytest.fixture(scope="module")
-def node() -> Any:
-    """Runs the verifier and signer for Node; what it prints."""
+def run_node(task: str, vectors: dict[str, Any] = VECTORS) -> Any:
+    """What the verifier and signer for Node says to the vectors."""
     assert JOSE.is_dir(), "no jose: run python scripts/install_jose.py"
+    ran = subprocess.run(
+        [str(Path(executable.ROOT_DIR) / "bin" / "node"), "permits.mjs", str(JOSE), task],
+        cwd=Path(__file__).parent,
+        input=json.dumps(vectors),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
 
-    def run(task: str) -> str:
-        command = [str(Path(executable.ROOT_DIR) / "bin" / "node"), "permits.mjs", str(JOSE), task]
-        with FILE.open("rb") as vectors:
-            ran: subprocess.CompletedProcess[str] = subprocess.run(
-                command,
-                cwd=Path(__file__).parent,
-                stdin=vectors,
-                capture_output=True,
-                text=True,
-                timeout=60,
-                check=False,
-            )
-        assert ran.returncode == 0, ran.stderr
-        return ran.stdout
 
-    return run
+@pytest.fixture(scope="module")
+def judged() -> Any:
+    return run_node("verify")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: str(case["name"]))
@@ -116,32 +114,30 @@ def test_each_case_has_a_name_of_its_own() -> None:
     assert len({case["name"] for case in CASES}) == len(CASES) > 100
 
 
-def test_a_verifier_that_is_not_ours_gives_the_same_answers(node: Any) -> None:
-    found = json.loads(node("verify"))
-    assert [each["sha256"] for each in found["digests"]] == [
+def test_a_verifier_that_is_not_ours_gives_the_same_answers(judged: Any) -> None:
+    assert [each["sha256"] for each in judged["digests"]] == [
         each["sha256"] for each in VECTORS["digests"]
     ]
-    assert [each["canonical"] for each in found["digests"]] == [
+    assert [each["canonical"] for each in judged["digests"]] == [
         each["canonical"] for each in VECTORS["digests"]
     ]
     answers = {
         case["name"]: (case["reason_code"], told["verifier"])
-        for case, told in zip(CASES, found["cases"], strict=True)
+        for case, told in zip(CASES, judged["cases"], strict=True)
         if "duplicate_keys" not in case  # JavaScript's parser can not refuse them
     }
     assert {name: each for name, each in answers.items() if each[0] != each[1]} == {}
 
 
-def test_jose_alone_accepts_every_good_permit_and_no_forged_one(node: Any) -> None:
-    found = json.loads(node("verify"))
-    told = {case["name"]: each["jose"] for case, each in zip(CASES, found["cases"], strict=True)}
+def test_jose_alone_accepts_every_good_permit_and_no_forged_one(judged: Any) -> None:
+    told = {case["name"]: each["jose"] for case, each in zip(CASES, judged["cases"], strict=True)}
     good = {case["name"] for case in CASES if case["reason_code"] == "ok"}
     assert {name for name in good if told[name] != "ok"} == set()
     assert {name for name in REFUSED_BY_JOSE_ITSELF if told[name] == "ok"} == set()
 
 
-def test_permits_that_jose_has_signed_are_accepted(node: Any) -> None:
-    signed = [json.loads(line) for line in node("sign").splitlines()]
+def test_permits_that_jose_has_signed_are_accepted() -> None:
+    signed = run_node("sign")
     assert len(signed) == len([case for case in CASES if case["reason_code"] == "ok"])
     ours = {case["permit"] for case in CASES}
     for each in signed:

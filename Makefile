@@ -7,7 +7,7 @@ OPA := .tools/opa
 REDIS := .tools/redis-server
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-kubernetes check check-history fmt proto policies docs chart lock bench bench-budget clean
+.PHONY: help demo test test-slow test-kubernetes image check check-history fmt proto policies docs chart lock bench bench-budget clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -22,8 +22,11 @@ test-slow: .venv/dev $(OPA) .tools/opa-cases .tools/crane .tools/toxiproxy-serve
 	@.venv/bin/pytest -m slow
 
 KUBERNETES := .tools/helm .tools/kubectl .tools/kube-apiserver .tools/etcd .tools/podmonitors.yaml
-test-kubernetes: .venv/dev $(KUBERNETES) ## The chart at a real API server (which takes minutes to build, once)
+test-kubernetes: .venv/dev $(OPA) $(KUBERNETES) image ## Image and chart at a real API server (which takes minutes to build, once); as root
 	@.venv/bin/pytest -m kubernetes
+
+image: .venv/dev $(OPA) .tools/crane ## Build the image without a container engine, into dist/image
+	$(PY) scripts/build_image.py
 
 SECONDS ?= 600
 SEED ?= 1

@@ -6,10 +6,13 @@ cd "$(dirname "$0")/.."
 compile() {
     name=$1
     shift
-    .venv/bin/uv pip compile --quiet pyproject.toml "$@" --universal --python-version 3.11 \
+    .venv/bin/uv pip compile --quiet "$@" --universal --python-version 3.11 \
         --generate-hashes --no-emit-index-url --no-header --no-annotate \
         --output-file "requirements/$name.txt"
 }
-compile base
-compile demo --extra demo --group build
-compile dev --extra demo --group dev
+compile base pyproject.toml
+compile demo pyproject.toml --extra demo --group build
+# What the image is built with, and of.
+compile build --group build --constraints requirements/demo.txt
+compile server pyproject.toml --extra server --constraints requirements/demo.txt
+compile dev pyproject.toml --extra demo --group dev

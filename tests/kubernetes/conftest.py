@@ -1,18 +1,26 @@
-"""One API server for all, and the chart as Helm renders it."""
+"""One API server for all, the chart as Helm renders it, and pods of it that run."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.kubernetes.cluster import TOOLS, Cluster
+from pdp.testing import TokenIssuer, build_bundle
+from tests.kubernetes.cluster import TOOLS, Cluster, Object
+from tests.kubernetes.pod import Pod
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "deploy" / "helm" / "pdp"
+IMAGE = ROOT / "dist" / "image" / "root"
+AGENT = Path(__file__).with_name("agent.py")
+ISSUER = TokenIssuer("https://id.example", audience="agent-service")
+Make = Callable[..., Pod]
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +54,112 @@ def render(chart: Path, *arguments: str, release: str = "pdp", namespace: str) -
     if done.returncode != 0:
         raise RuntimeError(done.stderr)
     return done.stdout
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def manifests(cluster: Cluster) -> dict[str, Object]:
+    """What is injected, by kind, with a port for metrics that is free here."""
+    namespace = cluster.make_namespace(
+        "pods", **{"pod-security.kubernetes.io/enforce": "restricted"}
+    )
+    injection = render(
+        CHART,
+        f"--values={CHART / 'values-injection.yaml'}",
+        f"--set=metricsPort={free_port()}",
+        "--set=injection.namespaceSelector.matchLabels.kubernetes\\.io/metadata\\.name=pods",
+        release="pods",
+        namespace=namespace,
+    )
+    return {each["kind"]: each for each in cluster.apply(injection)}
+
+
+@pytest.fixture
+def make(cluster: Cluster, manifests: dict[str, Object], tmp_path: Path) -> Iterator[Make]:
+    """Makes a pod whose agent runs ``calls`` calls, as the injected manifest says."""
+    assert os.geteuid() == 0, "containers are started by root: run these tests as root"
+    pods = []
+
+    def pod(*, calls: int = 0) -> Pod:
+        wanted = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {
+                "generateName": "agent-",
+                "namespace": "pods",
+                "labels": {"agent-pdp/inject": "enabled"},
+            },
+            "spec": agent(calls),
+        }
+        made = Pod(
+            admitted(cluster, wanted),
+            tmp_path,
+            images={"pdp": IMAGE, "agent": IMAGE},
+            config_maps={
+                "pdp-config": {
+                    "pdp.yaml": manifests["ConfigMap"]["data"]["pdp.yaml"].encode("utf-8")
+                },
+                "pdp-policy": {"bundle.tar.gz": bundle(tmp_path)},
+                "idp-jwks": {"jwks.json": ISSUER.write_jwks(tmp_path / "jwks.json").read_bytes()},
+                "agent": {
+                    "agent.py": AGENT.read_bytes(),
+                    "token": ISSUER.token("tenant_acme", "user-7", roles=["agent"]).encode(),
+                },
+            },
+            secrets={},
+        )
+        pods.append(made)
+        return made
+
+    yield pod
+    for made in pods:
+        made.__exit__(None, None, None)
+
+
+def agent(calls: int) -> Object:
+    return {
+        "automountServiceAccountToken": False,
+        "terminationGracePeriodSeconds": 20,
+        "containers": [
+            {
+                "name": "agent",
+                "image": "registry.example/agent",
+                "command": ["/usr/bin/python3", "/agent/agent.py", "/agent/token", str(calls)],
+                "securityContext": {
+                    "runAsNonRoot": True,
+                    "runAsUser": 1000,
+                    "allowPrivilegeEscalation": False,
+                    "capabilities": {"drop": ["ALL"]},
+                    "seccompProfile": {"type": "RuntimeDefault"},
+                },
+                "volumeMounts": [{"name": "agent", "mountPath": "/agent"}],
+            }
+        ],
+        "volumes": [{"name": "agent", "configMap": {"name": "agent"}}],
+    }
+
+
+def admitted(cluster: Cluster, wanted: Object) -> Object:
+    """The pod as the API server lets it in, once injection is in force."""
+    for _ in range(200):
+        made = cluster.create(wanted, dry_run=True)
+        if "initContainers" in made["spec"]:
+            return made
+    raise AssertionError("nothing was injected")
+
+
+def bundle(directory: Path, *, reads_allowed: bool = True) -> bytes:
+    """The policy of the server's tests, with or without its rule for orders.read."""
+    sources = directory / f"policy-{reads_allowed}"
+    shutil.copytree(ROOT / "tests" / "server" / "policy", sources)
+    rules = sources / "authz.rego"
+    if not reads_allowed:
+        text = rules.read_text(encoding="utf-8")
+        assert '"orders.read"' in text
+        rules.write_text(text.replace('"orders.read"', '"orders.forgotten"'), encoding="utf-8")
+    target = directory / f"{reads_allowed}.tar.gz"
+    return build_bundle(sources, target, opa=ROOT / ".tools" / "opa").read_bytes()

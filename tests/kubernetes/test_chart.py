@@ -91,7 +91,9 @@ def named(containers: list[Object]) -> list[str]:
 def namespace(cluster: Cluster) -> str:
     """With injection in force."""
     name = cluster.make_namespace("injected", **RESTRICTED)
-    cluster.apply(rendered("injection", name, **{"workloadToken.enabled": "true"}))
+    only_here = {r"injection.namespaceSelector.matchLabels.kubernetes\.io/metadata\.name": name}
+    settings = {"workloadToken.enabled": "true", **only_here}
+    cluster.apply(rendered("injection", name, release="injected", **settings))
     # The API server takes a policy up a moment after it is made.
     for _ in range(200):
         made = cluster.create(pod(name, inject=True), dry_run=True)

@@ -31,7 +31,7 @@ Each is a YAML list.
 {{- $_ := required "config.policy is required: what decides" .Values.config.policy -}}
 {{- $limits := mergeOverwrite (dict "drain_seconds" .Values.drainSeconds) (deepCopy (.Values.config.limits | default dict)) -}}
 {{- $listen := dict "unix" "/run/pdp/pdp.sock" "unix_mode" "0660" "metrics" (printf "0.0.0.0:%d" (int .Values.metricsPort)) -}}
-{{- merge (dict "state_dir" "/var/lib/pdp" "listen" $listen "limits" $limits) (deepCopy .Values.config) | toYaml -}}
+{{- merge (dict "state_dir" "/var/lib/pdp/state" "listen" $listen "limits" $limits) (deepCopy .Values.config) | toYaml -}}
 {{- end -}}
 
 {{- define "pdp.container" -}}

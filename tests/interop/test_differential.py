@@ -49,7 +49,7 @@ def changed(payload: dict[str, Any], chance: random.Random) -> dict[str, Any]:
 
 
 def asked(chance: random.Random) -> dict[str, Any]:
-    question = copy.deepcopy(chance.choice([case["question"] for case in CASES]))
+    question: dict[str, Any] = copy.deepcopy(chance.choice([case["question"] for case in CASES]))
     question["time"] = NOW + chance.choice((-6, -5, 0, 1, 64, 65, 66))
     if chance.random() < 0.2:
         question["certificate_sha256"] = CERTIFICATE

@@ -108,7 +108,9 @@ def _algorithm_of(jwk: JsonObject) -> str | None:
 def _imported(jwk: JsonObject, algorithm: str) -> tuple[str, IssuerKey]:
     """Raises JwksError."""
     members: dict[str, str | list[str]] = {
-        name: value for name, value in jwk.items() if isinstance(value, str)
+        name: value
+        for name, value in jwk.items()
+        if name in _PUBLIC_MEMBERS and isinstance(value, str)
     }
     try:
         if algorithm == "RS256":
@@ -124,6 +126,7 @@ def _imported(jwk: JsonObject, algorithm: str) -> tuple[str, IssuerKey]:
     return kid, IssuerKey(algorithm, key.thumbprint(), key)
 
 
+_PUBLIC_MEMBERS: Final = frozenset({"kty", "crv", "x", "y", "n", "e"})
 _CLASS_OF_ALGORITHM: Final[Mapping[str, type[OKPKey | ECKey | RSAKey]]] = {
     "EdDSA": OKPKey,
     "ES256": ECKey,

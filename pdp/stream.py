@@ -8,6 +8,7 @@ under the same request id.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import queue
@@ -15,7 +16,7 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import grpc
@@ -209,12 +210,12 @@ def _stop(process_id: int, call: Any) -> None:  # noqa: ANN401
 class AsyncStream:
     """A stream that the tasks of one event loop share."""
 
-    def __init__(self, method: Callable[[AsyncIterator[Message]], Any]) -> None:
+    def __init__(self, method: Callable[[], Any]) -> None:
         """``method`` is AuthorizeStream of an awaiting stub."""
         self._waiting = _Waiting()
-        self._messages: asyncio.Queue[Message] = asyncio.Queue()
-        self._call = method(self._outgoing())
-        self._reader = asyncio.create_task(self._read())
+        self._messages: asyncio.Queue[Message | None] = asyncio.Queue()
+        self._call = method()
+        self._tasks = asyncio.create_task(self._read()), asyncio.create_task(self._write())
 
     @property
     def rests_until(self) -> float | None:
@@ -244,11 +245,13 @@ class AsyncStream:
     async def close(self) -> None:
         """End it, and wait until it has ended."""
         self._call.cancel()
-        await asyncio.wait({self._reader})
+        await asyncio.wait(self._tasks)
 
-    async def _outgoing(self) -> AsyncIterator[Message]:
-        while True:
-            yield await self._messages.get()
+    async def _write(self) -> None:
+        # By itself, for gRPC ends a stream when whoever writes to it is cancelled.
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # it has ended
+            while (message := await self._messages.get()) is not _END:
+                await self._call.write(message)
 
     async def _read(self) -> None:
         ended_with = None
@@ -261,6 +264,7 @@ class AsyncStream:
             ended_with = error
         finally:
             self._call.cancel()
+            self._messages.put_nowait(_END)
             self._waiting.end(ended_with)
 
 

@@ -199,8 +199,9 @@ class ServerLimits(_Section):
     """Largest gRPC message that is read. Arguments are bounded at 1 MiB besides."""
     max_metadata_bytes: Annotated[int, Field(ge=8_192, le=65_536)] = 16_384
     """Largest metadata of a call, the token included."""
-    max_concurrent_streams: Annotated[int, Field(ge=1, le=10_000)] = 1_024
-    """Calls under way per connection; gRPC resets what a client sends beyond."""
+    max_concurrent_streams: Annotated[int, Field(ge=16, le=10_000)] = 1_024
+    """Calls under way per connection; gRPC resets what a client sends beyond. A stub's stream
+    of questions is one of them, and so is what it watches."""
     max_concurrent_calls: Annotated[int, Field(ge=1, le=100_000)] = 8
     """Calls that are worked on at the same time, and as many again that finish what was
     begun (redeem, report, settle, release). More wait, and tenants take turns."""

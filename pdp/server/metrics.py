@@ -159,6 +159,9 @@ class Metrics:
         self.calls_under_way = Gauge(
             "pdp_calls_under_way", "Calls that are being answered.", registry=self.registry
         )
+        self.streams = Gauge(
+            "pdp_streams", "AuthorizeStreams that are open.", registry=self.registry
+        )
 
     def policy_is(self, revision: str) -> None:
         """A policy revision became active."""

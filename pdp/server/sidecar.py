@@ -247,7 +247,7 @@ async def serve(config: Config, *, loaded: Future[Loaded], started: Callable[[st
                 runner,
                 metrics,
                 watchers,
-                Streams(runner, draining=stop),
+                Streams(runner, metrics, draining=stop),
                 keys,
                 config,
                 listener.name,

@@ -20,6 +20,7 @@ from pdp.errors import PdpError, RequestError
 from pdp.identity.resolver import Credentials, Peer
 from pdp.reason import ReasonCode
 from pdp.server import wire
+from pdp.server.metrics import Metrics
 from pdp.server.runner import CallRunner
 from pdp.server.status import abort, failure_out
 
@@ -40,8 +41,9 @@ _Context = grpc.aio.ServicerContext[object, object]
 class Streams:
     """The streams of one listener."""
 
-    def __init__(self, runner: CallRunner, *, draining: asyncio.Event) -> None:
+    def __init__(self, runner: CallRunner, metrics: Metrics, *, draining: asyncio.Event) -> None:
         self._runner = runner
+        self._metrics = metrics
         self._draining = draining
         self._open = 0
 
@@ -56,7 +58,8 @@ class Streams:
             await abort(context, self._runner.failure_of("AuthorizeStream", refusal))
         self._open += 1
         try:
-            await _Stream(context, peer, decide, self._runner, self._draining).serve()
+            with self._metrics.streams.track_inprogress():
+                await _Stream(context, peer, decide, self._runner, self._draining).serve()
         finally:
             self._open -= 1
 

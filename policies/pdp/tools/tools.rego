@@ -17,9 +17,9 @@ import data.pdp.subject
 #   arguments are allowed; else why not. Nothing is said of tools that are not on it.
 # scope: document
 # entrypoint: true
-visible contains tool if {
+visible := sort({tool |
 	some name in subject.tenant.allowlist
 	is_object(data.tools[name])
 	code := authz.standing(name)
 	tool := {"name": name, "callable": code == "ok", "reason_code": code}
-}
+})

@@ -60,6 +60,6 @@ test_a_suspended_tenant_calls_nothing if {
 }
 
 test_nobody_sees_nothing if {
-	tools.visible == set() with input as caller("tenant_nobody", ["support_agent"], ["orders:read"])
-	tools.visible == set() with input as {}
+	tools.visible == [] with input as caller("tenant_nobody", ["support_agent"], ["orders:read"])
+	tools.visible == [] with input as {}
 }

@@ -21,8 +21,9 @@ from pdp.policy.contract import check_contract
 from pdp.policy.engine import Entrypoint, PolicyEngine, PolicyError
 from pdp.policy.opa.managed import ManagedOpa
 from pdp.policy.opa.server import OpaEngine
-from pdp.policy.question import authorize_input, budget_input
+from pdp.policy.question import authorize_input, budget_input, tools_input
 from pdp.policy.service_class import parse_service_class, service_class_input
+from pdp.policy.tools import parse_visible_tools
 from pdp.policy.verdict import parse_budget_verdict, parse_limits, parse_verdict
 from pdp.policy.wasm import WasmEngine
 from tests.policy.conftest import Files
@@ -214,6 +215,14 @@ def test_each_tenant_has_the_same_service_class_in_both(ask: Ask, starter: Bundl
         tenant: data.get("service", "policy_undefined") for tenant, data in tenants.items()
     }
     assert parse_service_class(said["tenant_acme"]).priority is Priority.HIGH
+
+
+@pytest.mark.parametrize("role", ("support_agent", "analyst", "nobody"))
+def test_each_caller_sees_the_same_tools_in_both(ask: Ask, starter: Bundle, role: str) -> None:
+    for tenant in (*json.loads(starter.data)["tenants"], "nobody"):
+        subject = Subject(tenant=tenant, actor="alice", roles=(role,), scopes=("orders:read",))
+        listed = agreed(ask(Entrypoint.TOOLS_VISIBLE, tools_input(subject, time=0, context={})))
+        assert bool(parse_visible_tools(listed)) is (tenant != "nobody")
 
 
 def test_a_bundle_without_the_optional_rule_gives_no_answer_in_either(

@@ -16,13 +16,22 @@ from fastmcp.tools.base import ToolResult
 from fastmcp.tools.function_tool import FunctionTool
 from mcp.types import CallToolRequestParams
 
+from pdp.canonical import JsonObject
 from pdp.errors import PdpError
 from pdp.permit import Permit, PermitError
 from pdp.reason import ReasonCode
 from pdp.tool import tls
 from pdp.tool.current import current_permit, serving
 from pdp.tool.door import PermitDoor
-from pdp.tool.mcp_server import HANDSHAKE, META_KEY, permit_in, read_call, refusal
+from pdp.tool.mcp_server import (
+    HANDSHAKE,
+    META_KEY,
+    admitted,
+    check_unchanged,
+    permit_in,
+    read_call,
+    refusal,
+)
 
 __all__ = ["META_KEY", "current_permit", "protect"]
 
@@ -34,8 +43,8 @@ def protect(
     prefix: str = "",
     open_methods: Collection[str] = ("tools/list",),
 ) -> None:
-    """Put the door before every tool of a server. Do it last: what else is put before the
-    tools stays outside.
+    """Put the door before every tool of a server, and before all else that it has in front
+    of its tools. Do it last: what comes later may change a call behind the door.
 
     The policy knows a tool by ``prefix`` and its name here. ``open_methods`` need no
     permit. Only functions of this server are called: protect a server that you mount
@@ -51,7 +60,8 @@ def protect(
         raise ValueError(
             "ResponseCachingMiddleware gives one tenant's results to another: leave it out."
         )
-    server.add_middleware(PermitMiddleware(door, prefix=prefix, open_methods=open_methods))
+    server.middleware.insert(0, PermitMiddleware(door, prefix=prefix, open_methods=open_methods))
+    server.add_middleware(_ChangedCalls())
 
 
 class PermitMiddleware(Middleware):
@@ -79,26 +89,20 @@ class PermitMiddleware(Middleware):
     ) -> ToolResult:
         """Refuse a call without a permit for it. Raises MCPError."""
         try:
-            permit = await self._admit(context)
+            name, arguments = _call_in(context)
+            permit = await self._admit(context, name, arguments)
         except PdpError as error:
             raise refusal(error) from None
-        with serving(permit):
+        with serving(permit), admitted(name, arguments):
             return await call_next(context)
 
-    async def _admit(self, context: MiddlewareContext[CallToolRequestParams]) -> Permit:
+    async def _admit(
+        self, context: MiddlewareContext[CallToolRequestParams], name: str, arguments: JsonObject
+    ) -> Permit:
         serving_now = context.fastmcp_context
         request = serving_now.request_context if serving_now is not None else None
         if serving_now is None or request is None:
             raise PermitError(ReasonCode.PERMIT_MISSING, "No permit was given.")
-        call = context.message
-        name, arguments = read_call(
-            {
-                "name": call.name,
-                "arguments": call.arguments,
-                "inputResponses": call.input_responses,
-                "requestState": call.request_state,
-            }
-        )
         meta = request.meta or {}
         asked = meta.get("fastmcp")
         if isinstance(asked, Mapping) and "version" in asked:
@@ -116,3 +120,31 @@ class PermitMiddleware(Middleware):
                 ReasonCode.PERMIT_MISMATCH, "The tool is not a function of this server."
             )
         return permit
+
+
+class _ChangedCalls(Middleware):
+    """The last thing before the tool."""
+
+    async def on_call_tool(
+        self,
+        context: MiddlewareContext[CallToolRequestParams],
+        call_next: CallNext[CallToolRequestParams, ToolResult],
+    ) -> ToolResult:
+        """Refuse a call that is not the one that was let in. Raises MCPError."""
+        try:
+            check_unchanged(*_call_in(context))
+        except PdpError as error:
+            raise refusal(error) from None
+        return await call_next(context)
+
+
+def _call_in(context: MiddlewareContext[CallToolRequestParams]) -> tuple[str, JsonObject]:
+    call = context.message
+    return read_call(
+        {
+            "name": call.name,
+            "arguments": call.arguments,
+            "inputResponses": call.input_responses,
+            "requestState": call.request_state,
+        }
+    )

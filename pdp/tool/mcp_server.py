@@ -7,8 +7,10 @@ are compared as they were sent. What else a client can ask for is refused unless
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any, Final
 
 from mcp.server.context import CallNext, HandlerResult, ServerRequestContext
@@ -52,17 +54,18 @@ def protect(
     prefix: str = "",
     open_methods: Collection[str] = ("tools/list",),
 ) -> None:
-    """Put the door before every tool of a server. Do it last: what else is put before the
-    tools stays outside.
+    """Put the door before every tool of a server, and before all else that it has in front
+    of its tools. Do it last: what comes later may change a call behind the door.
 
     The policy knows a tool by ``prefix`` and its name here. ``open_methods`` need no
     permit: whoever reaches the server may ask for them. A client whose call is refused
     gets a JSON-RPC error, with the reason code in its data.
     """
     exact = _given_what_was_sent(server) if isinstance(server, MCPServer) else None
-    server.middleware.append(
-        PermitMiddleware(door, prefix=prefix, open_methods=open_methods, exact=exact)
+    server.middleware.insert(
+        0, PermitMiddleware(door, prefix=prefix, open_methods=open_methods, exact=exact)
     )
+    server.middleware.append(_refuse_changed_calls)
 
 
 class PermitMiddleware:
@@ -104,8 +107,48 @@ class PermitMiddleware:
                 self._exact(name, arguments)
         except PdpError as error:
             raise refusal(error) from None
-        with serving(permit):
+        with serving(permit), admitted(name, arguments):
             return await call_next(_without_permit(ctx))
+
+
+async def _refuse_changed_calls(
+    ctx: ServerRequestContext[Any, Any], call_next: CallNext
+) -> HandlerResult:
+    """The last thing before the tool."""
+    if ctx.method == "tools/call":
+        try:
+            check_unchanged(*read_call(ctx.params or {}))
+        except PdpError as error:
+            raise refusal(error) from None
+    return await call_next(ctx)
+
+
+_admitted: ContextVar[tuple[str, str] | None] = ContextVar("admitted", default=None)
+
+
+@contextlib.contextmanager
+def admitted(name: str, arguments: JsonObject) -> Iterator[None]:
+    """This call has been let in, and no other, for what runs inside."""
+    token = _admitted.set((name, sha256_hex(arguments)))
+    try:
+        yield
+    finally:
+        _admitted.reset(token)
+
+
+def check_unchanged(name: str, arguments: JsonObject) -> None:
+    """Raises PermitError unless this is the call that was let in."""
+    try:
+        check(arguments)
+    except JsonError:
+        digest = ""
+    else:
+        digest = sha256_hex(arguments)
+    if _admitted.get() != (name, digest):
+        raise PermitError(
+            ReasonCode.PERMIT_MISMATCH,
+            "Something in this server has changed the call on its way to the tool.",
+        )
 
 
 def permit_in(meta: object) -> str:

@@ -16,10 +16,11 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final
 
 from pdp.api.v1 import authorization_pb2
-from pdp.channel import CallError, Connection
+from pdp.channel import CallError, Connection, Metadata
 from pdp.client.acting import Acting, Identity
 from pdp.client.call import Tool
 from pdp.client.desk import PermitDesk, Steps, Use, Wait, log_unreported, walk
@@ -106,22 +107,18 @@ class Keeper:
         return use
 
     def _obtain(self, tool: Tool, bound: inspect.BoundArguments) -> Steps[Use]:
-        in_force = self._pool.in_force
-        asked_at = time.monotonic()
+        asked = self._pool.moment()
         grant = yield from self._desk.obtain(tool.describe(bound))
         is_for_several = grant.permit.max_uses > 1
         keeps = self._keeps and is_for_several and not tool.asks_each_time
         tool.permits_several = keeps
         if not is_for_several:
             return grant
-        if keeps and in_force is None:
+        if keeps and asked.in_force is None:
             self._open_watch(grant.asked_by)
-        return self._pool.put(
-            grant,
-            self._key(grant.asked_by, tool),
-            asked_at=asked_at,
-            in_force=in_force if keeps else None,
-        )
+        if not keeps:
+            asked = replace(asked, in_force=None)
+        return self._pool.put(grant, self._key(grant.asked_by, tool), asked=asked)
 
     def _key(self, acting: Acting, tool: Tool) -> Key:
         return acting.token, acting.context_json, tool.name, tool.audience
@@ -156,7 +153,7 @@ class Keeper:
     def _changed(self) -> None:
         with self._lock:
             if self._reporting is None and not self._stopping.is_set():
-                self._reporting = self._thread("pdp-report", self._report)
+                self._reporting = _started("pdp-report", self._report)
         self._due.set()
 
     def _open_watch(self, acting: Acting) -> None:
@@ -167,20 +164,17 @@ class Keeper:
             if under_way or self._stopping.is_set() or time.monotonic() < self._watch_again_at:
                 return
             self._watch_again_at = time.monotonic() + _PAUSE_SECONDS
-            self._watch = self._connection.stream(
-                "Watch", authorization_pb2.WatchRequest(), metadata
-            )
-            self._watching = self._thread("pdp-watch", functools.partial(self._hear, self._watch))
+            self._watching = _started("pdp-watch", functools.partial(self._hear, metadata))
 
-    def _thread(self, name: str, work: Callable[[], None]) -> threading.Thread:
-        thread = threading.Thread(target=work, name=name, daemon=True)
-        thread.start()
-        return thread
-
-    def _hear(self, watch: Any) -> None:  # noqa: ANN401 - a call of grpc, which is not imported
-        """Hear what the Watch tells, until it ends in whatever way."""
+    def _hear(self, metadata: Metadata) -> None:
+        """Hear what a Watch tells, until it ends in whatever way."""
+        watch: Any = None
         revision = ""
         try:
+            watch = self._connection.stream("Watch", authorization_pb2.WatchRequest(), metadata)
+            self._watch = watch
+            if self._stopping.is_set():
+                return
             for event in watch:
                 if event.HasField("policy"):
                     revision = event.policy.revision
@@ -192,7 +186,8 @@ class Keeper:
             _log.info("the Watch for kept permits has ended (%s)", type(error).__name__)
         finally:
             self._pool.told(None)
-            watch.cancel()
+            if watch is not None:
+                watch.cancel()
 
     def _report(self) -> None:
         """Drop what ends, and report on what is dropped, when its time comes."""
@@ -215,6 +210,17 @@ class Keeper:
             except Exception as error:  # noqa: BLE001 - the others are reported all the same
                 log_unreported(error)
         return True
+
+
+def _started(name: str, work: Callable[[], None]) -> threading.Thread | None:
+    """A thread that does the work; None where there can be no more."""
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        _log.warning("permits for several calls are not kept: %s", error)
+        return None
+    return thread
 
 
 _keepers: Final[weakref.WeakSet[Keeper]] = weakref.WeakSet()

@@ -5,10 +5,10 @@ Nothing in this module waits or sends: :mod:`pdp.client.keeper` does.
 
 from __future__ import annotations
 
-import logging
+import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -21,13 +21,13 @@ from pdp.client.spend import MAX_AMOUNT, Charge
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-_log: Final = logging.getLogger(__name__)
-
 MARGIN_SECONDS: Final = 1.0
 """A permit is spent no more when it has this long to go: its times are whole seconds, and
 the tool has yet to run."""
-MAX_KEPT: Final = 1_024
+MAX_KEPT: Final = 4_096
 """Permits that are kept at the same time; what comes beyond is for its one call."""
+MAX_KEPT_PER_TENANT: Final = 1_024
+"""Of one tenant's, so that no tenant takes all the room."""
 
 
 REPORT_AGAIN_SECONDS: Final = 60.0
@@ -46,6 +46,16 @@ class InForce:
     """
 
     revision: str
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """When a permit is asked for."""
+
+    at: float
+    """By the monotonic clock."""
+    in_force: InForce | None
+    """None where there is no Watch."""
 
 
 class Kept:
@@ -156,7 +166,8 @@ class PermitPool:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """Without ``keeps``, a permit for several calls is for the one that asked for it.
-        ``on_change`` is called when there is something to report, or one more to keep.
+        ``on_change`` is called when there is something to report, and when a permit is
+        kept that ends before all others.
         """
         self._keeps = keeps
         self._on_change = on_change
@@ -171,6 +182,10 @@ class PermitPool:
         self.in_force: InForce | None = None
         """None while there is no Watch."""
         self._kept: dict[Key, Kept] = {}
+        self._kept_of: Counter[str] = Counter()
+        """How many of each tenant's."""
+        self._next_end = math.inf
+        """No later than the first of them ends, by the monotonic clock."""
         self._asking: dict[Key, Future[bool]] = {}
         self._due: deque[Kept] = deque()
 
@@ -207,36 +222,41 @@ class PermitPool:
             kept.under_way += 1
             kept.made += 1
             if not kept.left:
-                del self._kept[key]
+                self._remove(key)
         return kept
 
-    def put(self, grant: Grant, key: Key, *, asked_at: float, in_force: InForce | None) -> Kept:
-        """A new permit for several calls, of which one use is taken: its end is to be told.
+    def moment(self) -> Moment:
+        """Now, which is before a permit is asked for."""
+        return Moment(self._monotonic(), self.in_force)
 
-        What is left of it is kept, if nothing has happened since it was asked for:
-        ``asked_at`` by the monotonic clock, when ``in_force`` was what the Watch had told.
+    def put(self, grant: Grant, key: Key, *, asked: Moment) -> Kept:
+        """A new permit for several calls, of which one use is taken: its end is to be told.
+        What is left of it is kept, if nothing has happened since it was asked for.
         """
         permit = grant.permit
         # It was issued after it was asked for, whatever the two clocks say.
-        ends_at = asked_at + permit.expires_at - permit.issued_at - MARGIN_SECONDS
+        ends_at = asked.at + permit.expires_at - permit.issued_at - MARGIN_SECONDS
         kept = Kept(self, grant, left=0, ends_at=ends_at)
+        is_next = False
         with self.lock:
             before = self._kept.get(key)
             if before is not None and self._has_ended(before):
                 self._drop(key)
-            keeps = (
+            if (
                 self._keeps
-                and in_force is not None
-                and in_force is self.in_force
-                and in_force.revision == permit.policy_revision
+                and asked.in_force is not None
+                and asked.in_force is self.in_force
+                and asked.in_force.revision == permit.policy_revision
                 and not self._has_ended(kept)
                 and key not in self._kept
                 and len(self._kept) < MAX_KEPT
-            )
-            if keeps:
+                and self._kept_of[permit.tenant] < MAX_KEPT_PER_TENANT
+            ):
                 kept.left = permit.max_uses - 1
                 self._kept[key] = kept
-        if keeps:
+                self._kept_of[permit.tenant] += 1
+                is_next = ends_at < self._next_end
+        if is_next:
             self._on_change()
         return kept
 
@@ -258,8 +278,8 @@ class PermitPool:
             for key, kept in tuple(self._kept.items()):
                 if self._has_ended(kept):
                     self._drop(key)
-            now = self._monotonic()
-            return min((kept.ends_at - now for kept in self._kept.values()), default=None)
+            self._next_end = min((kept.ends_at for kept in self._kept.values()), default=math.inf)
+            return self._next_end - self._monotonic() if self._kept else None
 
     def next_due(self) -> Kept | None:
         """One whose report nobody else will make."""
@@ -293,10 +313,18 @@ class PermitPool:
 
     def _drop(self, key: Key) -> None:
         """With the lock held."""
-        kept = self._kept.pop(key)
+        kept = self._remove(key)
         kept.left = 0
         if not kept.under_way:
             self._due.append(kept)  # otherwise the last use that ends reports
+
+    def _remove(self, key: Key) -> Kept:
+        """With the lock held."""
+        kept = self._kept.pop(key)
+        self._kept_of[kept.permit.tenant] -= 1
+        if not self._kept_of[kept.permit.tenant]:
+            del self._kept_of[kept.permit.tenant]
+        return kept
 
 
 def _add(spent: _Spent, charges: Sequence[Charge], *, times: int = 1) -> None:

@@ -12,7 +12,14 @@ from pdp.api.v1 import execution_pb2
 from pdp.channel import CallError
 from pdp.client.acting import Acting
 from pdp.client.desk import Ask, Grant, Steps, Walk
-from pdp.client.pool import MAX_KEPT, REPORT_AGAIN_SECONDS, InForce, Kept, PermitPool
+from pdp.client.pool import (
+    MAX_KEPT,
+    MAX_KEPT_PER_TENANT,
+    REPORT_AGAIN_SECONDS,
+    InForce,
+    Kept,
+    PermitPool,
+)
 from pdp.client.spend import Charge
 from pdp.permit.claims import Permit
 
@@ -38,8 +45,7 @@ class World:
             clock=lambda: self.now,
             monotonic=lambda: self.monotonic,
         )
-        self.in_force = InForce("r-1")
-        self.pool.told(self.in_force)
+        self.pool.told(InForce("r-1"))
 
     def changed(self) -> None:
         self.changes += 1
@@ -48,12 +54,18 @@ class World:
         self.now += seconds
         self.monotonic += seconds
 
-    def grant(self, max_uses: int = 10, held: tuple[Charge, ...] = HELD) -> Grant:
+    def grant(
+        self,
+        max_uses: int = 10,
+        *,
+        tenant: str = "tenant_acme",
+        lifetime_seconds: int = LIFETIME_SECONDS,
+    ) -> Grant:
         permit = Permit(
             id="p-1",
             issuer="agent-pdp",
             audience="tools",
-            tenant="tenant_acme",
+            tenant=tenant,
             actor="alice",
             tool="orders.search",
             arguments_sha256="",
@@ -63,17 +75,15 @@ class World:
             policy_revision="r-1",
             ledger="l-1",
             issued_at=int(self.now),
-            expires_at=int(self.now) + LIFETIME_SECONDS,
+            expires_at=int(self.now) + lifetime_seconds,
             max_uses=max_uses,
             token="the.permit.itself",
         )
-        return Grant(permit, held, Acting("token", b"", ""))
+        return Grant(permit, HELD, Acting("token", b"", ""))
 
     def put(self, grant: Grant | None = None, key: tuple[str, bytes, str, str] = KEY) -> Kept:
         """A permit that has just been asked for; its first use is under way."""
-        return self.pool.put(
-            grant or self.grant(), key, asked_at=self.monotonic, in_force=self.in_force
-        )
+        return self.pool.put(grant or self.grant(), key, asked=self.pool.moment())
 
     def take(self) -> Kept | None:
         return self.pool.take(KEY)
@@ -152,22 +162,21 @@ def test_what_was_asked_for_before_the_watch_told_anything_is_not_kept(
     world: World, told: InForce | None
 ) -> None:
     """It may have been permitted before, and answered after."""
-    asked_at, in_force = world.monotonic, world.pool.in_force
+    asked = world.pool.moment()
     world.pool.told(told)
-    kept = world.pool.put(world.grant(), KEY, asked_at=asked_at, in_force=in_force)
+    kept = world.pool.put(world.grant(), KEY, asked=asked)
     assert world.take() is None
     assert reported(kept.executed(no_cost)).uses == 1
 
 
 def test_without_a_watch_nothing_is_kept(world: World) -> None:
     world.pool.told(None)
-    world.pool.put(world.grant(), KEY, asked_at=world.monotonic, in_force=None)
+    world.put()
     assert world.take() is None
 
 
 def test_a_permit_of_another_revision_than_the_one_in_force_is_not_kept(world: World) -> None:
-    world.in_force = InForce("r-2")
-    world.pool.told(world.in_force)
+    world.pool.told(InForce("r-2"))
     world.put()
     assert world.take() is None
 
@@ -197,7 +206,7 @@ def test_a_sidecar_whose_clock_is_ahead_lengthens_no_permit(world: World) -> Non
     world.now += 30  # the sidecar's
     grant = world.grant()
     world.now -= 30
-    world.pool.put(grant, KEY, asked_at=world.monotonic, in_force=world.in_force)
+    world.put(grant)
     world.passes(LIFETIME_SECONDS - 1)
     assert world.take() is None
 
@@ -216,9 +225,9 @@ def test_an_ended_permit_is_due_when_its_time_comes_and_makes_room_for_the_next(
 
 
 def test_a_permit_too_short_to_be_kept_is_for_its_one_call(world: World) -> None:
-    grant = world.grant()
-    world.passes(LIFETIME_SECONDS)
-    kept = world.pool.put(grant, KEY, asked_at=world.monotonic - 60, in_force=world.in_force)
+    grant, asked = world.grant(), world.pool.moment()
+    world.passes(LIFETIME_SECONDS - 1)
+    kept = world.pool.put(grant, KEY, asked=asked)
     assert reported(kept.executed(no_cost)).uses == 1
 
 
@@ -235,12 +244,44 @@ def test_calls_that_differ_in_anything_share_no_permit(world: World) -> None:
         assert world.pool.take(key) is None  # type: ignore[arg-type]
 
 
-def test_no_more_permits_are_kept_than_there_is_room_for(world: World) -> None:
-    for number in range(MAX_KEPT):
+def test_no_tenant_takes_the_room_of_all(world: World) -> None:
+    for number in range(MAX_KEPT_PER_TENANT):
         world.put(key=(f"token-{number}", *KEY[1:]))
     beyond = world.put()
     assert world.take() is None
     assert reported(beyond.executed(no_cost)).uses == 1
+    globex = world.put(world.grant(tenant="tenant_globex"))
+    assert world.take() is globex
+    world.pool.told(InForce("r-1"))
+    acme = world.put()
+    assert world.take() is acme
+
+
+def test_no_more_permits_are_kept_than_there_is_room_for(world: World) -> None:
+    for number in range(MAX_KEPT):
+        world.put(world.grant(tenant=f"tenant-{number}"), key=(f"token-{number}", *KEY[1:]))
+    beyond = world.put()
+    assert world.take() is None
+    assert reported(beyond.executed(no_cost)).uses == 1
+
+
+def test_a_permit_that_is_spent_makes_room(world: World) -> None:
+    for number in range(2 * MAX_KEPT_PER_TENANT):
+        key = (f"token-{number}", *KEY[1:])
+        first = world.put(world.grant(max_uses=2), key=key)
+        assert world.pool.take(key) is first
+
+
+def test_only_a_permit_that_ends_before_all_others_is_cause_to_look(world: World) -> None:
+    world.pool.seconds_to_next_end()
+    world.put()
+    assert world.changes == 1
+    world.pool.seconds_to_next_end()
+    world.passes(1)
+    world.put(key=("another", *KEY[1:]))
+    assert world.changes == 1
+    world.put(world.grant(lifetime_seconds=30), key=("a third", *KEY[1:]))
+    assert world.changes == 2
 
 
 def test_a_pool_that_keeps_none_gives_each_call_its_own(world: World) -> None:

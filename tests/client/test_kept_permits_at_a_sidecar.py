@@ -61,12 +61,12 @@ def release(path: Path, number: int, *, max_uses: int = MAX_USES) -> str:
     return f"r{number}"
 
 
-def serving(directory: Path) -> SidecarProcess:
+def serving(directory: Path, **config: Any) -> SidecarProcess:
     path = directory / "bundle.tar.gz"
     release(path, 1)
     policy = {"bundles": {"main": {"path": str(path), "poll_seconds": 0.1}}}
     return SidecarProcess(
-        directory, issuer=ISSUER, bundle=path, config={**CONFIG, "policy": policy}
+        directory, issuer=ISSUER, bundle=path, config={**CONFIG, "policy": policy, **config}
     )
 
 
@@ -440,3 +440,26 @@ def test_a_sidecar_that_drains_ends_all_that_it_permitted(
         calls = len(permits)
         unsettled.start()
         assert soon(lambda: spent(unsettled, actor) == (SHARE * calls, 0))
+
+
+@pytest.mark.slow
+def test_a_use_that_outlasts_what_is_held_is_settled_late_with_the_others(
+    tmp_path: Path, actor: str
+) -> None:
+    brief = {"permit": {"ttl_seconds": 4}, "budget": {"hold_ttl_seconds": 4}}
+    calls = []
+    with serving(tmp_path, **brief) as sidecar:
+
+        @(guard := Guard(sidecar.target)).tool("orders.read")
+        def read_order(order_id: str = "918") -> Permit:
+            calls.append(order_id)
+            if order_id == "919":
+                assert soon(lambda: spent(sidecar, actor)[1] == 0)  # what was held expires
+            return current_permit()
+
+        with guard:
+            kept = begin(guard, read_order, token_of(actor))
+            with guard.acting_for(token_of(actor)):
+                assert read_order("919").id == kept.id
+            assert soon(lambda: is_reported(sidecar, actor, kept))
+        assert spent(sidecar, actor) == (SHARE * len(calls), 0)

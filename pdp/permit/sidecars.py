@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -43,7 +44,7 @@ class Sidecars:
     Follows their key rotations: a key id that is not known is asked for, at most once in
     ``cooldown_seconds`` however many come, and all keys are asked for again after
     ``refresh_seconds``. A sidecar that does not answer keeps its keys for
-    ``keep_seconds``. Threads may share it.
+    ``keep_seconds``. Threads may share it, and it survives a fork.
 
     They are one trust domain: each is trusted for every tenant, whose permits it signs.
     """
@@ -65,7 +66,7 @@ class Sidecars:
         self._refresh_seconds = refresh_seconds
         self._keep_seconds = keep_seconds
         self._clock = clock
-        self._asking = threading.Lock()
+        self._locks: dict[int, threading.Lock] = {}
         self._asked_at = float("-inf")
         self._published: tuple[_Published | None, ...] = (None,) * len(self._redeemers)
         self._homes: dict[str, PermitRedeemer] = {}
@@ -75,17 +76,19 @@ class Sidecars:
         found = self._known(kid)
         if found is None:
             # Whoever waits here waits for keys that another thread is asking for.
-            with self._asking:
+            with self._asking():
                 found = self._known(kid)
                 if found is None and self._age() >= self._cooldown_seconds:
                     self._ask()
                     found = self._known(kid)
-        elif self._age() >= self._refresh_seconds and self._asking.acquire(blocking=False):
-            try:
-                self._ask()
-            finally:
-                self._asking.release()
-            found = self._known(kid)
+        elif self._age() >= self._refresh_seconds:
+            asking = self._asking()
+            if asking.acquire(blocking=False):
+                try:
+                    self._ask()
+                finally:
+                    asking.release()
+                found = self._known(kid)
         return found
 
     def redeem(self, permit: Permit) -> None:
@@ -149,6 +152,12 @@ class Sidecars:
             if found is not None:
                 return found
         return None
+
+    def _asking(self) -> threading.Lock:
+        """Held by whoever asks. By process: after a fork nobody would ever let go of a lock
+        that a thread of the parent held.
+        """
+        return self._locks.setdefault(os.getpid(), threading.Lock())
 
     def _age(self) -> float:
         return self._clock() - self._asked_at

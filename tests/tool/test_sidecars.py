@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -195,6 +198,28 @@ def test_known_keys_do_not_wait_for_a_sidecar_that_hangs(domain: Domain) -> None
         assert domain.admit(domain.one.issue()) == "ok"
         goes_on.set()
         assert waiting.result(20) == "ok"
+
+
+def test_a_child_that_was_forked_while_keys_were_asked_for_asks_by_itself(domain: Domain) -> None:
+    with domain.sidecars._asking():
+        child = os.fork()
+        if child == 0:
+            # Whatever happens in the child, none of it goes on with the tests.
+            status = 1
+            try:
+                status = 0 if domain.admit(domain.one.issue()) == "ok" else 1
+            finally:
+                os._exit(status)
+    deadline = time.monotonic() + 20
+    while True:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found or time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+    if not found:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert (found, status) == (child, 0)
 
 
 def test_no_sidecar_is_no_trust_domain() -> None:

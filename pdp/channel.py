@@ -131,7 +131,7 @@ class _Channel(Generic[_S]):
         self.closed = False
         self._open_stream = open_stream
         self._stream: _S | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may ask while its thread is in here
 
     def stream(self) -> _S | None:
         """The stream, which is opened if need be; None while there can be none."""

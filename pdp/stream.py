@@ -103,7 +103,7 @@ class _Waiting:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may ask while its thread is in here
         self._ids = itertools.count(1)
         self._deliver: dict[int, Callable[[Response | None], None]] = {}
         self.heard = 0
@@ -214,8 +214,15 @@ class AsyncStream:
         """``method`` is AuthorizeStream of an awaiting stub."""
         self._waiting = _Waiting()
         self._messages: asyncio.Queue[Message | None] = asyncio.Queue()
-        self._call = method()
-        self._tasks = asyncio.create_task(self._read()), asyncio.create_task(self._write())
+        call = method()
+        # The tasks know nothing of the stream itself, which ends with its last user.
+        self._tasks = (
+            asyncio.create_task(_read_async(call, self._messages, self._waiting)),
+            asyncio.create_task(_write_async(call, self._messages)),
+        )
+        loop = asyncio.get_running_loop()
+        self._stop = weakref.finalize(self, _stop_async, os.getpid(), loop, call)
+        self._stop.atexit = False  # then its loop has ended, and so has it
 
     @property
     def rests_until(self) -> float | None:
@@ -233,7 +240,7 @@ class AsyncStream:
                 response = await answer
         except TimeoutError:
             if heard == self._waiting.heard:
-                self._call.cancel()  # it may be dead, and not know
+                self._stop()  # it may be dead, and not know
             raise
         finally:
             if self._waiting.leave(message.id):
@@ -244,28 +251,41 @@ class AsyncStream:
 
     async def close(self) -> None:
         """End it, and wait until it has ended."""
-        self._call.cancel()
+        self._stop()
         await asyncio.wait(self._tasks)
 
-    async def _write(self) -> None:
-        # By itself, for gRPC ends a stream when whoever writes to it is cancelled.
-        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # it has ended
-            while (message := await self._messages.get()) is not _END:
-                await self._call.write(message)
 
-    async def _read(self) -> None:
-        ended_with = None
-        try:
-            async for response in self._call:
-                if response is None:  # how grpc.aio hands over what it can not read
-                    break
-                self._waiting.take(response)
-        except grpc.RpcError as error:
-            ended_with = error
-        finally:
-            self._call.cancel()
-            self._messages.put_nowait(_END)
-            self._waiting.end(ended_with)
+async def _read_async(
+    call: Any,  # noqa: ANN401
+    messages: asyncio.Queue[Message | None],
+    waiting: _Waiting,
+) -> None:
+    ended_with = None
+    try:
+        async for response in call:
+            if response is None:  # how grpc.aio hands over what it can not read
+                break
+            waiting.take(response)
+    except grpc.RpcError as error:
+        ended_with = error
+    finally:
+        call.cancel()
+        messages.put_nowait(_END)
+        waiting.end(ended_with)
+
+
+async def _write_async(call: Any, messages: asyncio.Queue[Message | None]) -> None:  # noqa: ANN401
+    # A task of its own, for gRPC ends a stream when whoever writes to it is cancelled.
+    with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # it has ended
+        while (message := await messages.get()) is not _END:
+            await call.write(message)
+
+
+def _stop_async(process_id: int, loop: asyncio.AbstractEventLoop, call: Any) -> None:  # noqa: ANN401
+    # Garbage is collected in whatever thread, and perhaps after the loop has ended.
+    if process_id == os.getpid():
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(call.cancel)
 
 
 def _resolve(answer: asyncio.Future[Response | None], response: Response | None) -> None:

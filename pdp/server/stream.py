@@ -138,6 +138,15 @@ class _Stream:
         self._places.release()
 
     async def _answer(self, message: authorization_pb2.AuthorizeStreamRequest) -> None:
+        response = await self._response(message)
+        # It can not be cancelled from here on: half an answer would spoil the stream.
+        del self._questions[message.id]
+        del message  # a client that does not read is not to fill memory with questions
+        await self._write(response)
+
+    async def _response(
+        self, message: authorization_pb2.AuthorizeStreamRequest
+    ) -> authorization_pb2.AuthorizeStreamResponse:
         timeout_seconds = seconds_of(message.timeout)
         try:
             answer = await self._runner.result(
@@ -146,14 +155,10 @@ class _Stream:
                 within_seconds=timeout_seconds if timeout_seconds > 0 else None,
             )
         except PdpError as error:
-            response = authorization_pb2.AuthorizeStreamResponse(
+            return authorization_pb2.AuthorizeStreamResponse(
                 id=message.id, failure=failure_out(error)
             )
-        else:
-            response = authorization_pb2.AuthorizeStreamResponse(id=message.id, answer=answer)
-        # It can not be cancelled from here on: half an answer would spoil the stream.
-        del self._questions[message.id]
-        await self._write(response)
+        return authorization_pb2.AuthorizeStreamResponse(id=message.id, answer=answer)
 
     async def _decided(
         self, message: authorization_pb2.AuthorizeStreamRequest

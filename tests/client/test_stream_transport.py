@@ -520,6 +520,19 @@ def test_a_connection_that_nobody_has_any_more_leaves_no_thread(server: StreamSt
     wait_for(lambda: stream_threads() == 0)
 
 
+def test_a_connection_that_no_task_has_any_more_leaves_no_task(server: StreamStandIn) -> None:
+    async def run() -> None:
+        connection = AsyncConnection(server.target, timeout_seconds=5, credentials=None)
+        await connection.call("Authorize", Request(request_id="r-1"), BEARER)
+        del connection
+        gc.collect()
+        await asyncio.to_thread(wait_for, lambda: len(asyncio.all_tasks(loop)) == 1)
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(run())
+    loop.close()
+
+
 FORKING = """
 import gc, os, sys
 from pdp.api.v1 import authorization_pb2

@@ -200,6 +200,7 @@ def test_known_keys_do_not_wait_for_a_sidecar_that_hangs(domain: Domain) -> None
         assert waiting.result(20) == "ok"
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_child_that_was_forked_while_keys_were_asked_for_asks_by_itself(domain: Domain) -> None:
     with domain.sidecars._asking():
         child = os.fork()

@@ -103,8 +103,10 @@ async def identify(
     IdentityError; where it can not be put on record, AuditError, and where too many
     strangers ask, PdpError (rate_limited).
     """
+    subject = None
     try:
-        subject = await verified(rooms, credentials)
+        subject = await rooms.identity.resolve(credentials)
+        _check_not_revoked(rooms, subject)
     except IdentityError as error:
         unrecorded = rooms.strangers.admit()
         detail: JsonObject = {"unrecorded": unrecorded} if unrecorded else {}
@@ -117,6 +119,7 @@ async def identify(
                 type="decision",
                 tenant_id=error.tenant,
                 actor_id=error.actor,
+                identity=identity_json(subject) if subject else None,
                 action=action,
                 outcome=Outcome.DENIED,
                 reason_code=error.reason_code,

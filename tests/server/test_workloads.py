@@ -385,6 +385,7 @@ def test_a_revoked_workload_asks_for_nobody_and_its_permits_are_void(scene: Scen
         )
         record = scene.last_record()
         assert (record["tenant_id"], record["actor_id"]) == (ACME, "user-7")
+        assert record["identity"]["workload"] == workload
         redemption = execution_pb2.RedeemPermitRequest(
             permit=permit,
             tool="orders.read",

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import queue
+import random
 import signal
 import threading
 import time
@@ -357,6 +358,45 @@ def test_a_question_too_many_is_told_when_to_come_back(tmp_path: Path, bundle: P
         assert refused.failure.HasField("retry_after")
         # The other tenants of the stream have a rate of their own.
         assert stream.answer(question(3, "tenant_other")).answer.decision
+
+
+def test_whatever_is_sent_each_question_gets_its_one_answer(sidecar: SidecarProcess) -> None:
+    """Questions, cancels, repeated ids and rubbish, in any order."""
+    chance = random.Random(11)  # noqa: S311 - to be done again alike
+    tokens = {tenant: token(tenant) for tenant in ("tenant_a", "tenant_b", "tenant_c")}
+    for _ in range(3):
+        tenants: dict[int, str] = {}
+        twice, cancelled = set(), set()
+        rubbish = 0
+        with Stream(sidecar.target) as stream:
+            for number in range(1, 200):
+                tenant = chance.choice(list(tokens))
+                stream.send(question(number, bearer=tokens[tenant]))
+                tenants[number] = tenant
+                other = chance.randrange(1, number + 1)
+                match chance.randrange(6):
+                    case 0:
+                        stream.send(cancel(other))
+                        cancelled.add(other)
+                    case 1:
+                        # Another tenant's question under an id that may still be under way.
+                        stream.send(question(other, "tenant_d", bearer=token("tenant_d")))
+                        twice.add(other)
+                    case 2:
+                        stream.send(b"\x0a" + chance.randbytes(chance.randrange(1, 60)))
+                        rubbish += 1
+            stream.end()
+            answers: dict[int, list[Response]] = {}
+            for response in stream.call:
+                answers.setdefault(response.id, []).append(response)
+        assert len(answers.pop(0, ())) >= rubbish / 2  # some of it can be read
+        for number, tenant in tenants.items():
+            found = answers.pop(number, [])
+            own = [each for each in found if each.answer.tenant_id == tenant]
+            assert len(own) == 1 or (number in cancelled and not own)
+            assert len(found) == 1 or number in twice | cancelled
+            for each in found:
+                assert each.answer.tenant_id in {tenant, "tenant_d"} or each.failure.code == 3
 
 
 # Deadlines and cancelling

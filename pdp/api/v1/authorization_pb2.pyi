@@ -273,7 +273,7 @@ class AuthorizeStreamRequest(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     TIMEOUT_FIELD_NUMBER: _builtins.int
     id: _builtins.int
-    """Chosen by the client; no two questions under way on a stream have the same."""
+    """Chosen by the client, above 0; no two questions under way on a stream have the same."""
     bearer: _builtins.str
     """What the metadata of a call would hold: the bearer token, without the word Bearer."""
     workload_token: _builtins.str
@@ -292,7 +292,7 @@ class AuthorizeStreamRequest(_message.Message):
 
     @_builtins.property
     def timeout(self) -> _duration_pb2.Duration:
-        """How long the answer is waited for; unset leaves it to the sidecar."""
+        """How long the answer is waited for, above 0; unset leaves it to the sidecar."""
 
     def __init__(
         self,
@@ -342,7 +342,7 @@ class AuthorizeStreamResponse(_message.Message):
     ANSWER_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     id: _builtins.int
-    """The question's."""
+    """The question's; 0 for a message that could not be read."""
     @_builtins.property
     def answer(self) -> Global___AuthorizeResponse:
         """The answer."""

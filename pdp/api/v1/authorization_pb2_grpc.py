@@ -104,7 +104,11 @@ class AuthorizationServiceServicer:
         """The same question and answer, many of them, over one stream: a round trip on an
         open stream costs less than a call. Each message brings its own credentials, which
         are verified for it alone; those of the stream's own metadata count for nothing.
-        Answers come in any order, and name the message that they answer.
+        Answers come in any order, and name the message that they answer. What is wrong with
+        one message ends no other. At most 256 messages are under way; more are not read until
+        there is room. A sidecar that stops answers what is under way and ends the stream with
+        OK; what is unanswered then is asked again by Authorize, under the same request_id.
+        RESOURCE_EXHAUSTED: rate_limited, where too many streams are open.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -60,7 +60,11 @@ class AuthorizationServiceStub:
     """The same question and answer, many of them, over one stream: a round trip on an
     open stream costs less than a call. Each message brings its own credentials, which
     are verified for it alone; those of the stream's own metadata count for nothing.
-    Answers come in any order, and name the message that they answer.
+    Answers come in any order, and name the message that they answer. What is wrong with
+    one message ends no other. At most 256 messages are under way; more are not read until
+    there is room. A sidecar that stops answers what is under way and ends the stream with
+    OK; what is unanswered then is asked again by Authorize, under the same request_id.
+    RESOURCE_EXHAUSTED: rate_limited, where too many streams are open.
     """
     AuthorizeBatch: _grpc.UnaryUnaryMultiCallable[_authorization_pb2.AuthorizeBatchRequest, _authorization_pb2.AuthorizeBatchResponse]
     """Decides calls that a model wants to make at the same time, in one round trip. Each is
@@ -118,7 +122,11 @@ class AuthorizationServiceAsyncStub(AuthorizationServiceStub):
     """The same question and answer, many of them, over one stream: a round trip on an
     open stream costs less than a call. Each message brings its own credentials, which
     are verified for it alone; those of the stream's own metadata count for nothing.
-    Answers come in any order, and name the message that they answer.
+    Answers come in any order, and name the message that they answer. What is wrong with
+    one message ends no other. At most 256 messages are under way; more are not read until
+    there is room. A sidecar that stops answers what is under way and ends the stream with
+    OK; what is unanswered then is asked again by Authorize, under the same request_id.
+    RESOURCE_EXHAUSTED: rate_limited, where too many streams are open.
     """
     AuthorizeBatch: _aio.UnaryUnaryMultiCallable[_authorization_pb2.AuthorizeBatchRequest, _authorization_pb2.AuthorizeBatchResponse]  # type: ignore[assignment]
     """Decides calls that a model wants to make at the same time, in one round trip. Each is
@@ -185,7 +193,11 @@ class AuthorizationServiceServicer(metaclass=_abc_1.ABCMeta):
         """The same question and answer, many of them, over one stream: a round trip on an
         open stream costs less than a call. Each message brings its own credentials, which
         are verified for it alone; those of the stream's own metadata count for nothing.
-        Answers come in any order, and name the message that they answer.
+        Answers come in any order, and name the message that they answer. What is wrong with
+        one message ends no other. At most 256 messages are under way; more are not read until
+        there is room. A sidecar that stops answers what is under way and ends the stream with
+        OK; what is unanswered then is asked again by Authorize, under the same request_id.
+        RESOURCE_EXHAUSTED: rate_limited, where too many streams are open.
         """
 
     @_abc_1.abstractmethod

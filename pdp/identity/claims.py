@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -27,23 +26,29 @@ MAX_NAMES: Final = 256
 MAX_NAME_LENGTH: Final = 255
 
 
-@dataclass(frozen=True, slots=True)
 class Claimed:
     """What a verified token says. Its tenant is worked out for each call, as organisations
     and routes can change while the token lasts.
     """
 
-    _rule: TenantRule
-    _named: str
-    """What the rule's claim says; empty where it has none."""
-    _subject: partial[Subject]
-    """All of the subject but its tenant."""
+    __slots__ = ("_last", "_named", "_rule", "_subject")
+
+    def __init__(self, rule: TenantRule, named: str, subject: partial[Subject]) -> None:
+        """``named`` is what the rule's claim says, empty where it has none; ``subject`` is
+        all of the subject but its tenant.
+        """
+        self._rule = rule
+        self._named = named
+        self._subject = subject
+        self._last: Subject | None = None
 
     def subject(self, *, route_tenant: str = "") -> Subject:
         """The subject, on a call by the route of that tenant. Raises IdentityError."""
         actor = self._subject.keywords["actor"]
         tenant = self._rule.tenant_of(self._named, route_tenant=route_tenant, actor=actor)
-        return self._subject(tenant=tenant)
+        if self._last is None or self._last.tenant != tenant:
+            self._last = self._subject(tenant=tenant)
+        return self._last
 
 
 def read_claims(token: VerifiedToken) -> Claimed:

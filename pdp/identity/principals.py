@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Final
 
 from pdp.identity.resolver import Credentials, IdentityResolver
 from pdp.identity.subject import Subject
@@ -22,6 +23,7 @@ class Principals:
         self._actors = actors
         self._workloads = workloads
         self._routes = routes
+        self._made: dict[tuple[int, str, str], tuple[Subject, Subject]] = {}
 
     async def resolve(self, credentials: Credentials) -> Subject:
         """The subject. A route alone is nobody: it takes an actor. Raises IdentityError."""
@@ -35,5 +37,21 @@ class Principals:
         if named:
             agreed((Source("token", subject.tenant), *named), actor=subject.actor)
         if workload or peer.certificate_sha256:
-            return replace(subject, workload=workload, certificate_sha256=peer.certificate_sha256)
+            return self._by(workload, peer.certificate_sha256, subject)
         return subject
+
+    def _by(self, workload: str, certificate_sha256: str, subject: Subject) -> Subject:
+        """The subject, as that workload asks for it. Made anew it would take longer than all
+        the rest, and resolvers give the same one for the same token.
+        """
+        key = (id(subject), workload, certificate_sha256)
+        made_of, made = self._made.get(key, (None, None))
+        if made is None or made_of is not subject:
+            made = replace(subject, workload=workload, certificate_sha256=certificate_sha256)
+            if len(self._made) >= _REMEMBERED_SUBJECTS:
+                self._made.pop(next(iter(self._made)))
+            self._made[key] = (subject, made)
+        return made
+
+
+_REMEMBERED_SUBJECTS: Final = 10_000

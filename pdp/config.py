@@ -407,6 +407,11 @@ class WorkloadIssuer(IssuerKeys):
     leeway_seconds: Annotated[int, Field(ge=0, le=300)] = 30
     """How far its clock may differ."""
 
+    @property
+    def name(self) -> str:
+        """The issuer or, as JWT-SVIDs need not name one, spiffe:// and the trust domain."""
+        return f"spiffe://{self.trust_domain}" if self.trust_domain else self.issuer or ""
+
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
         if (self.trust_domain is None) is (self.issuer is None):
@@ -440,8 +445,8 @@ class WorkloadIdentity(_Section):
             raise ValueError("trust_domains is for certificates; set certificates")
         domains = [each.trust_domain for each in self.issuers if each.trust_domain is not None]
         clusters = [each.cluster for each in self.issuers if each.issuer is not None]
-        names = [each.issuer for each in self.issuers if each.issuer is not None]
-        for what, listed in (("issuer", names), ("trust_domain", domains), ("cluster", clusters)):
+        names = [each.name for each in self.issuers]
+        for what, listed in (("trust_domain", domains), ("issuer", names), ("cluster", clusters)):
             if len(set(listed)) != len(listed):
                 raise ValueError(f"two issuers have the same {what}")
         return self
@@ -492,7 +497,7 @@ class JwtIdentity(_Section):
         if len(set(names)) != len(names):
             raise ValueError("an issuer is named twice")
         workloads = self.workload.issuers if self.workload is not None else []
-        if set(names) & {each.issuer for each in workloads}:
+        if set(names) & {each.name for each in workloads}:
             raise ValueError("an issuer is one of users or of workloads, and not both")
         return self
 

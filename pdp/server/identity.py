@@ -110,15 +110,14 @@ def _workloads(settings: WorkloadIdentity, trusted_keys: TrustedKeys) -> Workloa
 
 def _workload_issuer(settings: WorkloadIssuerSettings, trusted_keys: TrustedKeys) -> WorkloadIssuer:
     trust_domain = settings.trust_domain
-    name = f"spiffe://{trust_domain}" if trust_domain else settings.issuer or ""
     return WorkloadIssuer(
         issuer=Issuer(
-            issuer=name,
+            issuer=settings.name,
             audiences=frozenset(settings.audiences),
             # A JWT-SVID need not name a type (JWT-SVID 2.2), and Kubernetes names none.
             types=frozenset({"", "jwt", "jose"}),
             algorithms=frozenset(settings.algorithms),
-            keys=trusted_keys.open(settings, name),
+            keys=trusted_keys.open(settings, settings.name),
             leeway_seconds=settings.leeway_seconds,
         ),
         trust_domain=trust_domain or "",

@@ -104,6 +104,22 @@ def test_a_place_that_makes_no_sense_is_refused_with_its_line(
     assert "identity.issuers.0" in message
 
 
+def test_a_trust_domain_is_one_of_users_or_of_workloads(tmp_path: Path) -> None:
+    file = write(tmp_path, {"issuer": "spiffe://example.org", **FILE})
+    document = json.loads(file.read_text())
+    workloads = {"trust_domain": "example.org", "audiences": ["pdp"], **FILE}
+    document["identity"]["workload"] = {"issuers": [workloads]}
+    file.write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match="an issuer is one of users or of workloads"):
+        load_config(file, {})
+    workloads = {"issuer": "spiffe://example.org", "audiences": ["pdp"], **FILE}
+    document["identity"]["issuers"][0]["issuer"] = "https://id.example"
+    document["identity"]["workload"]["issuers"].append(workloads)
+    file.write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match="two issuers have the same issuer"):
+        load_config(file, {})
+
+
 OTHER = {"issuer": "https://other.example", **FILE}
 
 

@@ -126,6 +126,8 @@ class RememberedTokens(Generic[_T]):
         known = self._cache.get(digest)
         if known is not None:
             if self._clock() < known.used_until and await known.still_counts():
+                if digest in self._cache:  # others came in between, if keys were asked for
+                    self._cache.move_to_end(digest)
                 return known.said
             self._cache.pop(digest, None)
         verified = await self._verifier.verify(token)

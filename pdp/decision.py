@@ -107,6 +107,8 @@ class Answer:
     """What is held for the call."""
     hold_expires_at: int = 0
     """Unix seconds; 0 when nothing is held."""
+    policy_max_uses: int = 1
+    """How many calls the policy would have let the permit be for."""
     result: Receipt | None = None
     """What the ledger said, where it was asked."""
 
@@ -281,6 +283,7 @@ async def _hold(
         "issued_at": issued_at,
         "expires_at": expires_at,
         "certificate_sha256": subject.certificate_sha256 if rooms.binds_permits else "",
+        "policy_max_uses": verdict.max_uses,
     }
 
     async def reserve(key: str, *, binds_arguments: bool, max_uses: int) -> Receipt:
@@ -368,6 +371,7 @@ async def _execute(rooms: Rooms, subject: Subject, question: Question, receipt: 
         permit=permit,
         charges=receipt.charges if permit else (),
         hold_expires_at=receipt.expires_at if permit else 0,
+        policy_max_uses=first["policy_max_uses"],
         result=receipt,
     )
 
@@ -382,6 +386,8 @@ def _record(rooms: Rooms, question: Question, answer: Answer, document: JsonObje
         detail["input_omitted"] = True
     if permit is not None and permit.max_uses != 1:
         detail["max_uses"] = permit.max_uses
+    if permit is not None and permit.max_uses != answer.policy_max_uses:
+        detail["policy_max_uses"] = answer.policy_max_uses
     return AuditRecord(
         type="decision",
         tenant_id=subject.tenant,

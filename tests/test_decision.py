@@ -485,7 +485,7 @@ def test_where_all_calls_together_pass_a_limit_the_permit_is_for_the_one_call(
     assert first.answer.result.refused_by is None
     assert again.answer.replayed
     assert again.answer.permit == permit
-    assert [record.detail for record in steps.records] == [None, None]
+    assert [record.detail for record in steps.records] == [{"policy_max_uses": 4}] * 2
 
 
 def test_where_not_even_one_call_fits_there_is_none(tmp_path: Path) -> None:
@@ -548,6 +548,7 @@ def test_a_tool_that_was_delegated_under_rules_is_looked_at_for_each_call(tmp_pa
     (recorded,) = asked(tmp_path, steps)
     permit = recorded.answer.permit
     assert (permit.max_uses, permit.arguments_sha256) == (1, QUESTION.arguments_sha256)
+    assert steps.records[0].detail == {"policy_max_uses": 4}
     assert recorded.answer.charges == (Charge("tools", "calls", 1),)
 
 

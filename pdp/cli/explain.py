@@ -195,7 +195,7 @@ def _unknown(bundle: Bundle, document: JsonObject) -> Iterator[str]:
 
 
 def _lines(found: Explanation) -> Iterator[str]:
-    from pdp.policy.analysis.matrix_output import charges_text  # noqa: PLC0415
+    from pdp.policy.analysis.matrix_output import charges_text, permit_text  # noqa: PLC0415
     from pdp.reason import ReasonCode  # noqa: PLC0415
 
     answer = found.answer
@@ -206,6 +206,7 @@ def _lines(found: Explanation) -> Iterator[str]:
     if answer.allow:
         yield f"  scopes: {' '.join(answer.scopes) or 'none'}"
         yield f"  charges: {charges_text(answer) or 'none'}"
+        yield f"  permit: {permit_text(answer) or 'this call'}"
     yield f"  by policy revision {printable(found.revision)}"
     yield ""
     yield "input"

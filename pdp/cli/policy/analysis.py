@@ -435,12 +435,12 @@ def _write_tables(file: TextIO, cells: Iterator[Cell]) -> None:
 
 
 def _answer_text(answer: Answer) -> str:
-    from pdp.policy.analysis.matrix_output import charges_text  # noqa: PLC0415
+    from pdp.policy.analysis.matrix_output import allowed_text  # noqa: PLC0415
 
     if not answer.allow:
         return printable(answer.reason_code)
-    charges = charges_text(answer)
-    return f"allow: {charges}" if charges else "allow"
+    told = allowed_text(answer)
+    return f"allow: {told}" if told else "allow"
 
 
 # Diff
@@ -492,12 +492,14 @@ def _moved(differing: Differing) -> str:
     before, after = differing.before, differing.after
     if not (before.allow and after.allow):
         return f"{_answer_text(before)} -> {_answer_text(after)}"
-    from pdp.policy.analysis.matrix_output import charges_text  # noqa: PLC0415
+    from pdp.policy.analysis.matrix_output import binds_text, charges_text  # noqa: PLC0415
 
     pairs = {
         "scopes": (" ".join(before.scopes), " ".join(after.scopes)),
         "charges": (charges_text(before), charges_text(after)),
         "ttl_seconds": (str(before.ttl_seconds), str(after.ttl_seconds)),
+        "binds": (binds_text(before), binds_text(after)),
+        "max_uses": (str(before.max_uses), str(after.max_uses)),
     }
     return "; ".join(
         f"{name} {was or 'none'} -> {now or 'none'}"

@@ -21,11 +21,13 @@ class Change(StrEnum):
     """How a decision differs."""
 
     GRANT = "grant"
-    """Was denied, is allowed."""
+    """Was denied, is allowed; or the permit is for any arguments that was for some, or for
+    more calls."""
     REVOKE = "revoke"
     """Was allowed, is denied."""
     TERMS = "terms"
-    """Is allowed by both, on other terms: scopes, charges or lifetime of the permit."""
+    """Is allowed by both, on other terms: scopes, charges, lifetime of the permit, or fewer
+    calls."""
     REASON = "reason"
     """Is denied by both, for another reason."""
 
@@ -113,7 +115,9 @@ def change_of(before: Answer, after: Answer) -> Change | None:
         return None
     if before.allow != after.allow:
         return Change.GRANT if after.allow else Change.REVOKE
-    return Change.TERMS if after.allow else Change.REASON
+    if not after.allow:
+        return Change.REASON
+    return Change.GRANT if after.is_wider_than(before) else Change.TERMS
 
 
 def _questionnaire(old: Bundle, new: Bundle, cases: Cases, only: Only) -> Questionnaire:

@@ -40,6 +40,14 @@ class Answer:
     scopes: tuple[str, ...] = ()
     charges: tuple[Charge, ...] = ()
     ttl_seconds: int | None = None
+    binds_arguments: bool = True
+    max_uses: int = 1
+
+    def is_wider_than(self, other: Answer) -> bool:
+        """Whether its permit is for calls that the other's is not for."""
+        return self.max_uses > other.max_uses or (
+            other.binds_arguments and not self.binds_arguments
+        )
 
 
 def open_evaluator(
@@ -74,6 +82,8 @@ def decide(evaluator: Evaluator, document: JsonObject) -> Answer:
         scopes=verdict.scopes,
         charges=verdict.charges,
         ttl_seconds=verdict.permit_ttl_seconds,
+        binds_arguments=verdict.binds_arguments,
+        max_uses=verdict.max_uses,
     )
 
 

@@ -26,6 +26,8 @@ COLUMNS: Final = (
     "scopes",
     "charges",
     "ttl_seconds",
+    "binds",
+    "max_uses",
 )
 
 
@@ -39,12 +41,34 @@ def answer_json(answer: Answer) -> JsonObject:
             for charge in answer.charges
         ]
         found["ttl_seconds"] = answer.ttl_seconds
+        found["binds"] = ["tool", "arguments"] if answer.binds_arguments else ["tool"]
+        found["max_uses"] = answer.max_uses
     return found
+
+
+def allowed_text(answer: Answer) -> str:
+    """What is allowed, in a few words: what a call would charge, and what its permit is for
+    beyond it; empty where there is nothing to tell.
+    """
+    return "; ".join(filter(None, (charges_text(answer), permit_text(answer))))
+
+
+def permit_text(answer: Answer) -> str:
+    """What a permit is for beyond the one call with its arguments; empty for nothing."""
+    if answer.binds_arguments:
+        return ""
+    calls = "1 call" if answer.max_uses == 1 else f"{answer.max_uses} calls"
+    return f"{calls} with any arguments"
 
 
 def charges_text(answer: Answer) -> str:
     """What a call would charge, in a few words."""
     return ", ".join(f"{each.budget} {each.amount} {each.unit}" for each in answer.charges)
+
+
+def binds_text(answer: Answer) -> str:
+    """What a permit is for."""
+    return "tool arguments" if answer.binds_arguments else "tool"
 
 
 def call_text(tool: str, case: str) -> str:
@@ -68,6 +92,8 @@ def write_matrix_csv(out: TextIO, cells: Iterable[Cell]) -> None:
                 " ".join(cell.answer.scopes),
                 charges_text(cell.answer),
                 "" if cell.answer.ttl_seconds is None else str(cell.answer.ttl_seconds),
+                binds_text(cell.answer) if cell.answer.allow else "",
+                str(cell.answer.max_uses) if cell.answer.allow else "",
             )
             for cell in cells
         ),
@@ -97,7 +123,7 @@ style-src 'unsafe-inline'; script-src 'sha256-{digest}'">
 <h1>Who may do what</h1>
 <p>Policy revision <code>{escape(revision)}</code>. A cell says what a call of the tool is
 answered for an actor of the tenant with that one role: <span class="a">allow</span>, with what
-it charges, or the reason code of the denial.</p>
+it charges and whether its permit is for more than the call, or the reason code of the denial.</p>
 <form id="filter">
 <label>Tenant <input name="tenant" autocomplete="off"></label>
 <label>Role <input name="role" autocomplete="off"></label>
@@ -133,8 +159,8 @@ def _section(tenant: str, cells: list[Cell]) -> Iterator[str]:
 def _cell(answer: Answer) -> str:
     if not answer.allow:
         return f"<td>{escape(answer.reason_code)}</td>"
-    charges = charges_text(answer)
-    return f'<td class="a">allow{f" <small>{escape(charges)}</small>" if charges else ""}</td>'
+    told = allowed_text(answer)
+    return f'<td class="a">allow{f" <small>{escape(told)}</small>" if told else ""}</td>'
 
 
 _STYLE: Final = """

@@ -33,8 +33,12 @@ _BY_BUDGET: Final = frozenset(
         ReasonCode.IDEMPOTENCY_KEY_REUSED,
     }
 )
-_BY_DELEGATION: Final = frozenset(
-    {ReasonCode.TOOL_NOT_DELEGATED, ReasonCode.ARGUMENT_NOT_DELEGATED}
+_WITHOUT_POLICY: Final = frozenset(
+    {
+        ReasonCode.TOOL_NOT_DELEGATED,
+        ReasonCode.ARGUMENT_NOT_DELEGATED,
+        ReasonCode.SENDER_UNKNOWN,
+    }
 )
 """What is refused before the policy is asked."""
 _WITHOUT_ANSWER: Final = frozenset(
@@ -157,13 +161,13 @@ def _is_wanted(
 def _why_not(record: JsonObject) -> str | None:
     """Why a record can not be replayed; None when it can."""
     code = record["reason_code"]
-    if record.get("replayed"):
+    if record.get("replayed") or code == ReasonCode.PERMIT_UNAVAILABLE:
         return REPEATED
     if code in _BY_BUDGET:
         return BUDGET
     if code in _WITHOUT_ANSWER:
         return NO_ANSWER
-    if code in _BY_DELEGATION or record.get("policy_revision") is None:
+    if code in _WITHOUT_POLICY or record.get("policy_revision") is None:
         return NOT_ASKED
     if isinstance(record.get("input"), dict):
         return None
@@ -174,9 +178,11 @@ def _why_not(record: JsonObject) -> str | None:
 
 def _flip(record: JsonObject, document: JsonObject, after: Answer) -> Flip | None:
     code = str(record["reason_code"])
-    before = Answer(allow=code == ReasonCode.OK, reason_code=code)
-    change = change_of(before, Answer(allow=after.allow, reason_code=after.reason_code))
-    if change is None and after.allow and _charges(record) != _charged(after):
+    held_for, max_uses = _uses(record)
+    before = Answer(allow=code == ReasonCode.OK, reason_code=code, max_uses=max_uses)
+    decided = Answer(allow=after.allow, reason_code=after.reason_code, max_uses=after.max_uses)
+    change = change_of(before, decided)
+    if change is None and after.allow and _charges(record) != _charged(after, held_for):
         change = Change.TERMS
     if change is None:
         return None
@@ -194,6 +200,16 @@ def _flip(record: JsonObject, document: JsonObject, after: Answer) -> Flip | Non
     )
 
 
+def _uses(record: JsonObject) -> tuple[int, int]:
+    """For how many calls the permit was that was given, and would have been as far as the
+    policy goes.
+    """
+    detail = record.get("detail")
+    uses = detail.get("max_uses", 1) if isinstance(detail, dict) else 1
+    most = detail.get("policy_max_uses", uses) if isinstance(detail, dict) else uses
+    return uses if isinstance(uses, int) else 1, most if isinstance(most, int) else 1
+
+
 def _charges(record: JsonObject) -> set[tuple[JsonValue, ...]]:
     charges = record.get("charges")
     return {
@@ -203,5 +219,5 @@ def _charges(record: JsonObject) -> set[tuple[JsonValue, ...]]:
     }
 
 
-def _charged(answer: Answer) -> set[tuple[JsonValue, ...]]:
-    return {(charge.budget, charge.unit, charge.amount) for charge in answer.charges}
+def _charged(answer: Answer, times: int) -> set[tuple[JsonValue, ...]]:
+    return {(charge.budget, charge.unit, charge.amount * times) for charge in answer.charges}

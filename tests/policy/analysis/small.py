@@ -11,6 +11,7 @@ from typing import Any
 from pdp.policy.bundle import Bundle
 
 DATA: dict[str, Any] = {
+    "workloads": {},
     "tenants": {
         "acme": {
             "status": "active",

@@ -70,6 +70,29 @@ def test_other_charges_scopes_and_lifetime_are_other_terms(starter: Bundle) -> N
     assert after["notes.write"].charges[0].amount == 9
 
 
+def test_a_permit_for_any_arguments_or_for_more_calls_is_a_grant(starter: Bundle) -> None:
+    """Calls that were denied, or asked about one by one, are then made unasked."""
+
+    def once(data: Any) -> None:
+        data["tools"]["notes.read"]["permit"] = {"binds": ["tool"]}
+
+    def often(data: Any) -> None:
+        data["tools"]["notes.read"]["permit"] = {"binds": ["tool"], "max_uses": 5}
+
+    def change(before: Edit, after: Edit) -> set[Change]:
+        found = compare(
+            changed(starter, before), changed(starter, after), Cases(), Only(), processes=1,
+            progress=no_progress,
+        )  # fmt: skip
+        return {each.change for each in found.differing if each.tool == "notes.read"}
+
+    assert change(lambda data: None, once) == {Change.GRANT}
+    assert change(once, often) == {Change.GRANT}
+    assert change(often, once) == {Change.TERMS}
+    assert change(often, lambda data: None) == {Change.TERMS}
+    assert change(often, often) == set()
+
+
 def test_an_argument_limit_that_is_raised_is_a_grant(starter: Bundle) -> None:
     def raise_limit(data: Any) -> None:
         data["tools"]["notes.write"]["arguments"]["pages"]["maximum"] = 500

@@ -99,6 +99,38 @@ def test_flips_of_each_kind_are_listed(starter: Bundle, log: Callable[..., Path]
     assert revoked.flips[0].change is Change.REVOKE
 
 
+def test_a_permit_for_several_calls_is_held_against_what_the_policy_had_said(
+    starter: Bundle, log: Callable[..., Path]
+) -> None:
+    write = input_of("acme", "writer", "notes.write", {"kind": "memo"})
+
+    def held(number: int, amount: int, **detail: int) -> AuditRecord:
+        charge: JsonObject = {"budget": "tools", "unit": "calls", "amount": amount}
+        return decision(
+            number,
+            action="notes.write",
+            input=write,
+            charges=(charge,),
+            detail=dict(detail) or None,
+        )
+
+    path = log(held(1, 4, max_uses=4), held(2, 1, policy_max_uses=4), held(3, 1))
+
+    def several(number: int) -> Callable[[Any], None]:
+        def change(data: Any) -> None:
+            permit = {"binds": ["tool"], "max_uses": number}
+            data["tools"]["notes.write"]["permit"] = permit
+
+        return change
+
+    def flips(change: Callable[[Any], None]) -> dict[str, Change]:
+        return {flip.decision_id: flip.change for flip in replayed(path, starter, change).flips}
+
+    assert flips(several(4)) == {"d3": Change.GRANT}
+    assert flips(several(5)) == dict.fromkeys(("d1", "d2", "d3"), Change.GRANT)
+    assert flips(lambda data: None) == dict.fromkeys(("d1", "d2"), Change.TERMS)
+
+
 def test_what_can_not_be_replayed_is_counted_by_its_reason(
     starter: Bundle, log: Callable[..., Path]
 ) -> None:

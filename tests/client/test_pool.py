@@ -405,3 +405,54 @@ def test_threads_never_overspend_a_permit(world: World) -> None:
     assert len(ends) == 999
     assert ends == [None] * 999
     assert reported(first.executed(no_cost)).uses == 1_000
+
+
+def test_a_permit_that_is_dropped_while_a_use_of_it_is_being_taken_is_not_used(
+    world: World,
+) -> None:
+    world.put()
+    lock = world.pool.lock
+
+    class TakenByTheWatchFirst:
+        def __enter__(self) -> None:
+            world.pool.lock = lock
+            world.pool.told(None)
+            lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            lock.release()
+
+    world.pool.lock = TakenByTheWatchFirst()  # type: ignore[assignment]
+    assert world.take() is None
+
+
+def test_threads_that_spend_while_the_watch_tells_account_for_every_use(world: World) -> None:
+    over = threading.Event()
+    counts: list[int] = []
+    reports: list[execution_pb2.ReportOutcomeRequest] = []
+
+    def spend() -> None:
+        calls = 0
+        while not over.is_set():
+            use = world.take() or world.put(world.grant(max_uses=5))
+            calls += 1
+            report = use.executed(no_cost)
+            if report is not None:
+                reports.append(reported(report))
+        counts.append(calls)
+
+    def report_due() -> None:
+        reports.extend(reported(kept.report()) for kept in world.due())
+
+    with ThreadPoolExecutor(8) as threads:
+        spending = [threads.submit(spend) for _ in range(8)]
+        for _ in range(200):
+            world.pool.told(InForce("r-1"))
+            report_due()
+        over.set()
+        for each in spending:
+            each.result()
+    world.pool.told(None)
+    report_due()
+    assert sum(report.uses for report in reports) == sum(counts)
+    assert max(report.uses for report in reports) <= 5

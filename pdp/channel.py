@@ -72,6 +72,8 @@ _ON_THIS_MACHINE: Final = re.compile(
 )
 
 Metadata = tuple[tuple[str, str], ...]
+_TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/-]+=*")
+"""RFC 6750 2.1. Anything else can not travel as a bearer token."""
 
 _REASON_OF_STATUS: Final = {
     "UNAVAILABLE": ReasonCode.PDP_UNAVAILABLE,
@@ -171,9 +173,11 @@ class _Connection(Generic[_S]):
         *,
         timeout_seconds: float,
         credentials: grpc.ChannelCredentials | None,
+        workload_token: Callable[[], str] | None = None,
     ) -> None:
         """``target`` is ``unix:///path`` or ``host:port``, with ``credentials`` for
-        TLS; ``timeout_seconds`` bounds each call. Raises ValueError for a target
+        TLS; ``timeout_seconds`` bounds each call. ``workload_token`` gives this workload's
+        own token, as it is now, for each call. Raises ValueError for a target
         beyond this machine without credentials: tokens and permits would travel
         readable, and permit keys come from whoever answers.
         """
@@ -187,6 +191,7 @@ class _Connection(Generic[_S]):
         self._target = target
         self._timeout_seconds = timeout_seconds
         self._credentials = credentials
+        self._workload_token = workload_token
         self._channels: dict[tuple[int, object], _Channel[_S]] = {}
         """By process and event loop. After a fork its parent's stays, untouched: even to
         let go of it can wait for a lock that nobody is left to release."""
@@ -207,6 +212,15 @@ class _Connection(Generic[_S]):
             made = _Channel(connect(self._target, self._credentials), open_stream)
             found = self._channels.setdefault(owner, made)  # another thread may be first
         return found
+
+    def _with_workload(self, metadata: Metadata) -> Metadata:
+        """The metadata, and the workload's token. Raises CallError."""
+        if self._workload_token is None:
+            return metadata
+        token = self._workload_token()
+        if not _TOKEN.fullmatch(token):  # gRPC would show it in its error
+            raise CallError(ReasonCode.WORKLOAD_INVALID, "The workload_token is no token.")
+        return (*metadata, ("workload-authorization", f"Bearer {token}"))
 
     def _take_channel(self, loop: object) -> _Channel[_S] | None:
         return self._channels.pop((os.getpid(), loop), None)
@@ -230,6 +244,7 @@ class Connection(_Connection["Stream"]):
         from pdp.stream import NotAnswered, answer_from  # noqa: PLC0415
 
         channel = self._channel()
+        metadata = self._with_workload(metadata)
         ends_at = time.monotonic() + self._timeout_seconds
         message = self._message(method, request, metadata)
         stream = channel.stream() if message is not None else None
@@ -251,7 +266,7 @@ class Connection(_Connection["Stream"]):
         """The call, to be iterated over for its messages, however long they take: it has
         no deadline, and is ended with its ``cancel()``. Iterating raises grpc.RpcError.
         """
-        return self._channel().methods[method](request, metadata=metadata)
+        return self._channel().methods[method](request, metadata=self._with_workload(metadata))
 
     def close(self) -> None:
         """Close it; the next call opens it again."""
@@ -278,6 +293,7 @@ class AsyncConnection(_Connection["AsyncStream"]):
         from pdp.stream import NotAnswered, answer_from  # noqa: PLC0415
 
         channel = self._channel()
+        metadata = self._with_workload(metadata)
         ends_at = time.monotonic() + self._timeout_seconds
         message = self._message(method, request, metadata)
         stream = channel.stream() if message is not None else None

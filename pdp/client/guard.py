@@ -91,6 +91,7 @@ class _Face(Generic[_C]):
         observe: Callable[[Decision], None] | None = None,
         observe_reservation: Callable[[Reservation], None] | None = None,
         keep_permits: bool = True,
+        workload_token: Callable[[], str] | None = None,
     ) -> None:
         """Guard tools through the sidecar at ``target`` (``unix:///path`` or
         ``host:port``, with ``credentials`` for TLS).
@@ -107,10 +108,16 @@ class _Face(Generic[_C]):
         the one permit without asking again, and so without ``observe`` being shown any
         more than the first; ``keep_permits=False`` has each of them asked for.
 
+        ``workload_token`` gives the token of the runtime itself, such as a JWT-SVID or a
+        service account's, as it is now: it is called for every question.
+
         Raises ValueError for a target beyond this machine without ``credentials``.
         """
         self._connection: _C = self._connect(
-            target, timeout_seconds=timeout_seconds, credentials=credentials
+            target,
+            timeout_seconds=timeout_seconds,
+            credentials=credentials,
+            workload_token=workload_token,
         )
         self._audience = audience
         self._reports: set[asyncio.Task[None]] = set()  # under way; an AsyncGuard's only
@@ -122,7 +129,12 @@ class _Face(Generic[_C]):
         self._keeper = Keeper(
             self._desk,
             self._identity,
-            Connection(target, timeout_seconds=timeout_seconds, credentials=credentials),
+            Connection(
+                target,
+                timeout_seconds=timeout_seconds,
+                credentials=credentials,
+                workload_token=workload_token,
+            ),
             keeps=keep_permits,
             wait_seconds=timeout_seconds,
         )

@@ -20,6 +20,7 @@ import pytest
 from pdp import base64url
 from pdp.api.v1 import authorization_pb2, authorization_pb2_grpc, execution_pb2
 from pdp.canonical import sha256_hex
+from pdp.client import Guard, PermitDenied
 from pdp.testing import Caller, Refusal, SidecarProcess, TokenIssuer, build_bundle, refusal_of
 from tests.server.authority import Authority
 
@@ -439,3 +440,43 @@ def test_whoever_does_not_show_which_workload_it_is_is_refused_where_it_must(
         metadata = [("workload-authorization", f"Bearer {account_token()}")]
         with Caller(sidecar.target, metadata=metadata) as caller:
             assert caller.authorize("orders.read").tenant_id == "default"
+
+
+# The stub
+
+
+def test_a_runtime_shows_its_own_token_with_every_question(scene: Scene, tmp_path: Path) -> None:
+    projected = tmp_path / "token"
+    asked = []
+
+    def current() -> str:
+        asked.append(1)
+        return projected.read_text(encoding="utf-8")
+
+    guard = Guard(scene.sidecar.target, workload_token=current)
+    try:
+        read = guard.tool("orders.read")(lambda: "read")
+        with guard.acting_for(USERS.token(ACME, "user-7")):
+            projected.write_text(account_token())
+            assert read() == "read"
+            projected.write_text(account_token(aud="elsewhere"))
+            with pytest.raises(PermitDenied) as refused:
+                read()
+            assert refused.value.reason_code == "workload_invalid"
+            projected.write_text("s3cret\r\nauthorization: Bearer x")
+            with pytest.raises(PermitDenied) as refused:
+                read()
+            assert refused.value.reason_code == "workload_invalid"
+            assert "s3cret" not in str(refused.value)
+            projected.unlink()
+            with pytest.raises(PermitDenied) as refused:
+                read()
+            assert refused.value.reason_code == "guard_failed"
+        projected.write_text(account_token())
+        with guard.acting_for(USERS.token(GLOBEX, "user-7")):
+            with pytest.raises(PermitDenied) as refused:
+                read()
+            assert refused.value.reason_code == "tenant_mismatch"
+    finally:
+        guard.close()
+    assert len(asked) >= 5

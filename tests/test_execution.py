@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pdp import base64url, execution, spending
 from pdp.admission import Admission
@@ -96,6 +99,16 @@ class Policy:
 
 
 @dataclass
+class Clock:
+    """The ledger's; everybody else's stands still."""
+
+    now: float = NOW
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
 class Scene:
     """Real ledger, permits and uses; a call that holds 3."""
 
@@ -104,6 +117,7 @@ class Scene:
     ledger: SqliteLedger
     uses: PermitUses
     permit: Permit
+    clock: Clock
 
     async def amounts(self) -> tuple[int, int]:
         state: LimitState
@@ -161,9 +175,8 @@ class Scene:
 
 def play(directory: Path, act: Callable[[Scene], Awaitable[T]]) -> T:
     async def opened() -> T:
-        ledger = SqliteLedger(
-            directory / "ledger.db", durability=Durability.PROCESS, clock=lambda: NOW
-        )
+        clock = Clock()
+        ledger = SqliteLedger(directory / "ledger.db", durability=Durability.PROCESS, clock=clock)
         uses = PermitUses(
             directory / "permits.db", durability=Durability.PROCESS, clock=lambda: NOW
         )
@@ -219,7 +232,7 @@ def play(directory: Path, act: Callable[[Scene], Awaitable[T]]) -> T:
             clock=lambda: NOW,
         )
         try:
-            return await act(Scene(rooms, audit, ledger, uses, permit))
+            return await act(Scene(rooms, audit, ledger, uses, permit, clock))
         finally:
             await ledger.close()
             await uses.close()
@@ -364,6 +377,18 @@ def test_of_a_permit_under_which_nothing_was_called_all_returns(tmp_path: Path) 
     play(tmp_path, act)
 
 
+def test_a_report_that_comes_late_settles_the_share_all_the_same(tmp_path: Path) -> None:
+    async def act(scene: Scene) -> None:
+        await scene.hold_several(3, 2)
+        scene.clock.now += 1_000
+        assert await scene.amounts() == (0, 0)
+        reported = await scene.reported(uses=2)
+        assert (reported.settled, reported.result.late) == ((Charge("tools", "calls", 4),), True)
+        assert await scene.amounts() == (4, 0)
+
+    play(tmp_path, act)
+
+
 def test_charges_that_are_named_are_what_all_calls_cost(tmp_path: Path) -> None:
     async def act(scene: Scene) -> None:
         await scene.hold_several(3, 2)
@@ -434,6 +459,48 @@ def test_a_permit_for_several_calls_that_cost_nothing_is_reported_on_too(tmp_pat
         assert scene.audit.records[0].detail == {"uses": 2}
 
     play(tmp_path, act)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    max_uses=st.integers(2, 3),
+    cost=st.integers(1, 2),
+    steps=st.lists(
+        st.sampled_from("abcdef").map(lambda key: ("redeem", key))
+        | st.tuples(st.just("report"), st.tuples(st.integers(-1, 5), st.booleans())),
+        max_size=10,
+    ),
+)
+def test_in_whatever_order_what_is_spent_is_what_was_used_and_no_more_than_was_held(
+    max_uses: int, cost: int, steps: list[tuple[str, Any]]
+) -> None:
+    async def act(scene: Scene) -> None:
+        await scene.hold_several(max_uses, cost)
+        redeemed: set[str] = set()
+        reported: tuple[int, bool] | None = None
+        for what, how in steps:
+            try:
+                if what == "redeem":
+                    await scene.redeem(how)
+                    assert reported is None, "a permit that is reported on is closed"
+                    redeemed.add(how)
+                else:
+                    uses, executed = how
+                    await scene.reported(uses=uses, executed=executed)
+                    assert reported in {None, how}
+                    reported = how
+            except PdpError as error:
+                assert error.reason_code in {  # noqa: PT017 - any of these, or none
+                    "permit_used", "request_invalid", "outcome_already_reported"
+                }  # fmt: skip
+            assert len(redeemed) <= max_uses
+            if reported is None:
+                assert await scene.amounts() == (0, 3 + max_uses * cost)
+            else:
+                assert await scene.amounts() == (cost * max(reported[0], len(redeemed)), 3)
+
+    with tempfile.TemporaryDirectory() as folder:
+        play(Path(folder), act)
 
 
 # Attacks

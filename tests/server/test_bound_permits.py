@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 from pdp import base64url
-from pdp.api.v1 import budget_pb2, execution_pb2
+from pdp.api.v1 import authorization_pb2, authorization_pb2_grpc, budget_pb2, execution_pb2
 from pdp.canonical import sha256_hex
 from pdp.certificates import thumbprint
 from pdp.permit import PermitError, PermitKeySet, PermitVerifier
@@ -142,6 +142,25 @@ def test_a_thief_of_the_token_gets_only_the_permit_of_whoever_asked_first(
         again = thief.authorize("orders.update", ARGUMENTS, request_id="first")
         assert again.permit == first.permit
         assert thumbprint(scene.thief.pem) not in _claims(again.permit)
+
+
+def test_a_question_on_a_stream_is_bound_to_the_certificate_of_the_stream(
+    scene: Scene, tenant: str
+) -> None:
+    token = ISSUER.token(tenant, "user-7", roles=["agent"])
+    message = authorization_pb2.AuthorizeStreamRequest(
+        id=1,
+        bearer=token,
+        question=authorization_pb2.AuthorizeRequest(
+            request_id="on-a-stream",
+            action=authorization_pb2.Action(name="orders.update"),
+            arguments_json=json.dumps(ARGUMENTS).encode(),
+        ),
+    )
+    with grpc.secure_channel(scene.target, scene.mine.to_client(scene.server)) as channel:
+        stub = authorization_pb2_grpc.AuthorizationServiceStub(channel)
+        (answer,) = stub.AuthorizeStream(iter([message]), timeout=20)
+    assert thumbprint(scene.mine.pem) in _claims(answer.answer.permit)
 
 
 def test_who_shows_no_certificate_gets_no_permit(scene: Scene, tenant: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -38,13 +40,25 @@ def sidecar_of(
         yield sidecar
 
 
-def page(sidecar: SidecarProcess, path: str) -> tuple[int, str]:
+def address_of(sidecar: SidecarProcess) -> str:
     [address] = re.findall(r"serving on .*(http://127\.0\.0\.1:\d+)", sidecar.log.read_text())
+    return str(address)
+
+
+def page(sidecar: SidecarProcess, path: str) -> tuple[int, str]:
     try:
-        with urllib.request.urlopen(address + path, timeout=10) as response:  # noqa: S310 - loopback
+        with urllib.request.urlopen(address_of(sidecar) + path, timeout=10) as response:  # noqa: S310 - loopback
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, ""
+
+
+def refused_status(sidecar: SidecarProcess) -> str:
+    """What `pdp status` says where not all is well."""
+    words = [sys.executable, "-m", "pdp", "status", "--url", address_of(sidecar)]
+    ran = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    assert ran.returncode == 1, ran.stdout + ran.stderr
+    return ran.stdout
 
 
 def issued_by(address: str, kid: str) -> TokenIssuer:
@@ -105,7 +119,9 @@ def test_a_sidecar_starts_while_its_identity_provider_is_down_and_lets_nobody_in
         url = {"issuer": issuer.issuer, "jwks_url": f"http://{address}/jwks.json", **LOOK_OFTEN}
         with sidecar_of(tmp_path, url, issuer=issuer) as sidecar:
             assert page(sidecar, "/readyz")[0] == 503
-            assert '"usable": false' in page(sidecar, "/status")[1]
+            told = refused_status(sidecar)
+            assert f"issuer {issuer.issuer}: there are no keys; its tokens are refused" in told
+            assert "check the server (status 503)" in told
             with Caller(sidecar.target, token=token(issuer)) as caller:
                 refused = refusal_of(caller.authorize, "orders.read", {"order_id": "918"})
             assert refused.status is grpc.StatusCode.UNAVAILABLE

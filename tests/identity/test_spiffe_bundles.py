@@ -18,8 +18,12 @@ from pdp.api.spiffe.workload_pb2_grpc import (
     add_SpiffeWorkloadAPIServicer_to_server,
 )
 from pdp.identity import spiffe_bundles
+from pdp.identity.key_cache import KeyCache
 from pdp.identity.key_source import KeySourceError
+from pdp.identity.resolver import IdentityError
 from pdp.identity.spiffe_bundles import SpiffeBundle
+from pdp.identity.tokens import Issuer
+from pdp.identity.workloads import WorkloadIssuer, WorkloadTokens
 from pdp.testing import TokenIssuer
 from tests.identity.identity_provider import public_jwk
 
@@ -140,6 +144,41 @@ def test_an_agent_that_is_silent_or_hangs_up_is_an_error(
     assert "the agent hung up" in refusal(hangs_up=True)
     monkeypatch.setattr(spiffe_bundles, "CALL_SECONDS", 0.1)
     assert "can not be fetched: DEADLINE_EXCEEDED" in refusal(hangs=True)
+
+
+def test_a_jwt_svid_is_verified_with_the_keys_that_the_agent_knows() -> None:
+    async def work(agent: Agent, source: SpiffeBundle) -> list[str]:
+        cache = KeyCache(source, poll_seconds=0.01, max_age_seconds=60)
+        workloads = WorkloadTokens(
+            [
+                WorkloadIssuer(
+                    issuer=Issuer(
+                        issuer=DOMAIN,
+                        audiences=frozenset({"pdp"}),
+                        types=frozenset({"", "jwt", "jose"}),
+                        algorithms=frozenset({"EdDSA"}),
+                        keys=cache,
+                    ),
+                    trust_domain="example.org",
+                )
+            ]
+        )
+        svids = [
+            issuer.token(None, f"{DOMAIN}/agent", aud=["pdp"], iss=None) for issuer in (ONE, TWO)
+        ]
+        said = [await workloads.workload_of(svids[0])]
+        agent.bundles = {DOMAIN: bundle(public_jwk(TWO))}
+        await cache.look()
+        for svid in svids:
+            try:
+                said.append(await workloads.workload_of(svid))
+            except IdentityError as error:
+                said.append(error.reason_code)
+        await cache.close()
+        return said
+
+    workload = f"{DOMAIN}/agent"
+    assert with_agent(work) == [workload, "workload_invalid", workload]
 
 
 def test_where_no_agent_is_there_is_an_error(tmp_path: Path) -> None:

@@ -450,6 +450,18 @@ def test_a_signature_has_one_form_and_one_length(refused: Callable[..., None]) -
         refused(".".join([*parts(good)[:2], base64url.encode(other)]))
 
 
+def test_the_second_form_that_ecdsa_allows_is_the_same_token() -> None:
+    """Whoever has (r, s) has (r, n - s) too, and signers make either. So no token is known
+    by its text: revocations name its id.
+    """
+    good = token(kind="ec")
+    made = base64url.decode(parts(good)[2])
+    s = P256_ORDER - int.from_bytes(made[32:])
+    other = ".".join([*parts(good)[:2], base64url.encode(made[:32] + s.to_bytes(32))])
+    subjects = [asyncio.run(IDENTITY.resolve(Credentials(bearer=one))) for one in (good, other)]
+    assert subjects[0] == subjects[1]
+
+
 def test_a_number_plus_the_order_of_the_group_is_no_other_signature(
     refused: Callable[..., None],
 ) -> None:

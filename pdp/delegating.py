@@ -23,6 +23,10 @@ from pdp.reason import ReasonCode
 from pdp.rooms import Rooms, admitted, charges_json, identify, identity_json, isolate
 
 ACTION: Final = "delegate"
+MAX_NAMES_BYTES: Final = 1_024
+"""Of all agents that act one for another: every permit names them, and must stay short
+enough to be read.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +168,11 @@ def _signed(
         max_depth=rooms.delegation.max_depth,
         ledger_id=rooms.ledger_id,
     )
+    agents = child.delegation.agents if child.delegation is not None else ()
+    if sum(len(agent.encode("utf-8")) for agent in agents) > MAX_NAMES_BYTES:
+        raise RequestError(
+            "delegate", f"makes the names of all agents longer than {MAX_NAMES_BYTES} bytes"
+        )
     claims = claims_of(child, issuer=rooms.permits.issuer, issued_at=terms.issued_at)
     token = rooms.permits.sign_as(TYPE, claims)
     if len(token) > MAX_TOKEN_LENGTH:

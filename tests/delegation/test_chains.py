@@ -218,6 +218,30 @@ def test_sidecars_on_one_store_count_a_slice_and_a_revocation_together(
         assert caught.value.reason_code == "permit_revoked"
 
 
+def test_a_sidecar_that_leases_overspends_no_slice(
+    tmp_path: Path, redis_server: RedisServer
+) -> None:
+    store = {"unix": str(redis_server.socket), "timeout_ms": 5000}
+    config = {"budget": {"store": store, "lease": {"seconds": 5, "share": 0.5}}}
+    with (
+        SidecarProcess(tmp_path, issuer=IDP, bundle=BUNDLE, config=config) as sidecar,
+        Guard(sidecar.target) as guard,
+    ):
+        with guard.acting_for(user()):
+            parent = guard.delegate("p", tools=["orders.update"], budget=[("tools", "calls", 40)])
+        with guard.accept(parent):
+            child = guard.delegate("c", tools=["orders.update"], budget=[("tools", "calls", 30)])
+        spent = {}
+        for delegation in (child, parent):
+            with guard.accept(delegation):
+                told = [outcome(guard, "orders.update", UPDATE) for _ in range(32)]
+            spent[delegation.agents[-1]] = told.count("ok")
+            assert set(told) <= {"ok", "tenant_budget_exceeded"}
+        # What is leased for the one is missing to the other for a while.
+        assert 0 < spent["c"] <= 30
+        assert sum(spent.values()) <= 40
+
+
 def test_revoking_the_users_token_ends_whatever_was_delegated_under_it(
     sidecar: SidecarProcess, guard: Guard
 ) -> None:

@@ -261,6 +261,43 @@ def test_agents_act_one_for_another_only_so_deep(sidecar: SidecarProcess, user: 
             agent.close()
 
 
+def test_the_names_of_a_chain_fit_into_every_permit(sidecar: SidecarProcess, user: Caller) -> None:
+    name = "\u00e4" * 255
+    with (
+        child(sidecar, user, delegate=name) as parent,
+        child(sidecar, parent, delegate=name) as agent,
+    ):
+        refusal = refusal_of(agent.authorization.Delegate, request(delegate="abcde"))
+        assert (refusal.reason_code, refusal.fields) == ("request_invalid", ("delegate",))
+        assert agent.authorize("orders.update", UPDATE).permit
+
+
+def test_batches_and_lists_are_narrowed_too(sidecar: SidecarProcess, user: Caller) -> None:
+    questions = [
+        authorization_pb2.AuthorizeRequest(
+            request_id=str(uuid.uuid4()),
+            action=authorization_pb2.Action(name=tool),
+            arguments_json=json.dumps(arguments).encode(),
+        )
+        for tool, arguments in (
+            ("orders.update", UPDATE),
+            ("orders.update", {**UPDATE, "status": "cancelled"}),
+            ("orders.read", {"order_id": "918"}),
+        )
+    ]
+    rules = {"orders.update": {"status": {"one_of": ["shipped"]}}}
+    with child(sidecar, user, tools=["orders.update"], rules=rules) as agent:
+        batch = authorization_pb2.AuthorizeBatchRequest(questions=questions)
+        results = agent.authorization.AuthorizeBatch(batch).results
+        assert [each.answer.reason_code for each in results] == [
+            "ok",
+            "argument_not_delegated",
+            "tool_not_delegated",
+        ]
+        listed = agent.authorization.ListTools(authorization_pb2.ListToolsRequest()).tools
+        assert {each.name for each in listed if each.callable} == {"orders.update"}
+
+
 def test_every_delegation_and_every_refusal_is_on_record(
     sidecar: SidecarProcess, user: Caller
 ) -> None:

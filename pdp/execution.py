@@ -321,7 +321,7 @@ def _record(
         type=type,
         tenant_id=permit.tenant if permit else None,
         actor_id=permit.actor if permit else None,
-        identity={"agents": list(permit.agents)} if permit and permit.agents else None,
+        identity=_identity_json(permit) if permit else None,
         action=action,
         outcome=outcome if failure is None else Outcome.DENIED,
         reason_code=success if failure is None else failure.reason_code,
@@ -335,3 +335,15 @@ def _record(
         detail=detail,
         replayed=replayed or None,
     )
+
+
+def _identity_json(permit: Permit) -> JsonObject | None:
+    """AuditRecord.identity, as far as a permit names it."""
+    known: JsonObject = {}
+    if permit.workload:
+        known["workload"] = permit.workload
+    if permit.agents:
+        known["agents"] = list(permit.agents)
+        # Before them stands the user's token, if it has an id.
+        known["delegations"] = list(permit.delegations[-len(permit.agents) :])
+    return known or None

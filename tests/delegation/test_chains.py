@@ -95,6 +95,7 @@ def test_a_chain_of_five_agents_keeps_tenant_and_actor(sidecar: SidecarProcess) 
     assert [each["outcome"] for each in decided] == ["allowed"] * 4 + ["denied"]
     ended = [each for each in calls if each["type"] == "outcome"]
     assert [each["identity"]["agents"] for each in ended] == [names[:n] for n in range(1, 5)]
+    assert [each["identity"]["delegations"] for each in ended] == [ids[:n] for n in range(1, 5)]
 
 
 def test_parallel_branches_act_each_within_its_own(sidecar: SidecarProcess) -> None:

@@ -142,6 +142,9 @@ def test_what_can_not_be_replayed_is_counted_by_its_reason(
         decision(5, **denied("policy_timeout")),
         decision(6, replayed=True),
         decision(7),
+        decision(8, **denied("tool_not_delegated")),
+        decision(9, **denied("argument_not_delegated")),
+        decision(10, **denied("budget_not_delegated")),
         make_record(type="outcome", outcome=Outcome.EXECUTED),
     )
     found = replayed(path, starter)
@@ -149,8 +152,8 @@ def test_what_can_not_be_replayed_is_counted_by_its_reason(
     assert found.not_replayed == {
         replaying.NO_INPUT: 1,
         replaying.INPUT_TOO_LARGE: 1,
-        replaying.NOT_ASKED: 1,
-        replaying.BUDGET: 1,
+        replaying.NOT_ASKED: 3,
+        replaying.BUDGET: 2,
         replaying.NO_ANSWER: 1,
         replaying.REPEATED: 1,
     }

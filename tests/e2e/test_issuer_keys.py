@@ -108,6 +108,7 @@ def test_an_identity_provider_rotates_its_keys_while_the_sidecar_serves(tmp_path
     assert old_token not in sidecar.log.read_text()
 
 
+@pytest.mark.slow
 def test_a_sidecar_starts_while_its_identity_provider_is_down_and_lets_nobody_in(
     tmp_path: Path,
 ) -> None:
@@ -143,6 +144,7 @@ def test_a_sidecar_starts_while_its_identity_provider_is_down_and_lets_nobody_in
             assert soon(lambda: outcome(sidecar, token(issuer)) == "ok")
 
 
+@pytest.mark.slow
 def test_an_issuer_that_is_down_takes_nothing_from_the_users_of_another(tmp_path: Path) -> None:
     theirs = IdentityProvider()
     theirs.behaviour = down

@@ -209,6 +209,18 @@ def test_a_token_for_the_server_is_read_each_time(
     assert "can not be read" in refusal(at(address, bearer_token_file=file))
 
 
+def test_no_cookie_is_kept() -> None:
+    sent: list[str | None] = []
+
+    async def handle(request: web.Request) -> web.Response:
+        sent.append(request.headers.get("Cookie"))
+        return web.Response(body=jwks(public_jwk(ONE)), headers={"Set-Cookie": "session=1; Path=/"})
+
+    with web_server(handle) as address:
+        fetched(at(address), times=2)
+    assert sent == [None, None]
+
+
 def test_neither_proxy_nor_netrc_of_the_environment_is_used(
     address: str, idp: IdentityProvider, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

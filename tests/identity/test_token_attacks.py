@@ -15,6 +15,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ from pdp.identity.keys import parse_jwks
 from pdp.identity.resolver import Credentials, IdentityError
 from pdp.identity.tenancy import TenantRule
 from pdp.identity.tokens import Issuer, TokenIdentity
+from pdp.permit.signing import SigningKey
 
 NOW = 1_800_000_000.0
 ISSUER, OTHER = "https://id.example", "https://other.example"
@@ -349,6 +351,23 @@ def test_a_token_without_an_end_is_refused(refused: Callable[..., None]) -> None
 )  # fmt: skip
 def test_a_token_for_something_else_is_refused(typ: Any, refused: Callable[..., None]) -> None:
     refused(token({"typ": typ}))
+
+
+@pytest.mark.parametrize("kind", ("tool-permit+jwt", "tool-delegation+jwt"))
+def test_what_a_sidecar_signs_is_no_users_token_even_where_its_keys_are_trusted(
+    kind: str, refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where an operator names the sidecar's own /.well-known/jwks.json as an issuer's."""
+    key = SigningKey.generate()
+    sidecar = replace(
+        issuer(ISSUER), keys=FixedKeys(parse_jwks(key.public_set.to_jwks().encode(), strict=True))
+    )
+    identity = TokenIdentity([sidecar], clock=lambda: NOW)
+    monkeypatch.setattr(f"{__name__}.IDENTITY", identity)
+    signed = key.sign({**CLAIMS, "iat": int(NOW), "exp": int(NOW) + 600}, kind=kind)
+    refused(signed)
+    # Its key signs indeed what would be accepted.
+    assert resolve(key.sign({**CLAIMS, "iat": int(NOW), "exp": int(NOW) + 600}, kind="JWT"))
 
 
 def test_a_token_without_a_type_is_refused(refused: Callable[..., None]) -> None:

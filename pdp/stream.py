@@ -213,13 +213,10 @@ class AsyncStream:
     def __init__(self, method: Callable[[], Any]) -> None:
         """``method`` is AuthorizeStream of an awaiting stub."""
         self._waiting = _Waiting()
-        self._messages: asyncio.Queue[Message | None] = asyncio.Queue()
+        self._messages: asyncio.Queue[Message] = asyncio.Queue()
         call = method()
-        # The tasks know nothing of the stream itself, which ends with its last user.
-        self._tasks = (
-            asyncio.create_task(_read_async(call, self._messages, self._waiting)),
-            asyncio.create_task(_write_async(call, self._messages)),
-        )
+        # The task knows nothing of the stream itself, which ends with its last user.
+        self._reader = asyncio.create_task(_read_async(call, self._messages, self._waiting))
         loop = asyncio.get_running_loop()
         self._stop = weakref.finalize(self, _stop_async, os.getpid(), loop, call)
         self._stop.atexit = False  # then its loop has ended, and so has it
@@ -252,14 +249,11 @@ class AsyncStream:
     async def close(self) -> None:
         """End it, and wait until it has ended."""
         self._stop()
-        await asyncio.wait(self._tasks)
+        await asyncio.wait({self._reader})
 
 
-async def _read_async(
-    call: Any,  # noqa: ANN401
-    messages: asyncio.Queue[Message | None],
-    waiting: _Waiting,
-) -> None:
+async def _read_async(call: Any, messages: asyncio.Queue[Message], waiting: _Waiting) -> None:  # noqa: ANN401
+    writing = asyncio.create_task(_write_async(call, messages))
     ended_with = None
     try:
         async for response in call:
@@ -270,15 +264,16 @@ async def _read_async(
         ended_with = error
     finally:
         call.cancel()
-        messages.put_nowait(_END)
         waiting.end(ended_with)
+        writing.cancel()  # it may wait for a connection that never comes
+        await asyncio.wait({writing})
 
 
-async def _write_async(call: Any, messages: asyncio.Queue[Message | None]) -> None:  # noqa: ANN401
+async def _write_async(call: Any, messages: asyncio.Queue[Message]) -> None:  # noqa: ANN401
     # A task of its own, for gRPC ends a stream when whoever writes to it is cancelled.
     with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # it has ended
-        while (message := await messages.get()) is not _END:
-            await call.write(message)
+        while True:
+            await call.write(await messages.get())
 
 
 def _stop_async(process_id: int, loop: asyncio.AbstractEventLoop, call: Any) -> None:  # noqa: ANN401

@@ -236,5 +236,6 @@ def _close_all() -> None:
         keeper.close()
 
 
-os.register_at_fork(after_in_child=_begin_anew)
+if hasattr(os, "register_at_fork"):  # which Windows has not, nor forks
+    os.register_at_fork(after_in_child=_begin_anew)
 atexit.register(_close_all)

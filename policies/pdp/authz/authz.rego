@@ -12,9 +12,7 @@ import data.pdp.subject
 
 tenant := subject.tenant
 
-tool_name := object.get(input, ["action", "name"], "")
-
-tool := data.tools[tool_name]
+tool := data.tools[input.action.name]
 
 # METADATA
 # title: The decision on one tool call
@@ -40,60 +38,51 @@ decision := {"allow": false, "reason_code": reason_code} if reason_code != "ok"
 # The ladder. Each rung stands on the ones above it.
 default reason_code := "argument_not_allowed"
 
-reason_code := standing(tool_name) if {
-	standing(tool_name) != "ok"
-} else := "ok" if {
-	arguments_allowed
-}
-
-# How far the caller comes with a tool, whatever the arguments: "ok" where only they can refuse.
-standing(name) := "tenant_unknown" if {
+reason_code := "tenant_unknown" if {
 	not tenant
 } else := "tenant_suspended" if {
 	not subject.active
 } else := "tool_not_allowed" if {
-	not tool_allowed(name)
+	not tool_allowed
 } else := "role_not_allowed" if {
-	not role_allowed(name)
+	not role_allowed
 } else := "workload_not_allowed" if {
-	not workload_allowed(name)
+	not workload_allowed
 } else := "scope_missing" if {
-	not scopes_held(name)
-} else := "ok"
+	not scopes_held
+} else := "ok" if {
+	arguments_allowed
+}
 
 # The tool exists, and is on the tenant's allowlist.
-tool_allowed(name) if {
-	is_object(data.tools[name])
-	name in tenant.allowlist
+tool_allowed if {
+	is_object(tool)
+	input.action.name in tenant.allowlist
 }
 
 # One of the actor's roles, as this tenant defines it, may use the tool.
-role_allowed(name) if {
+role_allowed if {
 	some role in subject.roles
-	name in role.tools
+	input.action.name in role.tools
 }
 
 # The workload that asks may ask for this tenant, and use the tool.
-workload_allowed(name) if {
+workload_allowed if {
 	subject.workload_admitted
-	subject.workload_may_use(name)
+	subject.workload_may_use(input.action.name)
 }
 
 # Token and tenant both hold every scope that the tool needs.
-scopes_held(name) if {
-	every scope in data.tools[name].scopes {
-		scope in scopes
+scopes_held if {
+	every scope in tool.scopes {
+		scope in input.subject.properties.scopes
+		scope in tenant.scopes
 	}
-}
-
-scopes contains scope if {
-	some scope in input.subject.properties.scopes
-	scope in tenant.scopes
 }
 
 # Nothing is missing, nothing is unknown, and each value keeps the tool's rules
 # and those that the tenant adds.
 arguments_allowed if {
-	tenant_rules := object.get(tenant, ["tools", tool_name, "arguments"], {})
+	tenant_rules := object.get(tenant, ["tools", input.action.name, "arguments"], {})
 	arguments.allowed(input.action.properties.arguments, tool.arguments, tenant_rules)
 }

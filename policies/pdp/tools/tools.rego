@@ -20,6 +20,12 @@ import data.pdp.subject
 visible := sort({tool |
 	some name in subject.tenant.allowlist
 	is_object(data.tools[name])
-	code := authz.standing(name)
+
+	# So that what is listed and what is decided are worked out by the same rules.
+	# regal ignore:with-outside-test-context
+	code := standing(authz.reason_code) with input.action.name as name
 	tool := {"name": name, "callable": code == "ok", "reason_code": code}
 })
+
+# What a call without arguments comes to, where only they can be what is wrong with it.
+standing(reason_code) := object.get({"argument_not_allowed": "ok"}, reason_code, reason_code)

@@ -12,6 +12,7 @@ from pdp.cli.budget import app as budget
 from pdp.cli.config import app as config
 from pdp.cli.demo import demo
 from pdp.cli.explain import explain
+from pdp.cli.injection import injection_webhook
 from pdp.cli.keys import app as keys
 from pdp.cli.policy import app as policy
 from pdp.cli.revoke import app as revoke
@@ -29,6 +30,7 @@ app.command()(serve)
 app.command()(status)
 app.command()(explain)
 app.command()(demo)
+app.command()(injection_webhook)
 app.add_typer(config, name="config", help="Check and describe the configuration.")
 app.add_typer(audit, name="audit", help="Read and verify the audit log.")
 app.add_typer(budget, name="budget", help="Show budgets, and correct them by hand.")

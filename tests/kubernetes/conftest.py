@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -163,3 +164,10 @@ def bundle(directory: Path, *, reads_allowed: bool = True) -> bytes:
         rules.write_text(text.replace('"orders.read"', '"orders.forgotten"'), encoding="utf-8")
     target = directory / f"{reads_allowed}.tar.gz"
     return build_bundle(sources, target, opa=ROOT / ".tools" / "opa").read_bytes()
+
+
+def until(condition: Callable[[], bool], *, seconds: float = 20.0) -> None:
+    ends_at = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends_at, "it did not come to it"
+        time.sleep(0.01)

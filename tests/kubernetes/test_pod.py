@@ -9,13 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.kubernetes.conftest import Make, bundle
+from tests.kubernetes.conftest import Make, bundle, until
 from tests.kubernetes.pod import Pod
 
 pytestmark = pytest.mark.kubernetes
@@ -23,13 +22,6 @@ pytestmark = pytest.mark.kubernetes
 
 def said(pod: Pod) -> list[str]:
     return pod.log("agent").splitlines()
-
-
-def until(condition: Callable[[], bool], *, seconds: float = 20.0) -> None:
-    ends_at = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < ends_at, "it did not come to it"
-        time.sleep(0.01)
 
 
 def records(pod: Pod) -> list[dict[str, Any]]:

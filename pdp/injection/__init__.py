@@ -1,0 +1,1 @@
+"""Put the sidecar into pods, for clusters whose API server can not do so itself."""

@@ -14,22 +14,14 @@ import pytest
 from pdp.client import Guard, PermitDenied
 from pdp.permit import PermitError, PermitRedeemer
 from pdp.permit.ring import LiveKeys
-from pdp.testing import SidecarProcess, TokenIssuer
+from pdp.testing import SidecarProcess
 from tests.budget.redis_server import RedisServer
+from tests.delegation.parties import BUNDLE, IDP
 from tests.e2e.operating import command, records, soon
 
-BUNDLE = Path(__file__).parents[2] / "policies" / "bundle.tar.gz"
 AGENT = Path(__file__).with_name("agent.py")
-IDP = TokenIssuer()
 UPDATE = {"order_id": "918", "status": "shipped"}
 READ = {"order_id": "918"}
-
-
-@pytest.fixture(scope="module")
-def sidecar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SidecarProcess]:
-    directory = tmp_path_factory.mktemp("chains")
-    with SidecarProcess(directory, issuer=IDP, bundle=BUNDLE) as sidecar:
-        yield sidecar
 
 
 @pytest.fixture
@@ -219,6 +211,7 @@ def test_sidecars_on_one_store_count_a_slice_and_a_revocation_together(
         assert caught.value.reason_code == "permit_revoked"
 
 
+@pytest.mark.slow
 def test_a_sidecar_that_leases_overspends_no_slice(
     tmp_path: Path, redis_server: RedisServer
 ) -> None:
@@ -260,8 +253,10 @@ def test_revoking_the_users_token_ends_whatever_was_delegated_under_it(
         assert outcome(guard, "orders.read", READ) == "ok"
 
 
-def test_a_sidecar_of_another_domain_counts_what_it_may_and_no_slices(tmp_path: Path) -> None:
-    folders = [tmp_path / name for name in ("theirs", "ours", "strangers")]
+def test_a_sidecar_of_another_domain_counts_what_it_may_and_no_slices(
+    tmp_path: Path, sidecar: SidecarProcess
+) -> None:
+    folders = [tmp_path / name for name in ("theirs", "ours")]
     for folder in folders:
         folder.mkdir()
     theirs_keys, jwks = tmp_path / "theirs.pem", tmp_path / "theirs.json"
@@ -270,16 +265,15 @@ def test_a_sidecar_of_another_domain_counts_what_it_may_and_no_slices(tmp_path: 
     configs: list[dict[str, Any]] = [
         {"permit": {"issuer": "partner", "key_file": str(theirs_keys)}},
         {"delegation": {"trusted": [partner]}},
-        {},
     ]
     with ExitStack() as stack:
-        theirs, ours, strangers = (
+        theirs, ours = (
             stack.enter_context(SidecarProcess(folder, issuer=IDP, bundle=BUNDLE, config=config))
             for folder, config in zip(folders, configs, strict=True)
         )
         there = stack.enter_context(Guard(theirs.target, permit_issuer="partner"))
         here = stack.enter_context(Guard(ours.target))
-        elsewhere = stack.enter_context(Guard(strangers.target))
+        elsewhere = stack.enter_context(Guard(sidecar.target))
         with there.acting_for(user()):
             free = there.delegate("worker", tools=["orders.read", "orders.update"])
             paid = there.delegate("worker", tools=["orders.update"], budget=[("tools", "calls", 1)])

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import traceback
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,21 +12,13 @@ import pytest
 from pdp.client import AsyncGuard, Delegation, DelegationRefused, Guard, PermitDenied
 from pdp.client.delegation import A2A_KEY, TYPE, token_in
 from pdp.permit.signing import SigningKey
-from pdp.testing import SidecarProcess, TokenIssuer
+from pdp.testing import SidecarProcess
+from tests.delegation.parties import IDP
 
-BUNDLE = Path(__file__).parents[2] / "policies" / "bundle.tar.gz"
-IDP = TokenIssuer()
 READ = {"order_id": "918"}
 TOKEN = SigningKey.generate().sign({"a": "secret-claim"}, kind=TYPE)
 OTHER = SigningKey.generate().sign({}, kind=TYPE)
 DELEGATION = Delegation(token=TOKEN, id="d1", agents=("worker",), expires_at=2e9)
-
-
-@pytest.fixture(scope="module")
-def sidecar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SidecarProcess]:
-    directory = tmp_path_factory.mktemp("client")
-    with SidecarProcess(directory, issuer=IDP, bundle=BUNDLE) as sidecar:
-        yield sidecar
 
 
 def user() -> str:

@@ -13,21 +13,11 @@ import pytest
 
 from pdp.api.v1 import authorization_pb2, budget_pb2, common_pb2, execution_pb2
 from pdp.canonical import JsonObject, sha256_hex
-from pdp.testing import Caller, SidecarProcess, TokenIssuer, refusal_of
+from pdp.testing import Caller, SidecarProcess, refusal_of
+from tests.delegation.parties import BUNDLE, IDP, MAX_DEPTH
 from tests.e2e.operating import records
 
-BUNDLE = Path(__file__).parents[2] / "policies" / "bundle.tar.gz"
-IDP = TokenIssuer()
 UPDATE: JsonObject = {"order_id": "918", "status": "shipped"}
-DEPTH = 4
-
-
-@pytest.fixture(scope="module")
-def sidecar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SidecarProcess]:
-    directory = tmp_path_factory.mktemp("delegate")
-    config = {"delegation": {"max_depth": DEPTH, "max_ttl_seconds": 600, "ttl_seconds": 120}}
-    with SidecarProcess(directory, issuer=IDP, bundle=BUNDLE, config=config) as sidecar:
-        yield sidecar
 
 
 @pytest.fixture
@@ -252,7 +242,7 @@ def test_a_childs_slice_is_of_its_parents(sidecar: SidecarProcess, user: Caller)
 def test_agents_act_one_for_another_only_so_deep(sidecar: SidecarProcess, user: Caller) -> None:
     chain = [user]
     try:
-        for _ in range(DEPTH):
+        for _ in range(MAX_DEPTH):
             chain.append(child(sidecar, chain[-1]))
         assert verdict(chain[-1], "orders.update", UPDATE) == "ok"
         assert why(chain[-1]) == "delegation_too_deep"

@@ -7,28 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from pdp.reason import ReasonCode
-from pdp.testing import SidecarProcess, TokenIssuer
+from pdp.testing import SidecarProcess
+from tests.delegation.parties import IDP
 
-ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "delegation.md"
+PAGE = Path(__file__).parents[2] / "docs" / "delegation.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 
 
-def test_every_example_runs(tmp_path: Path) -> None:
-    idp = TokenIssuer()
+def test_every_example_runs(sidecar: SidecarProcess) -> None:
     roles, scopes = ["support_agent"], ["orders:read", "orders:write", "mail:send"]
-    names: dict[str, Any] = {
-        "token": idp.token("tenant_acme", "user-7", roles=roles, scopes=scopes)
-    }
-    with SidecarProcess(tmp_path, issuer=idp, bundle=ROOT / "policies/bundle.tar.gz") as sidecar:
-        text = TEXT.replace("unix:///run/pdp/pdp.sock", sidecar.target)
-        examples = list(re.finditer(r"```python\n(.*?)```", text, re.DOTALL))
-        assert len(examples) >= 4
-        for example in examples:
-            # Blank lines before it, so that a failure names the page's own line.
-            lines_before = text.count("\n", 0, example.start(1))
-            exec(compile("\n" * lines_before + example[1], PAGE, "exec"), names)  # noqa: S102
-        names["guard"].close()
+    token = IDP.token("tenant_acme", "user-7", roles=roles, scopes=scopes)
+    names: dict[str, Any] = {"token": token}
+    text = TEXT.replace("unix:///run/pdp/pdp.sock", sidecar.target)
+    examples = list(re.finditer(r"```python\n(.*?)```", text, re.DOTALL))
+    assert len(examples) >= 4
+    for example in examples:
+        # Blank lines before it, so that a failure names the page's own line.
+        lines_before = text.count("\n", 0, example.start(1))
+        exec(compile("\n" * lines_before + example[1], PAGE, "exec"), names)  # noqa: S102
+    names["guard"].close()
 
 
 def test_every_code_that_it_names_exists() -> None:

@@ -9,7 +9,7 @@ import json
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from pdp.identity.subject import Link, Subject
 from pdp.narrowing import SLICE, NotDelegated, limits_within, links_of, refusal, slices_of
 from pdp.permit.signing import SigningKey
 from pdp.storage import Durability
-from pdp.testing import Caller, SidecarProcess, TokenIssuer
+from pdp.testing import Caller, SidecarProcess
+from tests.delegation.parties import IDP
 
 NOW = 1_795_521_600
 KEY = SigningKey.generate()
@@ -253,9 +254,6 @@ def test_no_slice_is_ever_overspent(
 
 # Real decisions
 
-IDP = TokenIssuer()
-BUNDLE = Path(__file__).parents[2] / "policies" / "bundle.tar.gz"
-GENEROUS = {"calls_per_second": 100_000, "burst": 100_000, "max_concurrent_calls": 100}
 CALLS: tuple[tuple[str, JsonObject], ...] = (
     ("orders.read", {"order_id": "918"}),
     ("orders.update", {"order_id": "918", "status": "shipped"}),
@@ -273,14 +271,6 @@ real_requests = st.fixed_dictionaries(
         "calls": st.sampled_from([0, 0, 20, 25]),
     }
 )
-
-
-@pytest.fixture(scope="module")
-def sidecar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SidecarProcess]:
-    directory = tmp_path_factory.mktemp("properties")
-    config = {"limits": {"tenants": GENEROUS}}
-    with SidecarProcess(directory, issuer=IDP, bundle=BUNDLE, config=config) as sidecar:
-        yield sidecar
 
 
 def real_request(drawn: dict[str, Any]) -> authorization_pb2.DelegateRequest:

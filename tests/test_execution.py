@@ -461,7 +461,7 @@ def test_a_permit_for_several_calls_that_cost_nothing_is_reported_on_too(tmp_pat
     play(tmp_path, act)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     max_uses=st.integers(2, 3),
     cost=st.integers(1, 2),

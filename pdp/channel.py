@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -144,9 +145,10 @@ class _Channel(Generic[_S]):
                     return self._stream
                 if time.monotonic() < rests_until:
                     return None
-            self._stream = (
-                None if self.closed else self._open_stream(self.methods["AuthorizeStream"])
-            )
+            self._stream = None
+            if not self.closed:
+                with contextlib.suppress(RuntimeError):  # no thread can be had for it
+                    self._stream = self._open_stream(self.methods["AuthorizeStream"])
             return self._stream
 
     def check_open(self) -> None:

@@ -148,7 +148,9 @@ class Stream:
     """A stream that the threads of one process share."""
 
     def __init__(self, method: Callable[[Iterator[Message]], Any]) -> None:
-        """``method`` is AuthorizeStream of a blocking stub."""
+        """``method`` is AuthorizeStream of a blocking stub. Raises RuntimeError where no
+        thread can be had.
+        """
         self._waiting = _Waiting()
         self._messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         call = method(iter(self._messages.get, _END))
@@ -156,7 +158,12 @@ class Stream:
         self._reader = threading.Thread(
             target=_read, args=(call, self._messages, self._waiting), name="pdp-stream", daemon=True
         )
-        self._reader.start()
+        try:
+            self._reader.start()
+        except RuntimeError:
+            self._messages.put(_END)
+            call.cancel()
+            raise
         self._stop = weakref.finalize(self, _stop, os.getpid(), call)
 
     @property

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import os
 import queue
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -518,6 +520,58 @@ def test_a_connection_that_nobody_has_any_more_leaves_no_thread(server: StreamSt
     del connection
     gc.collect()
     wait_for(lambda: stream_threads() == 0)
+
+
+def test_where_no_thread_can_be_had_questions_travel_as_calls(
+    server: StreamStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def none_left(thread: threading.Thread) -> None:
+        if thread.name == "pdp-stream":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", none_left)
+    connection = Connection(server.target, timeout_seconds=5, credentials=None)
+    for number in range(3):
+        request = Request(request_id=f"r-{number}")
+        found = connection.call("Authorize", request, BEARER).decision_id
+        assert found == f"by call r-{number}"
+    connection.close()
+
+
+def test_a_signal_handler_may_ask_while_its_thread_asks(server: StreamStandIn) -> None:
+    connection = Connection(server.target, timeout_seconds=5, credentials=None)
+    asked_by_handler: list[str] = []
+    ended = threading.Event()
+
+    def ask(request_id: str) -> str:
+        found = connection.call("Authorize", Request(request_id=request_id), BEARER).decision_id
+        assert found == request_id
+        return request_id
+
+    def handle(_number: int, _frame: object) -> None:
+        asked_by_handler.append(ask(f"handler-{len(asked_by_handler)}"))
+
+    def send_signals() -> None:
+        while not ended.wait(0.003):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    ask("first")  # which imports gRPC
+    earlier = signal.signal(signal.SIGUSR1, handle)
+    sender = threading.Thread(target=send_signals)
+    sender.start()
+    try:
+        for number in range(300):
+            ask(f"r-{number}")
+    finally:
+        ended.set()
+        sender.join()
+        signal.signal(signal.SIGUSR1, earlier)
+        connection.close()
+    assert asked_by_handler
+    assert server.calls == []
 
 
 def test_a_connection_that_no_task_has_any_more_leaves_no_task(server: StreamStandIn) -> None:

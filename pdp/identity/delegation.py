@@ -112,8 +112,6 @@ class DelegatedIdentity:
         except ValueError as error:
             raise invalid(str(error)) from None
         subject = subject_of(claims)
-        if claims["iss"] != issuer.name:
-            raise invalid("is of an issuer that is not trusted here")
         if issuer.tenants is not None and subject.tenant not in issuer.tenants:
             raise IdentityError(
                 ReasonCode.TENANT_UNKNOWN,

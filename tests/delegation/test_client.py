@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from pdp.api.v1 import authorization_pb2
 from pdp.client import AsyncGuard, Delegation, DelegationRefused, Guard, PermitDenied
-from pdp.client.delegation import A2A_KEY, TYPE, token_in
+from pdp.client.acting import Identity
+from pdp.client.delegation import A2A_KEY, TYPE, delegate, token_in
 from pdp.permit.signing import SigningKey
 from pdp.testing import SidecarProcess
 from tests.delegation.parties import IDP
@@ -77,6 +79,7 @@ def test_nobody_acts_where_there_is_none(carrier: Any) -> None:
         {"authorization": f"Bearer {TOKEN}."},
         {"authorization": f"Bearer {TOKEN.replace('.', '..')}"},
         {"authorization": f"Bearer {TOKEN}{'A' * 9_000}"},
+        {"authorization": "Bearer !.b.c"},
         {A2A_KEY: TOKEN},
         {A2A_KEY: {"token": 5}},
         {A2A_KEY: {"token": TOKEN, "more": 1}},
@@ -97,6 +100,33 @@ def test_nobody_acts_under_several_or_something_else(carrier: Any) -> None:
     assert refused.value.reason_code == "token_invalid"
     assert "secret" not in str(refused.value)
     assert TOKEN not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    (
+        {},
+        {"token": user(), "agents": ["worker"]},
+        {"token": TOKEN, "agents": ["worker", "another"]},
+        {"token": TOKEN, "agents": []},
+    ),
+)
+def test_an_answer_that_holds_no_such_delegation_gives_none(answer: dict[str, Any]) -> None:
+    identity = Identity()
+    with identity.acting_for(user(), context=None, traceparent=""):
+        steps = delegate(
+            identity,
+            "worker",
+            tools=["orders.read"],
+            arguments=None,
+            ttl_seconds=0,
+            budget=(),
+            request_id="",
+        )
+        next(steps)
+        with pytest.raises(DelegationRefused) as refused:
+            steps.send(authorization_pb2.DelegateResponse(**answer))
+    assert refused.value.reason_code == "token_invalid"
 
 
 def test_its_token_shows_nowhere_by_itself() -> None:

@@ -361,6 +361,15 @@ def test_another_domains_keys_are_read_again_when_they_change(tmp_path: Path) ->
     assert resolve(resolver, token(key=after)) == SUBJECT
 
 
+@pytest.mark.parametrize("content", (None, "{}", "no JSON"))
+def test_keys_that_can_not_be_read_at_the_start_say_so(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "theirs.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(PermitError, match=r"theirs\.json"):
+        PublicKeyFile(path)
+
+
 def test_nothing_of_a_token_shows_in_an_error() -> None:
     forged = resigned_by_nobody(changed(FORGERIES["another agent"]))
     with pytest.raises(IdentityError) as caught:

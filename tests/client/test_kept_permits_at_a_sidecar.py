@@ -463,3 +463,46 @@ def test_a_use_that_outlasts_what_is_held_is_settled_late_with_the_others(
                 assert read_order("919").id == kept.id
             assert soon(lambda: is_reported(sidecar, actor, kept))
         assert spent(sidecar, actor) == (SHARE * len(calls), 0)
+
+
+@pytest.mark.slow
+def test_every_use_is_settled_once_however_often_the_sidecar_is_killed(
+    tmp_path: Path, actor: str
+) -> None:
+    over = threading.Event()
+    permits: list[str] = []
+    with serving(tmp_path) as sidecar, Guard(sidecar.target) as guard:
+
+        @guard.tool("orders.read")
+        def read_order(order_id: str) -> None:
+            permits.append(current_permit().id)
+
+        def spend() -> None:
+            while not over.is_set():
+                with guard.acting_for(token_of(actor)):
+                    try:
+                        read_order("918")
+                    except PermitDenied as denied:
+                        refused.add(denied.reason_code)
+
+        refused: set[str] = set()
+        with ThreadPoolExecutor(16) as pool:
+            spending = [pool.submit(spend) for _ in range(16)]
+            for number in range(2, 6):
+                calls = len(permits)
+                assert soon(lambda calls=calls: len(permits) > calls + 500)  # type: ignore[misc]
+                release(tmp_path / "bundle.tar.gz", number)
+                sidecar.kill()
+                sidecar.start()
+            over.set()
+            for each in spending:
+                each.result()
+        guard.close()
+        assert soon(lambda: spent(sidecar, actor)[0] == SHARE * len(permits))
+        settled = {
+            record["permit_id"]: record["detail"]["uses"]
+            for record in reports(sidecar, actor)
+            if record["outcome"] == "executed"
+        }
+    assert settled == Counter(permits)
+    assert refused <= {"pdp_unavailable", "deadline_exceeded", "permit_used", "rate_limited"}

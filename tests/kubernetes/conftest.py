@@ -33,6 +33,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
+def agents(cluster: Cluster) -> str:
+    """The namespace that overlays and pages name."""
+    restricted = {"pod-security.kubernetes.io/enforce": "restricted"}
+    return cluster.make_namespace("agents", **restricted)
+
+
+@pytest.fixture(scope="session")
 def example_chart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example of a chart of one's own, with this one as its dependency."""
     root = tmp_path_factory.mktemp("example")

@@ -34,13 +34,6 @@ def only(kind: str, manifests: str) -> Object:
     return dict(found)
 
 
-@pytest.fixture(scope="module")
-def agents(cluster: Cluster) -> str:
-    """The namespace that the overlays name."""
-    restricted = {"pod-security.kubernetes.io/enforce": "restricted"}
-    return cluster.make_namespace("agents", **restricted)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_an_api_server_takes_every_manifest_and_the_pod(
     cluster: Cluster, agents: str, case: str

@@ -79,8 +79,7 @@ class _Zone:
         self._day = self._month = WindowBounds(0, 0)
 
     def offset_seconds(self, now: float) -> int:
-        offset = datetime.fromtimestamp(now, self._zone).utcoffset() or timedelta()
-        return int(offset.total_seconds())
+        return int((self._clock(now).utcoffset() or timedelta()).total_seconds())
 
     def day(self, now: float) -> WindowBounds:
         day = self._day
@@ -98,7 +97,11 @@ class _Zone:
         return month
 
     def _date(self, now: float) -> date:
-        return datetime.fromtimestamp(now, self._zone).date()
+        return self._clock(now).date()
+
+    def _clock(self, now: float) -> datetime:
+        # Without its fraction, which would be rounded, into the next day too.
+        return datetime.fromtimestamp(math.floor(now), self._zone)
 
     def _between(self, first: date, after: date) -> WindowBounds:
         return WindowBounds(self._begin(first), self._begin(after))

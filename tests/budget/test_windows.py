@@ -99,6 +99,14 @@ def test_what_is_no_calendar_window_never_ends(window: Window) -> None:
     assert window_bounds(limit(window), at("2026-11-24T10:30:59")) == (0, None)
 
 
+def test_the_last_instant_of_a_day_is_of_that_day() -> None:
+    day = limit(Window.DAY, "Europe/Berlin")
+    midnight = 2_051_222_400.0  # as UTC has it
+    starts_at, ends_at = window_bounds(day, midnight - 3_600.0000005)
+    assert ends_at == midnight - 3_600
+    assert starts_at == midnight - 3_600 - 86_400
+
+
 @given(
     window=st.sampled_from([each for each in Window if each.is_calendar]),
     timezone=st.sampled_from(ZONES),

@@ -61,6 +61,11 @@ OPTIONS: Final = (
     # This one is how long an attempt to connect may take, in spite of its name.
     ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # A sidecar that hangs, or is cut off, is missed while a stream is open. Sidecars take a
+    # ping every ten seconds.
+    ("grpc.keepalive_time_ms", 15_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.use_local_subchannel_pool", 1),
     # A proxy that the environment names for the web is not to see tokens.
     ("grpc.enable_http_proxy", 0),

@@ -38,8 +38,8 @@ _SERVICE = "pdp.v1."
 
 
 class StandIn:
-    """Allows everything, unless ``answer``, ``take_report``, ``hold`` or ``take_end`` are
-    replaced. A model's quantities are charged to the budget llm as they are.
+    """Allows everything, unless ``answer``, ``answer_batch``, ``take_report``, ``hold`` or
+    ``take_end`` are replaced. A model's quantities are charged to the budget llm as they are.
     """
 
     def __init__(self) -> None:
@@ -59,6 +59,9 @@ class StandIn:
             lambda request, _context: self.held(request)
         )
         self.take_end: Callable[[End, Context], Raw] = lambda end, _context: self.ended(end)
+        self.answer_batch: Callable[[authorization_pb2.AuthorizeBatchRequest, Context], Raw] = (
+            lambda request, _context: self.allow_all(request)
+        )
         self.revision = "r-1"
         """What a Watch tells first."""
         self.refuses_watch = False
@@ -69,7 +72,13 @@ class StandIn:
         self._server = grpc.server(futures.ThreadPoolExecutor(8))
         self._server.add_generic_rpc_handlers(
             (
-                _handlers("AuthorizationService", {"Authorize": (Request, self._authorize)}),
+                _handlers(
+                    "AuthorizationService",
+                    {
+                        "Authorize": (Request, self._authorize),
+                        "AuthorizeBatch": (authorization_pb2.AuthorizeBatchRequest, self._batch),
+                    },
+                ),
                 grpc.method_handlers_generic_handler(
                     _SERVICE + "AuthorizationService",
                     {
@@ -157,6 +166,16 @@ class StandIn:
         )
         return response
 
+    def allow_all(
+        self, request: authorization_pb2.AuthorizeBatchRequest
+    ) -> authorization_pb2.AuthorizeBatchResponse:
+        """Yes to each of them."""
+        return authorization_pb2.AuthorizeBatchResponse(
+            results=[
+                authorization_pb2.BatchResult(answer=self.allow(each)) for each in request.questions
+            ]
+        )
+
     def tell(self, event: Event | None) -> None:
         """Tell everybody who watches; None ends it."""
         for watch in tuple(self._watches):
@@ -198,6 +217,11 @@ class StandIn:
         self.asked.append(request)
         self.tokens.append(str(dict(context.invocation_metadata()).get("authorization", "")))
         return self.answer(request, context)
+
+    def _batch(self, request: authorization_pb2.AuthorizeBatchRequest, context: Context) -> Raw:
+        self.asked.extend(request.questions)
+        self.tokens.append(str(dict(context.invocation_metadata()).get("authorization", "")))
+        return self.answer_batch(request, context)
 
     def _watch(self, _request: authorization_pb2.WatchRequest, context: Context) -> Iterator[Event]:
         self.watch_tokens.append(str(dict(context.invocation_metadata()).get("authorization", "")))

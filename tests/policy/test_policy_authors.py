@@ -278,6 +278,17 @@ def test_a_tool_that_is_added_as_told_is_allowed_and_limited(folder: Path, opa: 
     assert "refunds-per-actor-hour" in {limit.id for limit in parse_limits(limits)}
 
 
+def test_a_tool_whose_permits_are_for_several_calls_as_told(folder: Path, opa: Path) -> None:
+    subject = Subject(
+        tenant="tenant_acme", actor="bo", roles=("support_agent",), scopes=("orders:read",)
+    )
+    decision, _ = decide(folder / "policy", subject, "orders.search", {"text": "lamp"}, opa)
+    verdict = parse_verdict(decision)
+    assert (verdict.allow, verdict.binds_arguments, verdict.max_uses) == (True, False, 20)
+    long, _ = decide(folder / "policy", subject, "orders.search", {"text": "l" * 201}, opa)
+    assert parse_verdict(long).reason_code == "argument_not_allowed", "of the first call"
+
+
 def test_a_tenant_that_is_added_as_told_is_allowed_and_limited(folder: Path, opa: Path) -> None:
     subject = Subject(
         tenant="tenant_umbrella",

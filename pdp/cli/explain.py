@@ -36,6 +36,7 @@ def explain(
         list[str] | None,
         typer.Option("--scope", help="A scope of the caller's token; may be repeated."),
     ] = None,
+    workload: Annotated[str, typer.Option(help="The workload that asks, if it is shown.")] = "",
     tool: Annotated[str | None, typer.Option(help="The tool that is called.")] = None,
     arguments: Annotated[
         str, typer.Option(metavar="JSON", help="The arguments, a JSON object.")
@@ -79,7 +80,7 @@ def explain(
         elif input_file is not None:
             document = _object(input_file.read_bytes(), str(input_file))
         else:
-            document = _asked(tenant, actor, role, scope, tool, arguments, resource)
+            document = _asked(tenant, actor, role, scope, workload, tool, arguments, resource)
         loaded = load_bundle(bundle, opa=opa)
         for unknown in _unknown(loaded, document):
             typer.echo(printable(unknown), err=True)
@@ -102,6 +103,7 @@ def _asked(
     actor: str,
     roles: list[str] | None,
     scopes: list[str] | None,
+    workload: str,
     tool: str | None,
     arguments: str,
     resource: str | None,
@@ -119,7 +121,11 @@ def _asked(
             raise typer.BadParameter("must be TYPE/ID.", param_hint="--resource")
         named = {"type": kind, "id": identifier}
     subject = Subject(
-        tenant=tenant, actor=actor, roles=tuple(roles or ()), scopes=tuple(scopes or ())
+        tenant=tenant,
+        actor=actor,
+        roles=tuple(roles or ()),
+        scopes=tuple(scopes or ()),
+        workload=workload,
     )
     return authorize_input(
         subject,

@@ -1,7 +1,8 @@
 """The questions of a bundle: every tenant x role x tool that its data knows.
 
 Conventions, those of the starter bundle: tenants are the keys of ``data.tenants``,
-roles those of ``data.tenants[tenant].roles``, tools those of ``data.tools``.
+roles those of ``data.tenants[tenant].roles``, tools those of ``data.tools``, workloads
+those of ``data.workloads`` and ``data.tenants[tenant].workloads``.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ class Question:
     resource: JsonObject | None = field(repr=False)
     context: JsonObject = field(repr=False)
     time: float
+    workload: str = ""
+    """Which one asks: one that may, where the data lists any."""
 
     def document(self) -> JsonObject:
         """The input, just as the sidecar would ask."""
@@ -60,6 +63,7 @@ class Question:
                 actor=ACTOR,
                 roles=(self.role,) if self.role else (),
                 scopes=self.scopes,
+                workload=self.workload,
             ),
             tool=self.tool,
             arguments=self.arguments,
@@ -88,10 +92,7 @@ class Estate:
 
     def scopes(self, tenant: str) -> tuple[str, ...]:
         """The scopes that a tenant holds."""
-        found = _object(self.tenants.get(tenant)).get("scopes")
-        if not isinstance(found, list):
-            return ()
-        return tuple(dict.fromkeys(scope for scope in found if isinstance(scope, str)))
+        return tuple(dict.fromkeys(_names(_object(self.tenants.get(tenant)).get("scopes"))))
 
     def budgets(self, tenant: str, role: str) -> list[tuple[str, str]]:
         """Each (budget, unit) that the tenant's limits or the role name."""
@@ -109,6 +110,19 @@ class Estate:
             for budget, unit in dict.fromkeys(found)
             if isinstance(budget, str) and isinstance(unit, str)
         ]
+
+    def workload_for(self, tenant: str, tool: str) -> str:
+        """The first workload that may use the tool for the tenant; empty if none is listed."""
+        listed = _object(self.document.get("workloads"))
+        own = _object(self.tenants.get(tenant)).get("workloads", [*listed])
+        for name in _names(own):
+            workload = _object(listed.get(name))
+            if not listed or (
+                tool in _names(workload.get("tools"))
+                and tenant in _names(workload.get("tenants", [tenant]))
+            ):
+                return name
+        return ""
 
     def tool_rules(self, tool: str) -> JsonObject:
         """The rules for a tool's arguments."""
@@ -243,6 +257,8 @@ class Questionnaire:
         """Every question about one tenant, the same in the same order every time."""
         scopes, roles = self.scopes(tenant), self.roles(tenant)
         for tool in self.tools():
+            by = [estate.workload_for(tenant, tool) for estate in self._estates]
+            workload = next(filter(None, by), "")
             for case in self._cases_of(tenant, tool):
                 for role in roles:
                     yield Question(
@@ -255,6 +271,7 @@ class Questionnaire:
                         resource=case.resource,
                         context=case.context,
                         time=self._cases.time,
+                        workload=workload,
                     )
 
     def _cases_of(self, tenant: str, tool: str) -> list[Case]:
@@ -319,3 +336,7 @@ def _wanted(names: Iterable[str], only: frozenset[str]) -> list[str]:
 
 def _object(value: JsonValue) -> JsonObject:
     return value if isinstance(value, dict) else {}
+
+
+def _names(value: JsonValue) -> list[str]:
+    return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []

@@ -144,6 +144,33 @@ def test_a_tool_whose_arguments_can_not_be_made_is_named(starter: Bundle) -> Non
     assert Questionnaire([estate], cases, Only()).without_case() == {}
 
 
+def test_each_question_is_that_of_a_workload_that_may_ask_it(starter: Bundle) -> None:
+    def list_workloads(data: Any) -> None:
+        data["workloads"] = {
+            "reader": {"tools": ["notes.read"]},
+            "writer": {"tools": ["notes.write"], "tenants": ["acme"]},
+        }
+
+    without, listed = cells_of(changed(starter)), cells_of(changed(starter, list_workloads))
+    assert [cell.answer for cell in without] == [cell.answer for cell in listed]
+
+    def demand(data: Any) -> None:
+        data["tenants"]["acme"]["workloads"] = ["stranger"]
+        data["tenants"]["globex"]["workloads"] = "slip"
+
+    own = cells_of(changed(starter, demand))
+    assert [cell.answer.allow for cell in own if cell.tenant == "acme"] == [
+        cell.answer.allow for cell in without if cell.tenant == "acme"
+    ]
+    assert not any(cell.answer.allow for cell in own if cell.tenant == "globex")
+
+    def exclude(data: Any) -> None:
+        list_workloads(data)
+        demand(data)
+
+    assert not any(cell.answer.allow for cell in cells_of(changed(starter, exclude)))
+
+
 def hostile_cells(starter: Bundle) -> list[Cell]:
     def rename(data: dict[str, dict[str, object]]) -> None:
         data["tenants"] = {HOSTILE: data["tenants"]["acme"], "-1+1": data["tenants"]["globex"]}

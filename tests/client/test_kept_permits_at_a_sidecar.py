@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import signal
 import threading
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -506,3 +508,34 @@ def test_every_use_is_settled_once_however_often_the_sidecar_is_killed(
         }
     assert settled == Counter(permits)
     assert refused <= {"pdp_unavailable", "deadline_exceeded", "permit_used", "rate_limited"}
+
+
+@pytest.mark.slow
+def test_a_sidecar_that_hangs_is_missed_and_what_it_permitted_ends(
+    tmp_path: Path, actor: str
+) -> None:
+    permits: list[str] = []
+    with serving(tmp_path) as sidecar, Guard(sidecar.target) as guard:
+        read_order, _ = reader(guard)
+        kept = begin(guard, read_order, token_of(actor))
+        assert sidecar.process is not None
+        sidecar.process.send_signal(signal.SIGSTOP)
+        hangs_since = time.monotonic()
+
+        def refusal() -> str:
+            try:
+                with guard.acting_for(token_of(actor)):
+                    permits.append(read_order().id)
+            except PermitDenied as denied:
+                return denied.reason_code
+            time.sleep(0.5)
+            return ""
+
+        try:
+            while not (why := refusal()):
+                assert time.monotonic() < hangs_since + 45
+        finally:
+            sidecar.process.send_signal(signal.SIGCONT)
+    assert why in {"deadline_exceeded", "pdp_unavailable"}
+    assert set(permits) == {kept.id}
+    assert len(permits) < MAX_USES - 10  # it was not used up, nor did it expire

@@ -230,6 +230,19 @@ def test_every_message_of_a_stream_is_bound_to_its_listener(scene: Scene) -> Non
     assert answers[2].failure.reason_code == "tenant_mismatch"
 
 
+def test_a_delegation_is_bound_to_its_tenants_listener_too(scene: Scene) -> None:
+    with scene.acting(GLOBEX) as caller:
+        delegated = caller.authorization.Delegate(
+            authorization_pb2.DelegateRequest(
+                request_id=str(uuid.uuid4()), delegate="reader", tools=["orders.read"]
+            )
+        )
+    with scene.acting(None, token=delegated.token, listener="globex") as agent:
+        assert agent.authorize("orders.read").tenant_id == GLOBEX
+    refusal = scene.refusal(None, token=delegated.token, listener="acme")
+    assert refusal.reason_code == "tenant_mismatch"
+
+
 # Certificates
 
 

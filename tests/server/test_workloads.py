@@ -9,10 +9,10 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import pytest
@@ -23,6 +23,8 @@ from pdp.canonical import sha256_hex
 from pdp.client import Guard, PermitDenied
 from pdp.testing import Caller, Refusal, SidecarProcess, TokenIssuer, build_bundle, refusal_of
 from tests.server.authority import Authority
+
+_T = TypeVar("_T")
 
 ROOT = Path(__file__).parents[2]
 USERS = TokenIssuer()
@@ -390,9 +392,7 @@ def test_a_revoked_workload_asks_for_nobody_and_its_permits_are_void(scene: Scen
     ):
         permit = thief.authorize("orders.read").permit
         revoke(scene, "workload", workload, "--reason", "stolen")
-        deadline = time.monotonic() + 20
-        while (refusal := _refusal_or_none(thief)) is None:
-            assert time.monotonic() < deadline, "it was not taken up"
+        refusal = wait_until(lambda: refusal_or_none(thief))
         assert (refusal.status, refusal.reason_code) == (
             grpc.StatusCode.UNAUTHENTICATED,
             "workload_revoked",
@@ -414,12 +414,19 @@ def test_a_revoked_workload_asks_for_nobody_and_its_permits_are_void(scene: Scen
         with scene.acting(ACME) as elsewhere:
             assert elsewhere.authorize("orders.read").decision
         revoke(scene, "lift", "--workload", workload)
-        deadline = time.monotonic() + 20
-        while _refusal_or_none(thief) is not None:
-            assert time.monotonic() < deadline, "it was not lifted"
+        wait_until(lambda: refusal_or_none(thief) is None)
 
 
-def _refusal_or_none(caller: Caller) -> Refusal | None:
+def wait_until(happened: Callable[[], _T | None]) -> _T:
+    """What it gives, once that is something."""
+    deadline = time.monotonic() + 20
+    while not (found := happened()):
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+    return found
+
+
+def refusal_or_none(caller: Caller) -> Refusal | None:
     try:
         return refusal_of(caller.authorize, "orders.read")
     except AssertionError:

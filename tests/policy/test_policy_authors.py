@@ -25,6 +25,7 @@ from pdp.identity.subject import Subject
 from pdp.policy.bundle import load_bundle
 from pdp.policy.engine import Entrypoint
 from pdp.policy.question import Usage, authorize_input, budget_input
+from pdp.policy.tools import parse_visible_tools
 from pdp.policy.verdict import parse_budget_verdict, parse_limits, parse_verdict
 from pdp.policy.wasm import WasmEngine, WasmEvaluator
 from pdp.reason import ReasonCode
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.timeout(300)  # the walk is some twenty commands
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE = (ROOT / "docs" / "policy-authors.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)(?: (\S+))?\n(.*?)```", PAGE, flags=re.DOTALL)
-INPUT, DECISION, LIMITS, KINDS, PRICED = (
+INPUT, DECISION, LIMITS, KINDS, PRICED, TOOLS = (
     json.loads(text) for language, name, text in BLOCKS if language == "json" and not name
 )
 CLERK = Subject(
@@ -215,6 +216,10 @@ def test_the_starter_bundle_prices_as_told() -> None:
     with WasmEvaluator(load_bundle(ROOT / "policies" / "bundle.tar.gz")) as evaluator:
         answer = parse_budget_verdict(evaluator.evaluate(Entrypoint.BUDGET_DECISION, document))
     assert answer == parse_budget_verdict(PRICED)
+
+
+def test_the_listing_on_the_page_is_of_the_agreed_form() -> None:
+    assert [tool.name for tool in parse_visible_tools(TOOLS)] == ["orders.read", "reports.generate"]
 
 
 def test_the_ladder_is_that_of_the_starter_bundle() -> None:

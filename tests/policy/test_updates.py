@@ -30,7 +30,7 @@ def bundle(
     *,
     roles: Sequence[str] = ("viewer",),
     sequence: int | None = None,
-    roots: Sequence[str] = ("pdp", "tenants", "tools"),
+    roots: Sequence[str] = ("pdp", "tenants", "tools", "workloads"),
     data: Mapping[str, Any] | None = None,
     rules: bool = True,
 ) -> Files:
@@ -47,7 +47,11 @@ def bundle(
             "roles": {role: {"tools": ["orders.read"]} for role in roles},
             "limits": [],
         }
-        data = {"tenants": {"acme": tenant}, "tools": json.loads(STARTER["data.json"])["tools"]}
+        data = {
+            "tenants": {"acme": tenant},
+            "tools": json.loads(STARTER["data.json"])["tools"],
+            "workloads": {},
+        }
     files = {"data.json": json.dumps(data).encode()}
     if rules:
         files = {**STARTER, **files}
@@ -485,7 +489,10 @@ def test_a_failure_of_the_sidecar_itself_is_tried_again(tmp_path: Path) -> None:
 
 
 def delta(revision: str, *, role: str, sequence: int | None = None) -> Files:
-    manifest: dict[str, Any] = {"revision": revision, "roots": ["pdp", "tenants", "tools"]}
+    manifest: dict[str, Any] = {
+        "revision": revision,
+        "roots": ["pdp", "tenants", "tools", "workloads"],
+    }
     if sequence is not None:
         manifest["metadata"] = {"pdp": {"sequence": sequence}}
     patch = {

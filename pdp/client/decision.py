@@ -25,8 +25,10 @@ class Decision:
     tenant: str
     actor: str
     policy_revision: str
+    max_uses: int
+    """How many calls it allows; 0 where it allows none."""
     charges: tuple[Charge, ...]
-    """What is held for the call: budget, unit, amount."""
+    """What is held for all of them: budget, unit, amount."""
     refused_by: str
     """Id of the limit that refused; empty where none did."""
     warnings: tuple[tuple[str, int], ...]
@@ -58,6 +60,8 @@ class Decision:
             tenant=response.tenant_id,
             actor=response.actor_id,
             policy_revision=response.policy_revision,
+            # A sidecar of before says nothing of it.
+            max_uses=max(response.max_uses, 1) if response.decision else 0,
             charges=charges_of(response.hold.charges),
             refused_by=response.refused_by.limit_id,
             warnings=warnings_of(response.warnings),

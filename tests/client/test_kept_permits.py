@@ -437,6 +437,7 @@ def test_an_observer_sees_decisions_and_not_uses(
     with face.acting_for(TOKEN):
         search()
     assert len(decisions) == len(several.asked)
+    assert {decision.max_uses for decision in decisions} == {10}
 
 
 def test_closing_reports_on_what_is_kept_and_a_call_begins_anew(

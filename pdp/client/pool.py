@@ -28,8 +28,6 @@ MAX_KEPT: Final = 4_096
 """Permits that are kept at the same time; what comes beyond is for its one call."""
 MAX_KEPT_PER_TENANT: Final = 1_024
 """Of one tenant's, so that no tenant takes all the room."""
-
-
 REPORT_AGAIN_SECONDS: Final = 60.0
 """For how long a report is tried again while the sidecar can not take it in."""
 

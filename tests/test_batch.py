@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pdp import batch, decision
-from pdp.admission import Admission
+from pdp.admission import Admission, Lane
 from pdp.audit.record import AuditReceipt, AuditRecord
 from pdp.budget.sqlite import SqliteLedger
 from pdp.canonical import JsonObject, JsonValue, sha256_hex
@@ -245,8 +245,16 @@ def permit_of(permit_id: str) -> Permit:
     )
 
 
+held_up: list[tuple[asyncio.Event, asyncio.Event]] = []
+"""Where there is one, a question that is read sets the first and waits for the second."""
+
+
 def question(request_id: str, tool: str, digest: str) -> decision.Asked:
     async def read() -> decision.Question:
+        if held_up:
+            reading, release = held_up.pop()
+            reading.set()
+            await release.wait()
         return decision.Question(
             request_id=request_id,
             tool=tool,
@@ -399,3 +407,37 @@ def test_a_fault_while_a_batch_is_answered_again_undoes_nothing_of_it(tmp_path: 
         scene.ask("1", "2", power=power)
     assert scene.held() == [1, 2]
     assert codes(scene.ask("1", "2")) == ["ok", "ok"]
+
+
+def test_what_waits_to_be_let_in_leaves_with_the_batch_s_caller(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    ids = ["r-0", "r-1", "r-2"]
+    asked = batch.Batch(questions=tuple(question(each, "1", "") for each in ids))
+
+    async def run() -> tuple[batch.Result, ...]:
+        rooms, ledger, uses = scene.rooms(Power())
+        async with rooms.admission.admitted("tenant_globex", Lane.QUESTIONS):
+            asking = asyncio.create_task(
+                batch.authorize_batch(rooms, Credentials(bearer="token"), asked)
+            )
+            # One of them is let in, and holds its place; the others wait.
+            release, reading = asyncio.Event(), asyncio.Event()
+            held_up.append((reading, release))
+            await reading.wait()
+            assert rooms.admission.waiting == 2
+            rooms.admission.abandon(asking)
+            await asyncio.sleep(0)
+            assert rooms.admission.waiting == 0
+            release.set()
+            results = await asking
+        await ledger.close()
+        await uses.close()
+        return results
+
+    held_up.clear()
+    first, *rest = asyncio.run(run())
+    assert codes((first,)) == ["ok"]
+    for result in rest:
+        assert isinstance(result, PdpError)
+        assert result.reason_code == "deadline_exceeded"
+    assert scene.held() == [1]

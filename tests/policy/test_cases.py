@@ -201,6 +201,8 @@ def expected_record(case: Case, seen: Seen, number: int, revision: str) -> JsonO
         charges = list(cast("list[Any]", verdict["charge"]))
         charges.sort(key=lambda charge: (charge["budget"], charge["unit"]))
         record["charges"] = charges
+    if seen.permit is not None and seen.permit.max_uses > 1:
+        record["detail"] = {"max_uses": seen.permit.max_uses}
     return record
 
 

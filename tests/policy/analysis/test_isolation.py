@@ -92,6 +92,26 @@ service_class := {"priority": "low"} if {
     assert {leak.entrypoint for leak in found.leaks} == {"pdp/sidecar/service_class"}
 
 
+def test_a_listing_of_another_tenants_tools_is_found(build_policy: Build) -> None:
+    shared = """package pdp.tools
+
+visible := [{"name": name, "callable": true, "reason_code": "ok"} |
+	some other in data.tenants
+	some name in other.allowlist
+]
+"""
+    data: dict[str, Any] = {
+        "tenants": {
+            "acme": {"limits": [], "allowlist": ["notes.read"]},
+            "globex": {"limits": [], "allowlist": ["notes.secret"]},
+        },
+        "tools": {},
+    }
+    edits = {"pdp/tools/tools.rego": shared, "data.json": data}
+    found = searched(build_policy(leaky(**edits)))
+    assert {leak.entrypoint for leak in found.leaks} == {"pdp/tools/visible"}
+
+
 def test_a_budget_decision_out_of_another_tenants_data_is_found(build_policy: Build) -> None:
     budget = LEAKY["pdp/budget/budget.rego"]
     assert isinstance(budget, str)

@@ -168,6 +168,19 @@ def test_a_service_class_that_breaks_the_contract_is_an_error(
     )
 
 
+def test_a_listing_of_tools_that_breaks_the_contract_is_an_error(
+    sources: dict[str, bytes], opa: Path
+) -> None:
+    files = changed(sources, "pdp/tools/tools.rego", '"callable": code == "ok"', '"callable": true')
+
+    (finding,) = checked(files, opa).findings
+
+    assert finding.message.startswith(
+        "pdp/tools/visible: The policy's answer is not of the agreed form: reason_code must be"
+    )
+    assert '"action": "tools.list"' in finding.message
+
+
 def test_two_values_of_one_rule_are_an_error(sources: dict[str, bytes], opa: Path) -> None:
     files = changed(sources, AUTHZ, 'if reason_code != "ok"', 'if reason_code != "none"')
 

@@ -7,6 +7,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import pytest
 from pdp.api.v1 import authorization_pb2, budget_pb2, execution_pb2
 from pdp.batch import MAX_QUESTIONS
 from pdp.canonical import sha256_hex
+from pdp.permit.ring import LiveKeys
 from pdp.testing import Caller, SidecarProcess, TokenIssuer, build_bundle, refusal_of
+from tests.budget.redis_server import RedisServer
 
 ROOT = Path(__file__).parents[2]
 ISSUER = TokenIssuer()
@@ -301,3 +304,42 @@ def test_a_sidecar_that_is_killed_in_the_middle_leaves_no_half_a_batch(
             for batch, codes_of_it in zip(batches, expected, strict=True):
                 assert codes(ask(caller, *batch, all_or_nothing=True)) == codes_of_it
             assert held(caller, "tools-per-day") == 6 * 6 * 2
+
+
+@pytest.mark.parametrize("lease", (None, {"seconds": 60}))
+def test_a_batch_comes_to_the_same_at_every_sidecar_of_a_store(
+    tmp_path: Path, bundle: Path, redis_server: RedisServer, lease: object
+) -> None:
+    """Under a lease too, each sidecar for its own: what it holds is known to it alone."""
+    key = tmp_path / "permit-key.pem"
+    LiveKeys(key, make=True)
+    store = {"unix": str(redis_server.socket), "timeout_ms": 5000}
+    config = {
+        "permit": {"key_file": str(key), "default_audience": "tools"},
+        "budget": {"store": store, **({"lease": lease} if lease else {})},
+    }
+    places = [tmp_path / "one", tmp_path / "two"]
+    with ExitStack() as stack:
+        sidecars = []
+        for place in places:
+            place.mkdir()
+            own = SidecarProcess(place, issuer=ISSUER, bundle=bundle, config=config)
+            sidecars.append(stack.enter_context(own))
+        one, two = (stack.enter_context(acting(each, "tenant_acme")) for each in sidecars)
+        allowed = [question("orders.update", f'{{"n": {n}}}') for n in range(2)]
+        refused = [
+            *(question("orders.update", f'{{"n": {n}}}') for n in range(2)),
+            question("none"),
+        ]
+        again = one if lease else two
+        first = ask(one, *allowed, all_or_nothing=True)
+        assert codes(first) == ["ok", "ok"]
+        assert [each.answer.permit for each in ask(again, *allowed, all_or_nothing=True)] == [
+            each.answer.permit for each in first
+        ]
+        for caller in (one, again):
+            results = ask(caller, *refused, all_or_nothing=True)
+            assert codes(results) == ["batch_refused", "batch_refused", "policy_undefined"]
+        assert held(one, "tools-per-day") >= 4
+        if not lease:
+            assert held(two, "tools-per-day") == 4

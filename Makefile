@@ -7,7 +7,7 @@ OPA := .tools/opa
 REDIS := .tools/redis-server
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-kubernetes image check check-history fmt proto policies docs chart lock bench bench-budget clean
+.PHONY: help demo test test-slow test-kubernetes image sbom check check-history fmt proto policies docs chart lock bench bench-budget clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -27,6 +27,9 @@ test-kubernetes: .venv/dev $(OPA) $(KUBERNETES) image ## Image and chart at a re
 
 image: .venv/dev $(OPA) .tools/crane ## Build the image without a container engine, into dist/image
 	$(PY) scripts/build_image.py
+
+sbom: image ## Say what is in the image, as CycloneDX, in dist/sbom.cdx.json
+	$(PY) scripts/build_sbom.py
 
 SECONDS ?= 600
 SEED ?= 1

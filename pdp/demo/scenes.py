@@ -167,8 +167,8 @@ def budget_exhausted(stage: Stage) -> Ending:
 
 
 def calls_retried(stage: Stage) -> Ending:
-    """The runtime lost the answers and makes the main job's calls again, under the
-    same request ids: it gets the same permits, and the tools have seen them.
+    """The runtime lost track and makes the main job's calls again, under the same request
+    ids: it is told that they are done.
     """
     made = [
         call for call in stage.recorder.calls if (call.scene, call.outcome) == (MAIN.name, EXECUTED)
@@ -178,14 +178,26 @@ def calls_retried(stage: Stage) -> Ending:
     order = made[0].result or {}
     wanted = (stage.plan.update(), stage.plan.confirmation(order))
     calls: tuple[Call, ...] = ()
-    same_permits = True
+    same_decisions = True
     for call, first in zip(wanted, made, strict=False):
         assert first.decision is not None  # noqa: S101 - what was executed was decided on
-        permit = _permit_for(stage, call, request_id=first.decision.request_id)
-        same_permits &= permit.decision_id == first.decision.decision_id
-        calls += stage.calls_of(partial(_present, stage, permit, call))
-    holds = same_permits and set(_codes(calls)) == {ReasonCode.PERMIT_USED}
-    return Ending(calls, holds, "same permits, nothing twice")
+        again = stage.calls_of(partial(_retry, stage, call, first.decision.request_id))
+        same_decisions &= [first.decision.decision_id] == [
+            each.decision.decision_id for each in again if each.decision is not None
+        ]
+        calls += again
+    holds = same_decisions and set(_codes(calls)) == {ReasonCode.PERMIT_USED}
+    return Ending(calls, holds, "same decisions, nothing twice")
+
+
+def _retry(stage: Stage, call: ToolCall, request_id: str) -> JsonObject:
+    """Ask for a call again; whoever still gets a permit shows it to the tool."""
+
+    def ask_and_run() -> JsonObject:
+        permit = _permit_for(stage, call, request_id=request_id)
+        return _serve(stage, call)(permit.token, call.arguments)
+
+    return stage.recorder.watch(call.tool, ask_and_run)
 
 
 def sidecar_stopped(stage: Stage) -> Ending:
@@ -257,11 +269,15 @@ def _present(
     serve: Callable[[str, JsonObject], JsonObject] | None = None,
 ) -> JsonObject:
     """Show a permit to a tool server, past the guard. Raises PermitError."""
-    if serve is None:
-        serve = stage.orders.update if call.tool == "orders.update" else stage.mail.send
+    at_tool = serve or _serve(stage, call)
     return stage.recorder.watch(
-        call.tool, lambda: serve(permit.token, call.arguments), permit=permit
+        call.tool, lambda: at_tool(permit.token, call.arguments), permit=permit
     )
+
+
+def _serve(stage: Stage, call: ToolCall) -> Callable[[str, JsonObject], JsonObject]:
+    """The tool server of a call."""
+    return stage.orders.update if call.tool == "orders.update" else stage.mail.send
 
 
 def _refused(calls: tuple[Call, ...], reason_code: ReasonCode) -> Ending:

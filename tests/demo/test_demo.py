@@ -149,7 +149,7 @@ def test_the_request_goes_through_the_five_steps_tool_by_tool(json_run: JsonRun)
         ("permit_with_other_arguments", [("execute", "permit_mismatch")]),
         ("permit_at_other_tenants_tool", [("execute", "permit_mismatch")]),
         ("budget_exhausted", [("authorize", "tenant_budget_exceeded")]),
-        ("calls_retried", [("execute", "permit_used"), ("execute", "permit_used")]),
+        ("calls_retried", [("authorize", "permit_used")]),
         ("sidecar_stopped", [("execute", "pdp_unavailable"), ("identify", "pdp_unavailable")]),
     ),
 )

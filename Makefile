@@ -76,6 +76,8 @@ bench: .venv/dev $(OPA) ## Measure stub, policy, reloads, ledger, imports, and a
 	$(PY) bench/bench_import.py
 	$(PY) bench/bench_ledger.py
 	$(PY) bench/bench_guard.py
+	$(PY) bench/bench_stream.py
+	$(PY) bench/bench_reusable.py
 	$(PY) bench/bench_policy.py
 	$(PY) bench/bench_reload.py
 	$(PY) bench/bench_matrix.py

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -43,6 +44,7 @@ class Pod:
         """``images``: by container the folder that its image unpacks to."""
         self.spec: Object = manifest["spec"]
         self.name = name
+        self.namespace: str = manifest["metadata"]["namespace"]
         self.directory = directory
         self._images = images
         self._sources = {"configMap": config_maps, "secret": secrets}
@@ -222,7 +224,7 @@ class Pod:
             "groups": [self._fs_group],
             "environment": {
                 "PATH": "/usr/bin",
-                **{each["name"]: self._value(each) for each in container.get("env", ())},
+                **self._environment(container),
             },
             "command": command,
         }
@@ -235,11 +237,19 @@ class Pod:
             )
         self.events.append(f"{name} started")
 
-    def _value(self, variable: Object) -> str:
-        if "value" in variable:
-            return str(variable["value"])
-        assert variable["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.name"
-        return self.name
+    def _environment(self, container: Object) -> dict[str, str]:
+        """Variables may name those before them: $(NAME)."""
+        of_pod = {"metadata.name": self.name, "metadata.namespace": self.namespace}
+        found: dict[str, str] = {}
+        for variable in container.get("env", ()):
+            if "value" in variable:
+                value = re.sub(
+                    r"\$\((\w+)\)", lambda match: found.get(match[1], match[0]), variable["value"]
+                )
+            else:
+                value = of_pod[variable["valueFrom"]["fieldRef"]["fieldPath"]]
+            found[variable["name"]] = value
+        return found
 
     def _make_volume(self, volume: Object) -> None:
         folder = self.volume(volume["name"])

@@ -47,11 +47,11 @@ def test_what_is_rendered_is_what_was_reviewed(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_an_api_server_takes_every_manifest(cluster: Cluster, case: str) -> None:
+def test_an_api_server_takes_every_manifest(cluster: Cluster, agents: str, case: str) -> None:
     namespaces = [f"agents-{case}"]
     manifests = rendered(case, namespaces[0], release=case)
-    named = {each["metadata"].get("namespace") for each in objects(manifests)} - {None}
-    for namespace in named:
+    named = {each["metadata"].get("namespace") for each in objects(manifests)}
+    for namespace in named - {None, agents}:
         cluster.make_namespace(namespace)
     for dry_run in (True, False):
         applied = cluster.apply(manifests, dry_run=dry_run)
@@ -184,6 +184,53 @@ def test_a_wrong_value_is_refused_by_its_name(setting: str, told: str) -> None:
             namespace="agents",
         )
     assert told in str(caught.value).replace("'", "")
+
+
+def test_a_policy_of_the_network_guards_the_metrics_and_leaves_the_agent_its_ports() -> None:
+    policies = [each for each in objects(rendered("shared")) if each["kind"] == "NetworkPolicy"]
+    namespaces = {each["metadata"]["namespace"] for each in policies}
+    assert namespaces == {"agents", "agents-blue", "agents-green"}, "policies count where pods are"
+    for policy in policies:
+        of_agent, metrics = policy["spec"]["ingress"]
+        assert "from" not in of_agent, "whoever could reach the agent still can"
+        open_ports = {
+            port
+            for each in of_agent["ports"]
+            if each["protocol"] == "TCP"
+            for port in range(each["port"], each["endPort"] + 1)
+        }
+        assert open_ports == set(range(1, 65536)) - {9464}
+        assert metrics["ports"] == [{"port": 9464, "protocol": "TCP"}]
+        assert metrics["from"]
+
+
+def test_without_scrapers_nobody_in_the_network_reaches_the_metrics() -> None:
+    manifests = rendered("shared", **{"networkPolicy.metricsFrom": "null"})
+    (policy, *_) = (each for each in objects(manifests) if each["kind"] == "NetworkPolicy")
+    assert len(policy["spec"]["ingress"]) == 1
+
+
+def test_a_cluster_without_native_sidecars_takes_the_plain_container() -> None:
+    options = (f"--values={CHART / 'values-plain-container.yaml'}", "--kube-version=1.27.0")
+    assert render(CHART, *options, "--set=injection.enabled=true", namespace="agents")
+    native = ("--set=injection.enabled=true", "--set=nativeSidecar=true")
+    with pytest.raises(RuntimeError, match="this cluster has none"):
+        render(CHART, *options, *native, namespace="agents")
+
+
+def test_agents_of_two_charts_in_one_namespace_have_a_configuration_each(
+    example_chart: Path,
+) -> None:
+    names = set()
+    for release in ("blue", "green"):
+        manifests = objects(render(example_chart, release=release, namespace="agents"))
+        by_kind = {each["kind"]: each for each in manifests}
+        name = by_kind["ConfigMap"]["metadata"]["name"]
+        template = by_kind["Deployment"]["spec"]["template"]
+        assert {"name": "pdp-config", "configMap": {"name": name}} in template["spec"]["volumes"]
+        assert template["metadata"]["labels"]["agent-pdp/inject"] == "enabled"
+        names.add(name)
+    assert len(names) == 2
 
 
 def test_the_schema_is_made_of_the_comments() -> None:

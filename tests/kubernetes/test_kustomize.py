@@ -70,6 +70,6 @@ def test_the_sidecar_is_the_one_of_the_chart(example_chart: Path) -> None:
         spec["initContainers"][0]["volumeMounts"].sort(key=lambda mount: mount["name"])
         spec["volumes"].sort(key=lambda volume: volume["name"])
         for volume in spec["volumes"]:
-            if volume["name"] == "pdp-config":  # here with a digest of its content
+            if volume["name"] == "pdp-config":  # with a digest of its content, or a release
                 volume["configMap"]["name"] = "pdp-config"
     assert overlay == rendered

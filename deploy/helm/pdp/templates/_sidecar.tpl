@@ -2,13 +2,14 @@
 What another chart takes to put the sidecar into its own pods, with this chart as a
 dependency (docs/kubernetes.md):
 
+  labels:          agent-pdp/inject: enabled (what NetworkPolicy and PodMonitor select by)
   initContainers:  {{ include "pdp.container" .Subcharts.pdp | nindent 4 }}
   volumes:         {{ include "pdp.volumes" .Subcharts.pdp | nindent 4 }}
   in the agent's container:
     env:           {{ include "pdp.agentEnv" .Subcharts.pdp | nindent 8 }}
     volumeMounts:  {{ include "pdp.agentMounts" .Subcharts.pdp | nindent 8 }}
 
-Each is a YAML list.
+Each include is a YAML list.
 */}}
 
 {{- define "pdp.image" -}}
@@ -30,11 +31,14 @@ Each is a YAML list.
 {{- $_ := required "config.identity is required: whose tokens are trusted" .Values.config.identity -}}
 {{- $_ := required "config.policy is required: what decides" .Values.config.policy -}}
 {{- $limits := mergeOverwrite (dict "drain_seconds" .Values.drainSeconds) (deepCopy (.Values.config.limits | default dict)) -}}
-{{- $listen := dict "unix" "/run/pdp/pdp.sock" "unix_mode" "0660" "metrics" (printf "0.0.0.0:%d" (int .Values.metricsPort)) -}}
+{{- $listen := dict "unix" "/run/pdp/pdp.sock" "unix_mode" "0660" "metrics" (printf "%s:%d" .Values.metricsHost (int .Values.metricsPort)) -}}
 {{- merge (dict "state_dir" "/var/lib/pdp/state" "listen" $listen "limits" $limits) (deepCopy .Values.config) | toYaml -}}
 {{- end -}}
 
 {{- define "pdp.container" -}}
+{{- if and .Values.nativeSidecar (semverCompare "<1.29.0-0" .Capabilities.KubeVersion.Version) -}}
+{{- fail "nativeSidecar: this cluster has none, which begin with 1.29; set it to false" -}}
+{{- end -}}
 - name: pdp
   image: {{ include "pdp.image" . | quote }}
   imagePullPolicy: {{ .Values.image.pullPolicy }}
@@ -49,10 +53,17 @@ Each is a YAML list.
         command: ["python3", "-c", "import time; time.sleep({{ .Values.drainSeconds }})"]
   {{- end }}
   env:
-    - name: PDP_INSTANCE
+    - name: POD_NAMESPACE
+      valueFrom:
+        fieldRef:
+          fieldPath: metadata.namespace
+    - name: POD_NAME
       valueFrom:
         fieldRef:
           fieldPath: metadata.name
+    # A name alone is not unique: pods of StatefulSets have it once in each namespace.
+    - name: PDP_INSTANCE
+      value: $(POD_NAMESPACE)/$(POD_NAME)
     {{- with .Values.env }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
@@ -71,13 +82,16 @@ Each is a YAML list.
       path: /readyz
       port: pdp-metrics
     periodSeconds: 5
+    timeoutSeconds: 3
     failureThreshold: 2
   livenessProbe:
     httpGet:
       path: /healthz
       port: pdp-metrics
+    # A sidecar that is slow, for want of CPU, is not helped by a restart.
     periodSeconds: 10
-    failureThreshold: 3
+    timeoutSeconds: 5
+    failureThreshold: 6
   resources:
     {{- toYaml .Values.resources | nindent 4 }}
   securityContext:
@@ -184,8 +198,9 @@ Each is a YAML list.
 {{- end }}
 {{- end -}}
 
+{{/* Injected pods, wherever they are, have it by one name. */}}
 {{- define "pdp.configName" -}}
-pdp-config
+{{- if not .Chart.IsRoot }}{{ .Release.Name }}-{{ end }}pdp-config
 {{- end -}}
 
 {{- define "pdp.labels" -}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -41,13 +41,16 @@ class OrganisationFile:
         """See Organisations.get."""
         return self._tenants.get(organisation)
 
-    async def keep_looking(self) -> None:
+    async def keep_looking(self, changed: Callable[[], None]) -> None:
         """Look twice a second whether it has changed. One that can not be used leaves what
-        was read before in force.
+        was read before in force. ``changed`` is called once another one is.
         """
         while True:
             await asyncio.sleep(LOOK_SECONDS)
+            before = self._tenants
             await self.look()
+            if self._tenants is not before:
+                changed()
 
     async def look(self) -> None:
         """Take the file up, if it has changed."""

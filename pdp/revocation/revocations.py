@@ -161,7 +161,7 @@ class Revocations:
             revoked = [each for each in self._known.values() if before.get(each.target) != each]
             if revoked:
                 # First of all: it is in force, whether or not it can be put on record.
-                self._tell()
+                self.tell()
             if heard is not None:
                 for target in before.keys() - self._known.keys():
                     await heard(before[target], False)
@@ -184,9 +184,10 @@ class Revocations:
                     _log.error("revocations can not be read: %s", told)
                 self._failing = True
                 if self._stale:
-                    self._tell()  # nobody is known not to be revoked
+                    self.tell()  # nobody is known not to be revoked
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
+        """Have whoever waits look again who may still act."""
         self.generation += 1
         news, self._news = self._news, asyncio.Event()
         news.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 
 from pdp.config import Config, JwtIssuer, SingleTenantIdentity, TenantClaim, WorkloadIdentity
 from pdp.config import WorkloadIssuer as WorkloadIssuerSettings
@@ -23,9 +24,11 @@ def open_identity(
     keys: LiveKeys,
     trusted_keys: TrustedKeys,
     stack: contextlib.AsyncExitStack,
+    *,
+    changed: Callable[[], None],
 ) -> IdentityResolver:
     """Who tells whose call it is. ``keys`` are the permit keys, which sign delegations too.
-    Raises KeySourceError, OrganisationFileError, PermitError.
+    ``changed`` is called when a token may be another tenant's than before. Raises KeySourceError, OrganisationFileError, PermitError.
     """
     identity = config.identity
     if isinstance(identity, SingleTenantIdentity):
@@ -35,7 +38,7 @@ def open_identity(
         routes = Routes()
     else:
         actors = TokenIdentity(
-            [_issuer(issuer, trusted_keys, stack) for issuer in identity.issuers]
+            [_issuer(issuer, trusted_keys, stack, changed) for issuer in identity.issuers]
         )
         routes = Routes(
             listeners={
@@ -60,7 +63,10 @@ def open_identity(
 
 
 def _issuer(
-    settings: JwtIssuer, trusted_keys: TrustedKeys, stack: contextlib.AsyncExitStack
+    settings: JwtIssuer,
+    trusted_keys: TrustedKeys,
+    stack: contextlib.AsyncExitStack,
+    changed: Callable[[], None],
 ) -> Issuer:
     return Issuer(
         issuer=settings.issuer,
@@ -68,7 +74,7 @@ def _issuer(
         types=frozenset(kind.lower() for kind in settings.types),
         algorithms=frozenset(settings.algorithms),
         keys=trusted_keys.open(settings, settings.issuer),
-        tenant=_tenant_rule(settings.tenant, stack),
+        tenant=_tenant_rule(settings.tenant, stack, changed),
         actor_claim=settings.actor_claim,
         actor_prefix=settings.actor_prefix,
         roles_claim=settings.roles_claim,
@@ -80,7 +86,9 @@ def _issuer(
     )
 
 
-def _tenant_rule(settings: TenantClaim, stack: contextlib.AsyncExitStack) -> TenantRule:
+def _tenant_rule(
+    settings: TenantClaim, stack: contextlib.AsyncExitStack, changed: Callable[[], None]
+) -> TenantRule:
     tenants = None if settings.tenants is None else frozenset(settings.tenants)
     if settings.fixed is not None:
         return TenantRule(fixed=settings.fixed)
@@ -91,7 +99,7 @@ def _tenant_rule(settings: TenantClaim, stack: contextlib.AsyncExitStack) -> Ten
             claim=settings.claim, organisations=settings.organisations, tenants=tenants
         )
     organisations = OrganisationFile(settings.organisations_file)
-    stack.callback(asyncio.create_task(organisations.keep_looking()).cancel)
+    stack.callback(asyncio.create_task(organisations.keep_looking(changed)).cancel)
     return TenantRule(claim=settings.claim, organisations=organisations, tenants=tenants)
 
 

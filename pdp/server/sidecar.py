@@ -117,7 +117,7 @@ async def open_rooms(
         )
         await stack.enter_async_context(classes.kept_current())
         stack.callback(asyncio.create_task(keys.keep_looking()).cancel)
-        identity = open_identity(config, keys, trusted_keys, stack)
+        identity = open_identity(config, keys, trusted_keys, stack, changed=revocations.tell)
         await stack.enter_async_context(trusted_keys.kept_fresh())
         yield Rooms(
             identity=identity,

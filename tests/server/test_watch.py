@@ -185,6 +185,7 @@ def test_what_happens_while_a_watcher_is_slow_becomes_one_event_of_each_kind() -
 # A real sidecar
 
 ROOT = Path(__file__).parents[2]
+OPA = ROOT / ".tools/opa"
 ISSUER = TokenIssuer()
 
 
@@ -252,6 +253,31 @@ def test_an_event_does_not_say_who_was_revoked(sidecar: SidecarProcess) -> None:
 
 
 @pytest.mark.slow  # it is believed for ten seconds
+def test_an_organisation_that_becomes_another_tenant_is_told(tmp_path: Path) -> None:
+    organisations = tmp_path / "organisations.json"
+    organisations.write_text('{"org-1": "tenant_acme"}', encoding="utf-8")
+    issuer = {
+        "issuer": ISSUER.issuer,
+        "audiences": [ISSUER.audience],
+        "jwks_file": str(ISSUER.write_jwks(tmp_path / "keys.json")),
+        "tenant": {"claim": "org", "organisations_file": str(organisations)},
+    }
+    bundle = build_bundle(ROOT / "tests/server/policy", tmp_path / "b.tar.gz", opa=OPA)
+    config = {"identity": {"mode": "jwt", "issuers": [issuer]}}
+    token = ISSUER.token(None, "user-7", org="org-1")
+    with (
+        SidecarProcess(tmp_path, issuer=ISSUER, bundle=bundle, config=config) as process,
+        Caller(process.target, token=token) as caller,
+    ):
+        events = watching(caller)
+        beside = tmp_path / "beside.json"
+        beside.write_text('{"org-1": "tenant_globex"}', encoding="utf-8")
+        beside.replace(organisations)
+        assert next(events).HasField("revoked")
+        assert caller.authorize("orders.read").tenant_id == "tenant_globex"
+        events.cancel()
+
+
 def test_where_it_can_not_be_told_who_is_revoked_every_watch_ends(tmp_path: Path) -> None:
     bundle = build_bundle(
         ROOT / "tests/server/policy", tmp_path / "bundle.tar.gz", opa=ROOT / ".tools/opa"

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import logging
 import re
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,9 @@ START_SECONDS: Final = 10.0
 """How long the first look at the store may take, however short its operations are."""
 MAX_WAITING: Final = 4096
 """Operations under way and waiting at most; one more is refused at once."""
+FREE_SECONDS: Final = 60.0
+"""A connection that was not needed for so long is closed: what one moment needed is not
+held open for ever by each of thousands of sidecars."""
 TRIES: Final = 3
 """How often an operation is sent where the store does not take it, or the connection
 breaks. Every script can be sent twice: it knows its own first answer."""
@@ -316,17 +320,27 @@ class _PoolSender:
     the free ones are kept here, so that giving one back never waits.
     """
 
-    def __init__(self, pool: ConnectionPool, sentinels: Sequence[Redis] = ()) -> None:
+    def __init__(
+        self,
+        pool: ConnectionPool,
+        sentinels: Sequence[Redis] = (),
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._pool = pool
         self._sentinels = sentinels
-        self._free: list[Any] = []
+        self._clock = clock
+        self._free: list[tuple[Any, float]] = []
+        """Each with the time since when it is free; the last is used next, so that the
+        first is one that is not needed."""
         self._failures = 0
 
     async def send(self, key: str, request: _Request) -> Any:  # noqa: ANN401, ARG002
         """See _Sender.send."""
-        connection = (
-            self._free.pop() if self._free else self._pool.make_connection()  # type: ignore[no-untyped-call]
-        )
+        if self._free:
+            connection, _ = self._free.pop()
+        else:
+            connection = self._pool.make_connection()  # type: ignore[no-untyped-call]
         failures = self._failures
         try:
             await connection.connect()
@@ -347,10 +361,14 @@ class _PoolSender:
         """Where one connection failed meanwhile, the others lead to the same server, which
         is to be looked at anew.
         """
-        if failures == self._failures:
-            self._free.append(connection)
-        else:
+        if failures != self._failures:
             await connection.disconnect(nowait=True)
+            return
+        now = self._clock()
+        self._free.append((connection, now))
+        if now - self._free[0][1] > FREE_SECONDS:
+            unneeded, _ = self._free.pop(0)
+            await unneeded.disconnect(nowait=True)
 
     async def places(self) -> Sequence[str]:
         """See _Sender.places."""
@@ -364,7 +382,7 @@ class _PoolSender:
 
     async def _close_free(self) -> None:
         free, self._free = self._free, []
-        for connection in free:
+        for connection, _ in free:
             await connection.disconnect(nowait=True)
 
 

@@ -15,12 +15,14 @@ MAX_RETRY_AFTER_SECONDS: Final = 600.0
 
 class Pace:
     """When to ask again: regularly, moved a little so that sidecars spread, and after a
-    failure soon, then less and less often.
+    failure soon, then less and less often. The first time it is anywhere within a regular
+    wait: sidecars that have started together do not ask together.
     """
 
     def __init__(self, poll_seconds: float, *, draw: Callable[[], float] = random.random) -> None:
         self._poll_seconds = poll_seconds
         self._draw = draw
+        self._is_first = True
         self._failures = 0
         self._asked_for = 0.0
 
@@ -41,7 +43,11 @@ class Pace:
             longest = FIRST_RETRY_SECONDS * 2.0 ** min(self._failures - 1, 16)
             back_off = self._between(0.5, 1.0) * min(longest, self._poll_seconds)
             return max(back_off, self._between(1.0, 1.1) * self._asked_for)
-        return self._between(0.9, 1.1) * self._poll_seconds if regular is None else regular
+        if regular is not None:
+            return regular
+        share = self._between(0.0 if self._is_first else 0.9, 1.0 if self._is_first else 1.1)
+        self._is_first = False
+        return share * self._poll_seconds
 
     def _between(self, least: float, most: float) -> float:
         return least + (most - least) * self._draw()

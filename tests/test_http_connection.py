@@ -155,8 +155,15 @@ def test_a_secret_is_one_line_of_text(tmp_path: Path, content: bytes) -> None:
 def test_a_pace_is_regular_and_moved_by_up_to_a_tenth() -> None:
     drawn = itertools.cycle((0.0, 0.5, 1.0))
     pace = Pace(60, draw=lambda: next(drawn))
+    pace.seconds()
+    next(drawn), next(drawn)
     assert [pace.seconds() for _ in range(3)] == pytest.approx([54, 60, 66])
     assert pace.seconds(regular=0.5) == 0.5
+
+
+@pytest.mark.parametrize(("drawn", "waits"), ((0.0, 0), (0.25, 15), (1.0, 60)))
+def test_sidecars_that_start_together_do_not_ask_together(drawn: float, waits: float) -> None:
+    assert Pace(60, draw=lambda: drawn).seconds() == waits
 
 
 def test_failures_make_the_pace_slower_and_a_success_ends_that() -> None:

@@ -62,7 +62,8 @@ class KeyCache:
         self._fetching: asyncio.Task[None] | None = None
         self._may_ask_at = self._poll_at = clock()
         if keys is not None:
-            self._poll_at += poll_seconds
+            # Anywhere within it: sidecars that have started together do not ask together.
+            self._poll_at += poll_seconds * draw()
 
     @property
     def place(self) -> str:

@@ -483,3 +483,16 @@ def test_keys_rotate_under_load_and_no_good_token_is_refused(
     assert set(outcomes) == {"ok"}
     # While a fetch is under way it can not be told whether there is such a key.
     assert set(made_up) <= {"token_invalid", "keys_unavailable"}
+
+
+@pytest.mark.parametrize("drawn", (0.0, 0.5, 1.0))
+def test_sidecars_that_start_together_do_not_ask_together(clock: Clock, drawn: float) -> None:
+    cache = KeyCache(
+        JwksUrl("http://127.0.0.1:1/jwks.json", ca_file=None),
+        poll_seconds=300,
+        max_age_seconds=3_600,
+        keys={},
+        clock=clock,
+        draw=lambda: drawn,
+    )
+    assert cache._poll_at - clock.now == drawn * 300

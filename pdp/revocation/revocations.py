@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from pdp.reason import ReasonCode
 MAX_REVOCATIONS: Final = 10_000
 MAX_BYTES: Final = 8 * 1024 * 1024
 LOOK_SECONDS: Final = 0.5
+LONGEST_PAUSE_SECONDS: Final = 2.0
+"""Between two looks at a store that can not be read. A store that comes back is not met by
+every sidecar at the same moment."""
 STALE_SECONDS: Final = 10.0
 """For how long what was read last counts where the store can not be read."""
 
@@ -108,11 +112,13 @@ class Revocations:
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
         stale_seconds: float = STALE_SECONDS,
+        draw: Callable[[], float] = random.random,
     ) -> None:
         self._store = store
         self._clock = clock
         self._monotonic = monotonic
         self._stale_seconds = stale_seconds
+        self._draw = draw
         self._known: Known = {}
         self._version: str | None = None
         self._seen_at = 0.0
@@ -172,10 +178,14 @@ class Revocations:
             _log.warning("revocations can be read again")
         self._failing = False
 
+    def _pause(self) -> float:
+        longer = (LONGEST_PAUSE_SECONDS - LOOK_SECONDS) * self._draw() if self._failing else 0.0
+        return LOOK_SECONDS + longer
+
     async def keep_looking(self, heard: Heard | None = None) -> None:
-        """Look twice a second, whatever happens."""
+        """Look twice a second, and less often while the store can not be read."""
         while True:
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(self._pause())
             try:
                 await self.look(heard)
             except Exception as error:  # noqa: BLE001 - whatever it is, they grow stale

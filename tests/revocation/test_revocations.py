@@ -189,6 +189,27 @@ def test_a_store_that_fails_for_long_lets_nobody_act(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_sidecars_whose_looks_fail_together_do_not_look_together_again(tmp_path: Path) -> None:
+    async def pauses(drawn: float) -> tuple[float, float, float]:
+        path = tmp_path / f"revocations-{drawn}.json"
+        revocations = Revocations(RevocationFile(path), draw=lambda: drawn)
+        await revocations.look()
+        before = revocations._pause()
+        path.write_text("nonsense")
+        looking = asyncio.create_task(revocations.keep_looking())
+        async with asyncio.timeout(10):
+            while not revocations._failing:  # noqa: ASYNC110 - nobody is told
+                await asyncio.sleep(0.01)
+        looking.cancel()
+        failing = revocations._pause()
+        path.unlink()
+        await revocations.look()
+        return before, failing, revocations._pause()
+
+    assert asyncio.run(pauses(0.0)) == (0.5, 0.5, 0.5)
+    assert asyncio.run(pauses(1.0)) == (0.5, 2.0, 0.5)
+
+
 def test_a_store_that_fails_in_a_way_nobody_thought_of_lets_nobody_act_either(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

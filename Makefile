@@ -15,8 +15,10 @@ help: ## List the commands
 demo: .venv/demo ## Watch the main job and the attacks on it (no Go, no service needed)
 	@.venv/bin/pdp demo
 
+# A file's tests share what they start, so they stay together.
+WORKERS ?= --numprocesses=auto --maxprocesses=4 --dist=loadscope
 test: .venv/dev $(OPA) .tools/regal .tools/opa-cases .tools/jose $(REDIS) ## Set up what the tests need and run them
-	@.venv/bin/pytest -m "not slow and not kubernetes" --cov --cov-report=term
+	@.venv/bin/pytest -m "not slow and not kubernetes" $(WORKERS) --cov --cov-report=term
 
 test-slow: .venv/dev $(OPA) .tools/opa-cases .tools/crane .tools/toxiproxy-server $(REDIS) ## The suites that take longer: kill loops, long property tests
 	@.venv/bin/pytest -m slow
@@ -48,6 +50,7 @@ check: .venv/dev $(OPA) .tools/regal ## Lint, types, and that everything generat
 	.tools/regal lint policies
 	$(OPA) test --bundle policies
 	$(PY) scripts/build_policies.py --check
+	$(PY) scripts/generate_chart_schema.py --check
 
 fmt: .venv/dev $(OPA) ## Format Python, proto and Rego
 	.venv/bin/ruff check --fix --quiet . || true

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from typing import Any, Protocol
 
 from pdp.canonical import JsonObject, JsonValue
-from pdp.permit import Permit, PermitVerifier
+from pdp.permit import Permit, PermitError, PermitVerifier
+from pdp.reason import ReasonCode
 
 Function = Callable[..., Any]
 """What a tool does."""
@@ -33,14 +35,18 @@ class PermitDoor:
         redeemer: Redeemer | None,
         *,
         only_tenant: str | None = None,
+        only_bound: bool | AbstractSet[str] = False,
     ) -> None:
-        """``only_tenant`` is for a server that serves one tenant. ``redeemer`` None is for a
+        """``only_tenant`` is for a server that serves one tenant. ``only_bound`` names the
+        tools that take no permit for whatever arguments, True being all of them: what
+        changes something, where the policy is not to be alone in saying so. ``redeemer`` None is for a
         server that can not reach the sidecar, and whose tools may run twice without harm:
         a permit then counts as often as it is shown, until it expires.
         """
         self._verifier = verifier
         self._redeemer = redeemer
         self._only_tenant = only_tenant
+        self._only_bound = only_bound
 
     def admit(
         self, permit: str, *, tool: str, arguments: JsonObject, certificate_sha256: str = ""
@@ -56,9 +62,18 @@ class PermitDoor:
             tenant=self._only_tenant,
             certificate_sha256=certificate_sha256,
         )
+        if not verified.arguments_sha256 and self._must_be_bound(tool):
+            raise PermitError(
+                ReasonCode.PERMIT_MISMATCH,
+                "The tool takes no permit for whatever arguments: let the policy bind them.",
+            )
         if self._redeemer is not None:
             self._redeemer.redeem(verified)
         return verified
+
+    def _must_be_bound(self, tool: str) -> bool:
+        only_bound = self._only_bound
+        return only_bound if isinstance(only_bound, bool) else tool in only_bound
 
     async def admit_async(
         self, permit: str, *, tool: str, arguments: JsonObject, certificate_sha256: str = ""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pdp.canonical import JsonValue
+from pdp.canonical import JsonObject, JsonValue
 from pdp.permit import Permit, PermitError
 from pdp.tool import PermitDoor
 from tests.tool.permits import ORDER, Register, permit, verifier
@@ -76,6 +76,27 @@ def test_a_server_of_one_tenant_lets_no_other_in() -> None:
         "permit_mismatch",
         lambda: door.admit(permit().token, tool="orders.update", arguments=ORDER),
     )
+
+
+def test_what_changes_something_takes_no_permit_for_whatever_arguments() -> None:
+    for only_bound in (True, {"orders.update"}):
+        register = Register()
+        door = PermitDoor(verifier(), register, only_bound=only_bound)
+        wide, bound = permit(arguments_sha256="", max_uses=5).token, permit().token
+        refused(
+            "permit_mismatch",
+            lambda door=door, wide=wide: door.admit(wide, tool="orders.update", arguments=ORDER),
+        )
+        assert register.used == []
+        assert door.admit(bound, tool="orders.update", arguments=ORDER).token == bound
+
+
+def test_the_other_tools_of_a_server_may_take_one() -> None:
+    door = PermitDoor(verifier(), Register(), only_bound={"orders.update"})
+    wide = permit("orders.read", arguments_sha256="", max_uses=2).token
+    for order_id in ("1", "2"):
+        arguments: JsonObject = {"order_id": order_id}
+        assert door.admit(wide, tool="orders.read", arguments=arguments).token == wide
 
 
 def test_without_a_redeemer_a_permit_counts_until_it_expires() -> None:

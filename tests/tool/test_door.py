@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -83,10 +84,7 @@ def test_what_changes_something_takes_no_permit_for_whatever_arguments() -> None
         register = Register()
         door = PermitDoor(verifier(), register, only_bound=only_bound)
         wide, bound = permit(arguments_sha256="", max_uses=5).token, permit().token
-        refused(
-            "permit_mismatch",
-            lambda door=door, wide=wide: door.admit(wide, tool="orders.update", arguments=ORDER),
-        )
+        refused("permit_mismatch", partial(door.admit, wide, tool="orders.update", arguments=ORDER))
         assert register.used == []
         assert door.admit(bound, tool="orders.update", arguments=ORDER).token == bound
 

@@ -305,6 +305,7 @@ def issuer_of(
     *,
     keys_version: Callable[[], object],
     tenants: frozenset[str] | None = None,
+    check: Callable[[Subject], None] = lambda _: None,
 ) -> DelegationIssuer:
     """Who has made a delegation, by the keys that its permits are signed with."""
     return DelegationIssuer(
@@ -312,4 +313,5 @@ def issuer_of(
         verify=partial(jws.verify, find_key=keys.find, kind=TYPE),
         keys_version=keys_version,
         tenants=tenants,
+        check=check,
     )

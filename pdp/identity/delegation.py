@@ -48,7 +48,10 @@ class DelegationIssuer:
     keys_version: Callable[[], object]
     """Another value whenever their keys change."""
     tenants: frozenset[str] | None = None
-    """Those that they may name; None for all, as of this sidecar's own."""
+    """Those that they may name; None for all."""
+    check: Callable[[Subject], None] = lambda _: None
+    """Raises IdentityError where the subject could not be of its tenant by now. Asked with
+    every call, as a delegation outlives what it was made by."""
 
 
 class DelegatedIdentity:
@@ -69,7 +72,7 @@ class DelegatedIdentity:
         self._otherwise = otherwise
         self._issuers = {issuer.name: issuer for issuer in issuers}
         self._clock = clock
-        self._cache: OrderedDict[bytes, Subject] = OrderedDict()
+        self._cache: OrderedDict[bytes, tuple[Subject, DelegationIssuer]] = OrderedDict()
         self._cache_entries = cache_entries
         self._keys_version = self._version()
 
@@ -85,25 +88,26 @@ class DelegatedIdentity:
             self._cache.clear()
             self._keys_version = version
         digest = hashlib.sha256(token.encode("ascii")).digest()
-        subject = self._cache.get(digest)
-        if subject is None:
-            subject = self._verified(token)
-            self._cache[digest] = subject
+        known = self._cache.get(digest)
+        if known is None:
+            known = self._cache[digest] = self._verified(token)
             if len(self._cache) > self._cache_entries:
                 self._cache.popitem(last=False)
+        subject, issuer = known
         if self._clock() >= subject.expires_at:
             self._cache.pop(digest, None)
             raise IdentityError(
                 ReasonCode.TOKEN_EXPIRED,
                 "The delegation has expired; ask whoever delegated for a new one.",
             )
+        issuer.check(subject)
         self._cache.move_to_end(digest)
         return subject
 
     def _version(self) -> tuple[object, ...]:
         return tuple(issuer.keys_version() for issuer in self._issuers.values())
 
-    def _verified(self, token: str) -> Subject:
+    def _verified(self, token: str) -> tuple[Subject, DelegationIssuer]:
         issuer = self._issuers.get(_issuer_name(token))
         if issuer is None:
             raise invalid("is of an issuer that is not trusted here")
@@ -121,7 +125,7 @@ class DelegatedIdentity:
         issued_at = claims["iat"]
         if isinstance(issued_at, int) and self._clock() < issued_at - LEEWAY_SECONDS:
             raise invalid("is not valid yet (nbf)")
-        return subject
+        return subject, issuer
 
 
 def is_delegation(token: str) -> bool:

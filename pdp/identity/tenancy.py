@@ -61,6 +61,14 @@ class TenantRule:
             )
         return tenant
 
+    def check_still(self, tenant: str, *, organisation: str, actor: str) -> None:
+        """Raises IdentityError where a token of the issuer, for this organisation if it has
+        one, could not be of the tenant now, whatever it was before.
+        """
+        named = organisation if self.organisations is not None else tenant
+        expected = self.tenant_of(named, route_tenant=tenant, actor=actor)
+        agreed((Source("token", tenant), Source("issuer", expected)), actor=actor)
+
     @property
     def _missing(self) -> str:
         if self.by_route:
@@ -73,7 +81,8 @@ class Source:
     """What one trusted source says."""
 
     name: str
-    """"token", "listener", "workload" or "server_name"."""
+    """"token", "issuer" (what the user's issuer says by now), "listener", "workload" or
+    "server_name"."""
     tenant: str
 
 
@@ -85,7 +94,7 @@ def agreed(sources: Sequence[Source], *, actor: str | None = None) -> str:
     if len(tenants) > 1:
         raise IdentityError(
             ReasonCode.TENANT_MISMATCH,
-            "The token and the routes of the call do not all name the same tenant.",
+            "The token, its issuer and the routes of the call do not all name the same tenant.",
             actor=actor,
             sources=tuple((source.name, source.tenant) for source in sources),
         )

@@ -35,11 +35,12 @@ def open_identity(
         actors: IdentityResolver = SingleTenant(
             actor=identity.actor, roles=tuple(identity.roles), scopes=tuple(identity.scopes)
         )
+        rules = {"": TenantRule(fixed=SingleTenant.TENANT)}
         routes = Routes()
     else:
-        actors = TokenIdentity(
-            [_issuer(issuer, trusted_keys, stack, changed) for issuer in identity.issuers]
-        )
+        issuers = [_issuer(issuer, trusted_keys, stack, changed) for issuer in identity.issuers]
+        rules = {issuer.issuer: issuer.tenant for issuer in issuers}
+        actors = TokenIdentity(issuers)
         routes = Routes(
             listeners={
                 route.listener: route.tenant
@@ -58,7 +59,7 @@ def open_identity(
             },
         )
     workloads = None if identity.workload is None else _workloads(identity.workload, trusted_keys)
-    actors = with_delegations(actors, config, keys, stack)
+    actors = with_delegations(actors, config, keys, stack, rules=rules)
     return Principals(actors, workloads=workloads, routes=routes)
 
 

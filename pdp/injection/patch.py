@@ -14,7 +14,9 @@ from pdp.reason import ReasonCode
 LABEL: Final = "agent-pdp/inject"
 NAME: Final = "pdp"
 MAX_BYTES: Final = 256 * 1024
-_KEYS: Final = frozenset({"native", "container", "volumes", "env", "mounts", "groupId"})
+_KEYS: Final = frozenset(
+    {"native", "container", "volumes", "env", "mounts", "groupId", "pullSecrets"}
+)
 
 
 class InjectionError(PdpError):
@@ -39,6 +41,8 @@ class Injection:
     mounts: list[JsonValue]
     group_id: int
     """The pod's fsGroup, where it has chosen none."""
+    pull_secrets: list[JsonValue]
+    """For the sidecar's image, besides the pod's own."""
 
     @classmethod
     def from_file(cls, path: Path) -> Injection:
@@ -54,6 +58,7 @@ class Injection:
             raise InjectionError(f"{path}: expected exactly {', '.join(sorted(_KEYS))}")
         native, container, group_id = found["native"], found["container"], found["groupId"]
         volumes, env, mounts = found["volumes"], found["env"], found["mounts"]
+        pull_secrets = found["pullSecrets"]
         if not (
             isinstance(native, bool)
             and isinstance(container, dict)
@@ -62,9 +67,10 @@ class Injection:
             and isinstance(volumes, list)
             and isinstance(env, list)
             and isinstance(mounts, list)
+            and isinstance(pull_secrets, list)
         ):
             raise InjectionError(f"{path}: is not what the chart renders")
-        return cls(native, container, volumes, env, mounts, group_id)
+        return cls(native, container, volumes, env, mounts, group_id, pull_secrets)
 
 
 def patch(pod: JsonObject, injection: Injection) -> list[JsonObject]:
@@ -79,16 +85,26 @@ def patch(pod: JsonObject, injection: Injection) -> list[JsonObject]:
     operations: list[JsonObject] = []
     for kind, containers in kinds.items():
         for place, container in enumerate(containers):
-            for key, ours in (("env", injection.env), ("volumeMounts", injection.mounts)):
-                merged = _merged(_objects(container.get(key)), ours, key)
+            for key, ours, same in (
+                ("env", injection.env, "name"),
+                ("volumeMounts", injection.mounts, "mountPath"),
+            ):
+                merged = _merged(_objects(container.get(key)), ours, same)
                 operations.append(_add(f"/spec/{kind}/{place}/{key}", merged))
     volumes = [*_objects(spec.get("volumes")), *injection.volumes]
     operations.append(_add("/spec/volumes", volumes))
     security = _object(spec.get("securityContext"))
     if security.get("fsGroup") is None:
-        operations.append(
-            _add("/spec/securityContext", {**security, "fsGroup": injection.group_id})
-        )
+        # A group that the pod did not ask for is given its volumes at most once.
+        group: JsonObject = {
+            "fsGroup": injection.group_id,
+            "fsGroupChangePolicy": "OnRootMismatch",
+        }
+        operations.append(_add("/spec/securityContext", {**security, **group}))
+    if injection.pull_secrets:
+        key = "imagePullSecrets"
+        merged = _merged(_objects(spec.get(key)), injection.pull_secrets, "name")
+        operations.append(_add(f"/spec/{key}", merged))
     # First of all, so that it is there for init containers that call tools.
     into = "initContainers" if injection.native else "containers"
     if not kinds[into]:
@@ -102,9 +118,8 @@ def _asks(pod: JsonObject) -> bool:
     return labels.get(LABEL) == "enabled"
 
 
-def _merged(theirs: list[JsonObject], ours: list[JsonValue], key: str) -> list[JsonValue]:
-    """Ours in the place of what has the same name, or is mounted at the same place."""
-    same = "name" if key == "env" else "mountPath"
+def _merged(theirs: list[JsonObject], ours: list[JsonValue], same: str) -> list[JsonValue]:
+    """Ours in the place of what is the same by that key."""
     taken = {_object(each).get(same) for each in ours}
     return [*(each for each in theirs if each.get(same) not in taken), *ours]
 

@@ -24,6 +24,7 @@ WANTED: Pod = {
     "env": [{"name": "PDP_TARGET", "value": "unix:///run/pdp/pdp.sock"}],
     "mounts": [{"name": "pdp-socket", "mountPath": "/run/pdp"}],
     "groupId": 65532,
+    "pullSecrets": [],
 }
 
 
@@ -64,7 +65,9 @@ def test_the_sidecar_comes_first_and_its_socket_to_everyone_else(file: Path) -> 
         assert container["env"] == WANTED["env"]
         assert container["volumeMounts"] == WANTED["mounts"]
     assert spec["volumes"] == WANTED["volumes"]
-    assert spec["securityContext"] == {"fsGroup": 65532}
+    group = {"fsGroup": 65532, "fsGroupChangePolicy": "OnRootMismatch"}
+    assert spec["securityContext"] == group
+    assert "imagePullSecrets" not in spec
 
 
 def test_what_a_pod_has_stays_unless_it_is_ours(file: Path) -> None:
@@ -88,6 +91,12 @@ def test_a_pod_that_does_not_ask_or_has_it_stays_as_it_is(file: Path) -> None:
     assert patch(applied(pod(), file), injection) == []
 
 
+def test_what_the_image_is_pulled_with_comes_to_what_the_pod_has(file: Path) -> None:
+    file.write_text(json.dumps({**WANTED, "pullSecrets": [{"name": "a"}, {"name": "ours"}]}))
+    spec = applied(pod(imagePullSecrets=[{"name": "theirs"}, {"name": "a"}]), file)["spec"]
+    assert [each["name"] for each in spec["imagePullSecrets"]] == ["theirs", "a", "ours"]
+
+
 def test_a_plain_container_comes_first_of_the_containers(file: Path) -> None:
     file.write_text(json.dumps({**WANTED, "native": False}))
     spec = applied(pod(), file)["spec"]
@@ -106,6 +115,7 @@ def test_a_plain_container_comes_first_of_the_containers(file: Path) -> None:
         json.dumps({**WANTED, "container": {"name": "other"}}),
         json.dumps({**WANTED, "groupId": "1"}),
         json.dumps({**WANTED, "volumes": {}}),
+        json.dumps({**WANTED, "pullSecrets": "a"}),
     ),
 )
 def test_what_the_chart_did_not_render_is_refused_with_the_file(file: Path, content: str) -> None:

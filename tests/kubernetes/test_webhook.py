@@ -41,6 +41,11 @@ PODS: Final[dict[str, Object]] = {
         ],
         "volumes": [{"name": "mine", "emptyDir": {}}],
         "securityContext": {"fsGroup": 2000, "runAsNonRoot": True},
+        "imagePullSecrets": [{"name": "mine"}, {"name": "sidecar"}],
+    },
+    "with a way to change its volumes' group": {
+        "containers": [PLAIN],
+        "securityContext": {"fsGroup": 2000, "fsGroupChangePolicy": "Always"},
     },
 }
 
@@ -83,6 +88,7 @@ def injected(
             CHART,
             f"--values={CHART / 'values-injection.yaml'}",
             f"--set=nativeSidecar={request.param}",
+            "--set=image.pullSecrets={sidecar,spare}",
             f"--set={where}={namespaces[way]}",
             *settings,
             release=f"{way}-{kind}",

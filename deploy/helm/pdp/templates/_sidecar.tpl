@@ -22,6 +22,12 @@ Each include is a YAML list.
 {{- end -}}
 {{- end -}}
 
+{{- define "pdp.pullSecrets" -}}
+{{- range .Values.image.pullSecrets }}
+- name: {{ . }}
+{{- end }}
+{{- end -}}
+
 {{- define "pdp.configYaml" -}}
 {{- range $key := list "state_dir" "instance" "listen" -}}
 {{- if hasKey $.Values.config $key -}}

@@ -11,8 +11,8 @@ from pdp.canonical import JsonObject, sha256_hex
 from pdp.errors import PdpError, RequestError
 from pdp.permit.claims import Permit, PermitError
 from pdp.permit.uses import Use
+from pdp.permit_revocation import check_not_revoked
 from pdp.reason import ReasonCode
-from pdp.revocation.revocations import RevocationError
 from pdp.rooms import Rooms, admitted, charges_json, receipt_detail
 
 
@@ -96,7 +96,7 @@ async def _redeem(rooms: Rooms, permit: Permit, redemption: Redemption) -> Redee
             audience=redemption.audience,
         )
         rooms.permit_verifier.check_time(permit)
-        _check_not_revoked(rooms, permit)
+        check_not_revoked(rooms.revocations, permit)
         use = await rooms.permit_uses.redeem(permit, key=redemption.idempotency_key)
     except PermitError as error:
         failure = error
@@ -105,24 +105,6 @@ async def _redeem(rooms: Rooms, permit: Permit, redemption: Redemption) -> Redee
         raise failure
     assert use is not None  # noqa: S101 - no failure means a use
     return Redeemed(permit=permit, use=use, receipt=receipt)
-
-
-def _check_not_revoked(rooms: Rooms, permit: Permit) -> None:
-    """Raises PermitError. Outcomes are taken in all the same: what was done was done."""
-    try:
-        found = rooms.revocations.find(
-            tenant=permit.tenant,
-            actor=permit.actor,
-            token_ids=permit.delegations,
-            workload=permit.workload,
-        )
-    except RevocationError as error:
-        raise PermitError(error.reason_code, error.message) from None
-    if found is not None:
-        raise PermitError(
-            ReasonCode.PERMIT_REVOKED,
-            "The permit's tenant, actor, workload or delegation was revoked after it was issued.",
-        )
 
 
 def _record_of_redemption(

@@ -52,6 +52,7 @@ from pdp.client.hold import Hold, TellingTask, TellingThread
 from pdp.client.keeper import Keeper
 from pdp.client.spend import Charge, Reservation, Usage
 from pdp.client.tools import ToolInfo, list_tools
+from pdp.closing import Closing
 from pdp.permit.claims import Permit
 from pdp.permit.keys import PermitKeySet
 from pdp.reason import ReasonCode
@@ -225,7 +226,7 @@ class _Face(Generic[_C]):
         )
 
 
-class Guard(_Face[Connection]):
+class Guard(_Face[Connection], Closing):
     """Blocks every tool call that lacks a permit. Threads may share it, and it
     survives a fork.
     """
@@ -416,17 +417,6 @@ class Guard(_Face[Connection]):
         """
         self._keeper.close()
         self._connection.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _obtain(self, tool: str, describe: Callable[[], ToolCall]) -> Grant | PermitDenied:
         try:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import uuid
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
+from pdp.closing import Closing
 from pdp.permit.claims import Permit, PermitError
 from pdp.permit.keys import PermitKeySet
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
 
-class PermitRedeemer:
+class PermitRedeemer(Closing):
     """A tool server's connection to the sidecar. Threads may share it, and it
     survives a fork.
     """
@@ -64,17 +64,6 @@ class PermitRedeemer:
     def close(self) -> None:
         """Close the connection; the next call opens it again."""
         self._connection.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _call(self, method: str, request: Message) -> Any:  # noqa: ANN401 - as many as methods
         from pdp.channel import CallError  # noqa: PLC0415

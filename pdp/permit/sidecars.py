@@ -7,11 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from pdp.closing import Closing
 from pdp.permit import jws
 from pdp.permit.claims import Permit, PermitError
 from pdp.permit.keys import PermitKeySet
@@ -38,7 +38,7 @@ class _Published:
     said_at: float
 
 
-class Sidecars:
+class Sidecars(Closing):
     """Keys and redeemers of several sidecars, for a PermitVerifier and a PermitDoor.
 
     Follows their key rotations: a key id that is not known is asked for, at most once in
@@ -115,17 +115,6 @@ class Sidecars:
         """Close all connections; the next call opens them again."""
         for redeemer in self._redeemers:
             redeemer.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _candidates(self, permit: Permit, home: PermitRedeemer | None) -> Sequence[PermitRedeemer]:
         """Who may take it, the likeliest first: one that has taken a permit of the same

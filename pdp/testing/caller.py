@@ -6,8 +6,7 @@ import json
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
@@ -19,9 +18,10 @@ from pdp.api.v1 import (
     execution_pb2_grpc,
 )
 from pdp.channel import DETAILS_KEY
+from pdp.closing import Closing
 
 
-class Caller:
+class Caller(Closing):
     """Calls as whoever the token names; threads may share it."""
 
     def __init__(
@@ -74,17 +74,6 @@ class Caller:
     def close(self) -> None:
         """Close the connection; calls under way end as CANCELLED."""
         self._channel.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

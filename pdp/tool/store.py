@@ -14,12 +14,13 @@ import threading
 import uuid
 from collections.abc import Coroutine
 from concurrent.futures import Future
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
+from pdp.closing import Closing
 from pdp.config import RedisSettings
 from pdp.permit.claims import Permit, PermitError
 from pdp.permit.redis_uses import RedisPermitUses
+from pdp.permit_revocation import check_not_revoked
 from pdp.reason import ReasonCode
 from pdp.redis_store import RedisStore, open_redis
 from pdp.revocation.redis import RedisRevocations
@@ -29,7 +30,7 @@ from pdp.storage import StorageError
 _T = TypeVar("_T")
 
 
-class StoreRedeemer:
+class StoreRedeemer(Closing):
     """A tool server's own connection to the shared store. Threads may share it, and it
     survives a fork. It stands in the place of a PermitRedeemer in a PermitDoor.
     """
@@ -69,17 +70,6 @@ class StoreRedeemer:
         if opened is not None and opened.process == os.getpid():
             opened.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _open(self) -> _Opened:
         with self._lock:
             if self._opened is None or self._opened.process != os.getpid():
@@ -118,21 +108,7 @@ class _Opened:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def check_not_revoked(self, permit: Permit) -> None:
-        try:
-            found = self._revocations.find(
-                tenant=permit.tenant,
-                actor=permit.actor,
-                token_ids=permit.delegations,
-                workload=permit.workload,
-            )
-        except RevocationError as error:
-            raise PermitError(error.reason_code, error.message) from None
-        if found is not None:
-            raise PermitError(
-                ReasonCode.PERMIT_REVOKED,
-                "The permit's tenant, actor, workload or delegation was revoked after it was"
-                " issued.",
-            )
+        check_not_revoked(self._revocations, permit)
 
     def close(self) -> None:
         self._looking.cancel()

@@ -6,7 +6,7 @@ import json
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
 
 from pdp import base64url
 from pdp.api.v1 import authorization_pb2
@@ -55,8 +55,22 @@ class Delegation:
         return json.dumps(self.a2a_metadata()).encode("utf-8")
 
 
+@runtime_checkable
+class Headers(Protocol):
+    """What has headers and is no Mapping, as those of http.server."""
+
+    def items(self) -> Iterable[tuple[str, str]]:
+        """Each header, as often as it was received."""
+        ...
+
+
 Carrier: TypeAlias = (
-    Delegation | bytes | Mapping[str, Any] | Iterable[tuple[str | bytes, str | bytes]]
+    Delegation
+    | bytes
+    | str
+    | Mapping[str, Any]
+    | Headers
+    | Iterable[tuple[str | bytes, str | bytes]]
 )
 """What a delegation is found in: the headers of an HTTP request, the metadata of a gRPC
 call, the metadata of an A2A message, or what :meth:`Delegation.to_message` has made."""
@@ -105,7 +119,9 @@ def token_in(carrier: Carrier) -> str:
     try:
         found = list(_tokens(carrier))
     except (TypeError, ValueError):
-        found = [None]
+        raise DelegationRefused(
+            ReasonCode.TOKEN_INVALID, "what was received is not headers, metadata or a message"
+        ) from None
     if not found:
         raise DelegationRefused(ReasonCode.IDENTITY_MISSING, "what was received holds none")
     if len(found) > 1:
@@ -121,13 +137,13 @@ def _tokens(carrier: Carrier) -> Iterator[str | None]:
     """Whatever stands in the place of one; None for what can not be read."""
     if isinstance(carrier, Delegation):
         yield carrier.token
-    elif isinstance(carrier, bytes):
-        try:
-            yield from _under_key(parse_object(carrier, max_bytes=MAX_MESSAGE_BYTES))
-        except ValueError:
-            yield None
+    elif isinstance(carrier, bytes | str):
+        message = carrier.encode("utf-8") if isinstance(carrier, str) else carrier
+        yield from _under_key(parse_object(message, max_bytes=MAX_MESSAGE_BYTES))
     elif isinstance(carrier, Mapping):
         yield from _under_key(carrier)
+        yield from _in_headers(carrier.items())
+    elif isinstance(carrier, Headers):
         yield from _in_headers(carrier.items())
     else:
         yield from _in_headers(carrier)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import traceback
+from email.message import Message
 from typing import Any
 
 import pytest
@@ -27,6 +28,14 @@ def user() -> str:
     return IDP.token("tenant_acme", "user-7", roles=["viewer"], scopes=["orders:read"])
 
 
+def headers_of_http_server(*headers: tuple[str, str]) -> Message:
+    """The class that http.server has them in is a Message, and no Mapping."""
+    message = Message()
+    for name, value in headers:
+        message[name] = value
+    return message
+
+
 def test_it_arrives_by_every_carrier() -> None:
     bearer = f"Bearer {TOKEN}"
     carriers: list[Any] = [
@@ -42,13 +51,26 @@ def test_it_arrives_by_every_carrier() -> None:
         [("authorization", bearer), ("grpc-trace-bin", b"\xff")],
         {**DELEGATION.a2a_metadata(), "traceparent": "x", "other": {"token": "y"}},
         json.dumps({**DELEGATION.a2a_metadata(), "order": "918"}).encode(),
+        DELEGATION.to_message().decode(),  # a queue that gives texts
+        headers_of_http_server(("Host", "x"), ("Authorization", bearer)),
     ]
     for carrier in carriers:
         assert token_in(carrier) == TOKEN
 
 
 @pytest.mark.parametrize(
-    "carrier", ({}, [], (), {"x-authorization": "Bearer x"}, b"{}", b'{"token":"x"}', {"": ""})
+    "carrier",
+    (
+        {},
+        [],
+        (),
+        {"x-authorization": "Bearer x"},
+        b"{}",
+        "{}",
+        b'{"token":"x"}',
+        {"": ""},
+        headers_of_http_server(("Host", "x")),
+    ),
 )
 def test_nobody_acts_where_there_is_none(carrier: Any) -> None:
     with pytest.raises(DelegationRefused) as refused:
@@ -65,6 +87,9 @@ def test_nobody_acts_where_there_is_none(carrier: Any) -> None:
         {**DELEGATION.headers(), **DELEGATION.a2a_metadata()},
         {"authorization": f"Bearer {TOKEN}", "Authorization": f"Bearer {OTHER}"},
         {"authorization": f"Bearer {TOKEN}, Bearer {OTHER}"},
+        headers_of_http_server(
+            ("Authorization", f"Bearer {TOKEN}"), ("authorization", f"Bearer {OTHER}")
+        ),
         {"authorization": [f"Bearer {TOKEN}"]},
         b'{"urn:agent-pdp:delegation":{"token":"a"},"urn:agent-pdp:delegation":{"token":"b"}}',
         # Something else.
@@ -88,6 +113,7 @@ def test_nobody_acts_where_there_is_none(carrier: Any) -> None:
         b"[]",
         b"\xff",
         b'"x"',
+        "\ud800",
         TOKEN,
         None,
         5,

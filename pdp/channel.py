@@ -384,8 +384,8 @@ def _error_of(status: str) -> CallError:
     """What a status means of which nothing else is known."""
     return CallError(
         _REASON_OF_STATUS.get(status, ReasonCode.INTERNAL),
-        f"The sidecar could not be asked ({status}); see that it runs, and listens where it"
-        " is looked for.",
+        f"The sidecar could not be asked ({status}); see that it runs, listens where it is"
+        " looked for, and, with TLS, that each side accepts the other's certificate.",
     )
 
 

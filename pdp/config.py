@@ -134,7 +134,7 @@ class NamedListener(_Section):
     @model_validator(mode="after")
     def _one_place(self) -> Self:
         if (self.unix is None) is (self.tcp is None):
-            raise ValueError("set one of unix and tcp")
+            raise ValueError("set exactly one of unix and tcp")
         return self
 
 
@@ -310,7 +310,7 @@ class IssuerKeys(_Section):
     def _one_place(self) -> Self:
         places = [self.jwks_file, self.jwks_url, self.discovery or None, self.workload_api]
         if places.count(None) != len(places) - 1:
-            raise ValueError("set one of jwks_file, jwks_url, discovery and workload_api")
+            raise ValueError("set exactly one of jwks_file, jwks_url, discovery and workload_api")
         over_http = self.jwks_url is not None or self.discovery
         if self.jwks_url is not None:
             _plain_only_to_loopback(self.jwks_url)
@@ -415,7 +415,7 @@ class WorkloadIssuer(IssuerKeys):
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
         if (self.trust_domain is None) is (self.issuer is None):
-            raise ValueError("set one of trust_domain and issuer")
+            raise ValueError("set exactly one of trust_domain and issuer")
         if self.cluster is not None and self.issuer is None:
             raise ValueError("cluster goes with issuer")
         self._check_place(issuer=self.issuer, is_trust_domain=self.trust_domain is not None)
@@ -470,7 +470,7 @@ class Route(_Section):
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         if [self.listener, self.workload, self.server_name].count(None) != 2:  # noqa: PLR2004
-            raise ValueError("set one of listener, workload and server_name")
+            raise ValueError("set exactly one of listener, workload and server_name")
         if self.workload is None and self.tenant is None:
             raise ValueError("name the tenant")
         if self.workload is not None:
@@ -494,11 +494,15 @@ class JwtIdentity(_Section):
     @model_validator(mode="after")
     def _issuers_differ(self) -> Self:
         names = [issuer.issuer for issuer in self.issuers]
-        if len(set(names)) != len(names):
-            raise ValueError("an issuer is named twice")
-        workloads = self.workload.issuers if self.workload is not None else []
-        if set(names) & {each.name for each in workloads}:
-            raise ValueError("an issuer is one of users or of workloads, and not both")
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"the issuer {name} is named twice: give it one entry")
+        for workloads in self.workload.issuers if self.workload is not None else []:
+            if workloads.name in names:
+                raise ValueError(
+                    f"{workloads.name} is an issuer of users and of workloads: take it out of one"
+                    " of issuers and workload.issuers"
+                )
         return self
 
     @model_validator(mode="after")
@@ -653,7 +657,7 @@ class BundleSettings(_Section):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if [self.path, self.http, self.oci].count(None) != 2:  # noqa: PLR2004 - one of three
-            raise ValueError("set one of path, http and oci")
+            raise ValueError("set exactly one of path, http and oci")
         return self
 
 

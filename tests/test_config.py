@@ -157,7 +157,7 @@ def test_what_kubernetes_sets_for_a_service_named_pdp_is_passed_over(tmp_path: P
             GOOD.replace(
                 "bundle: /etc/pdp/bundle.tar.gz", "bundles: {a: {path: x, oci: {image: r/a}}}"
             ),
-            "policy.bundles.a: set one of path, http and oci",
+            "policy.bundles.a: set exactly one of path, http and oci",
         ),
         (
             GOOD.replace(

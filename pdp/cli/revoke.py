@@ -155,7 +155,7 @@ def _target(kind: str, tenant: str, name: str = "") -> Target:
     if kind == "workload" and tenant:
         _refuse("a workload is revoked for all tenants: name none")
     if kind != "workload" and not TENANT_PATTERN.fullmatch(tenant):
-        _refuse("that is no tenant's id")
+        _refuse("name the tenant by its id, as audit records do")
     if kind != "tenant" and not (0 < len(name) <= MAX_NAME and name.isprintable()):
         _refuse(
             f"an actor or a workload, and a token's id, is 1 to {MAX_NAME} printable characters"
@@ -167,6 +167,7 @@ def _add(config: Path, target: Target, reason: str, by: str, hours: int) -> None
     import getpass  # noqa: PLC0415
     import time  # noqa: PLC0415
 
+    from pdp.revocation.file import RevocationFile  # noqa: PLC0415
     from pdp.revocation.revocations import Revocation  # noqa: PLC0415
 
     for name, text, longest in (("--reason", reason, 256), ("--by", by or "-", 64)):
@@ -180,8 +181,16 @@ def _add(config: Path, target: Target, reason: str, by: str, hours: int) -> None
         at=now,
         until=now + hours * 3600 if hours else 0,
     )
-    _run(config, lambda store: store.add(revocation))
-    typer.echo("revoked; every sidecar goes by it within a second")
+
+    async def add(store: RevocationStore) -> str:
+        await store.add(revocation)
+        return (
+            "the sidecar of this state directory"
+            if isinstance(store, RevocationFile)
+            else "every sidecar on this store"
+        )
+
+    typer.echo(f"revoked; {_run(config, add)} goes by it within a second")
 
 
 def _run(config: Path, act: Callable[[RevocationStore], Awaitable[_T]]) -> _T:

@@ -23,6 +23,10 @@ HEADER: Final = "authorization"
 TYPE: Final = "tool-delegation+jwt"
 MAX_MESSAGE_BYTES: Final = 64 * 1024
 MAX_TOKEN_LENGTH: Final = 8_192
+_HOW_TO_ASK: Final = (
+    "tools are a list of names, arguments are {tool: {argument: {rule: bound}}} in JSON,"
+    " ttl_seconds is a whole number, and budget a list of (budget, unit, amount) in whole units"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,19 +90,22 @@ def delegate(
     budget: Sequence[Charge],
     request_id: str,
 ) -> Steps[Delegation]:
-    """Ask for a delegation. Raises IdentityLacking, and DelegationRefused, TypeError or
-    ValueError for what can not be asked for.
+    """Ask for a delegation. Raises IdentityLacking, and DelegationRefused for what can not
+    be asked for.
     """
     acting = identity.current()
-    rules = _plain(arguments or {})
-    request = authorization_pb2.DelegateRequest(
-        request_id=request_id or str(uuid.uuid4()),
-        delegate=agent,
-        tools=tools,
-        arguments_json=json.dumps(rules).encode("utf-8") if rules else b"",
-        ttl_seconds=ttl_seconds,
-        budget=charge_messages(checked_charges(budget)),
-    )
+    try:
+        rules = _plain(arguments or {})
+        request = authorization_pb2.DelegateRequest(
+            request_id=request_id or str(uuid.uuid4()),
+            delegate=agent,
+            tools=tools,
+            arguments_json=json.dumps(rules).encode("utf-8") if rules else b"",
+            ttl_seconds=ttl_seconds,
+            budget=charge_messages(checked_charges(budget)),
+        )
+    except (AttributeError, TypeError, ValueError):
+        raise DelegationRefused(ReasonCode.REQUEST_INVALID, _HOW_TO_ASK) from None
     response = yield Ask("Delegate", request, acting.metadata)
     if not _is_delegation(response.token) or response.agents[-1:] != [agent]:
         raise DelegationRefused(ReasonCode.TOKEN_INVALID, "the answer held no such delegation")

@@ -200,12 +200,13 @@ def test_what_can_not_be_asked_is_refused_and_tells_no_secret(sidecar: SidecarPr
         assert refused.value.reason_code == "identity_missing"
         asked: list[tuple[dict[str, Any], str]] = [
             ({"tools": []}, "request_invalid"),
-            ({"tools": ["orders.read"], "budget": [("llm", "usd_micros", -1)]}, "guard_failed"),
-            ({"tools": ["orders.read"], "budget": [("llm", "usd_micros", 1.5)]}, "guard_failed"),
-            ({"tools": ["orders.read"], "ttl_seconds": 2**40}, "guard_failed"),
+            ({"tools": ["orders.read"], "arguments": {"orders.read": ["a"]}}, "request_invalid"),
+            ({"tools": ["orders.read"], "budget": [("llm", "usd_micros", -1)]}, "request_invalid"),
+            ({"tools": ["orders.read"], "budget": [("llm", "usd_micros", 1.5)]}, "request_invalid"),
+            ({"tools": ["orders.read"], "ttl_seconds": 2**40}, "request_invalid"),
             (
                 {"tools": ["orders.read"], "arguments": {"orders.read": {"a": {"max": {1}}}}},
-                "guard_failed",
+                "request_invalid",
             ),
             (
                 {"tools": ["orders.read"], "arguments": {"mail.send": {"a": {"max": 1}}}},

@@ -52,7 +52,8 @@ def test_a_revoked_actor_is_refused_with_tokens_and_permits_of_before(tmp_path: 
     ):
         with guard.acting_for(alice):
             permit = guard.authorize("orders.update", ORDER)
-        revoke(sidecar, "actor", "tenant_acme", "user-7", "--reason", "left", "--by", "eve")
+        told = revoke(sidecar, "actor", "tenant_acme", "user-7", "--reason", "left", "--by", "eve")
+        assert "the sidecar of this state directory" in told
         assert soon(lambda: refusal(guard, alice) == "actor_revoked")
         assert refusal(guard, bob) == refusal(guard, stranger) == ""
         with pytest.raises(PermitError) as caught:
@@ -66,6 +67,7 @@ def test_a_revoked_actor_is_refused_with_tokens_and_permits_of_before(tmp_path: 
         revoke(sidecar, "lift", "tenant_acme", "--actor", "user-7")
         assert soon(lambda: refusal(guard, alice) == "")
         revoke(sidecar, "lift", "tenant_acme", code=1)
+        revoke(sidecar, "lift", code=2)
 
         on_record = [each for each in records(sidecar) if each["type"] == "revocation"]
         assert [(each["action"], each["outcome"]) for each in on_record] == [
@@ -128,7 +130,8 @@ def test_every_sidecar_on_a_shared_store_goes_by_it_within_a_second(tmp_path: Pa
         with one, two, Guard(one.target) as first, Guard(two.target) as second:
             alice = token()
             assert refusal(first, alice) == refusal(second, alice) == ""
-            revoke(one, "actor", "tenant_acme", "user-7", "--reason", "left")
+            told = revoke(one, "actor", "tenant_acme", "user-7", "--reason", "left")
+            assert "every sidecar on this store" in told
             for guard in (first, second):
                 assert soon(partial(is_revoked, guard, alice))
     finally:

@@ -59,7 +59,7 @@ def test_keys_are_from_one_place(keys: dict[str, Any], seconds: float, tmp_path:
     assert issuer.seconds_between_looks == seconds
 
 
-ONE_OF = "set one of jwks_file, jwks_url, discovery and workload_api"
+ONE_OF = "set exactly one of jwks_file, jwks_url, discovery and workload_api"
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_trust_domain_is_one_of_users_or_of_workloads(tmp_path: Path) -> None:
     workloads = {"trust_domain": "example.org", "audiences": ["pdp"], **FILE}
     document["identity"]["workload"] = {"issuers": [workloads]}
     file.write_text(json.dumps(document))
-    with pytest.raises(ConfigError, match="an issuer is one of users or of workloads"):
+    with pytest.raises(ConfigError, match="is an issuer of users and of workloads"):
         load_config(file, {})
     workloads = {"issuer": "spiffe://example.org", "audiences": ["pdp"], **FILE}
     document["identity"]["issuers"][0]["issuer"] = "https://id.example"

@@ -71,8 +71,8 @@ SERVER_NAME = {"server_name": "acme.pdp.example", "tenant": "tenant_acme"}
     (
         ([ACME], {}, "identity.routes: identity.routes names the listener acme"),
         ([{"listener": "acme"}], NAMED, "name the tenant"),
-        ([{"tenant": "tenant_acme"}], {}, "set one of listener, workload and server_name"),
-        ([{**ACME, **SERVER_NAME}], NAMED, "set one of listener, workload and server_name"),
+        ([{"tenant": "tenant_acme"}], {}, "set exactly one of listener, workload and server_name"),
+        ([{**ACME, **SERVER_NAME}], NAMED, "set exactly one of listener, workload and server_name"),
         ([ACME, {**ACME, "tenant": "tenant_globex"}], NAMED, "a listener has two routes"),
         ([SERVER_NAME, SERVER_NAME], {}, "a server_name has two routes"),
         ([{**SERVER_NAME, "server_name": "Acme.pdp.example"}], {}, "should match pattern"),
@@ -106,10 +106,10 @@ def test_a_server_name_can_not_be_where_a_tenant_comes_from(tmp_path: Path) -> N
             {},
             "two issuers have the same cluster",
         ),
-        ({"issuers": [{**SPIRE, **CLUSTER}]}, {}, "set one of trust_domain and issuer"),
+        ({"issuers": [{**SPIRE, **CLUSTER}]}, {}, "set exactly one of trust_domain and issuer"),
         ({"issuers": [{**SPIRE, "cluster": "eu"}]}, {}, "cluster goes with issuer"),
         ({"issuers": [{**SPIRE, "trust_domain": "Example.org"}]}, {}, "should match pattern"),
-        ({"issuers": [ISSUER]}, {}, "an issuer is one of users or of workloads"),
+        ({"issuers": [ISSUER]}, {}, "is an issuer of users and of workloads"),
         ({"certificates": True, "trust_domains": []}, MTLS, "at least 1 item"),
     ),
 )

@@ -7,7 +7,7 @@ OPA := .tools/opa
 REDIS := .tools/redis-server
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-kubernetes image sbom check check-history fmt proto policies docs chart lock bench bench-budget clean
+.PHONY: help demo test test-slow test-kubernetes image sbom check check-history fmt proto policies docs chart lock bench bench-budget bench-scale clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -88,6 +88,10 @@ bench: .venv/dev $(OPA) ## Measure stub, policy, reloads, ledger, imports, and a
 
 bench-budget: .venv/dev $(REDIS) ## Measure every store of budgets, and what check-then-record lets through
 	$(PY) bench/bench_budget.py
+
+bench-scale: .venv/dev $(REDIS) ## Measure 50 sidecars and 500 stubs, and write docs/scale.md anew (6 minutes)
+	$(PY) -m bench.scale --out docs/scale.json
+	$(PY) -m bench.scale.page
 
 clean: ## Remove what was built; keep .venv and .tools
 	rm -rf dist htmlcov .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,8 +4,10 @@ tenant's data.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from socketserver import TCPServer, ThreadingMixIn
@@ -30,30 +32,55 @@ class _Handler(WSGIRequestHandler):
 
 
 MAX_CONNECTIONS: Final = 32
-"""Served at the same time; one more is closed at once, so that slow clients can
-not use up the descriptors that calls need."""
+"""Served at the same time; for one more the oldest is closed, so that slow clients can
+neither use up the descriptors that calls need nor keep probes out.
+"""
+END_SECONDS: Final = 1.0
+"""How long a connection that was closed may take to notice it."""
 
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self, address: tuple[str, int], handler: type[_Handler]) -> None:
         self._free = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._lock = threading.Lock()
+        self._served: dict[Any, None] = {}
         super().__init__(address, handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - the base's
         """As the base class does, for as many at a time as there may be."""
-        if self._free.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
+        if not self._free.acquire(blocking=False):
+            self._close_oldest()
+            if not self._free.acquire(timeout=END_SECONDS):
+                self.shutdown_request(request)
+                return
+        with self._lock:
+            self._served[request] = None
+        super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - the base's
         """In the connection's own thread."""
         try:
             super().process_request_thread(request, client_address)
         finally:
+            with self._lock:
+                self._served.pop(request, None)
             self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - the base's
+        """As the base class does, but a client that is slow or gone is not worth a line."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+    def _close_oldest(self) -> None:
+        with self._lock:
+            oldest = next(iter(self._served), None)
+            if oldest is not None:
+                del self._served[oldest]
+                with contextlib.suppress(OSError):  # it has just ended by itself
+                    oldest.shutdown(socket.SHUT_RDWR)
 
     def server_bind(self) -> None:
         """As the base class does, but without asking the network for a name."""

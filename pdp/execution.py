@@ -25,6 +25,8 @@ class Redemption:
     tool: str
     arguments_sha256: str
     audience: str
+    route_tenant: str = ""
+    """The tenant whose listener it came by; empty for one that is everybody's."""
     trace_id: str | None = None
 
 
@@ -49,6 +51,8 @@ class Report:
     """Of a permit for several calls: how many were made, those that failed included."""
     certificate_sha256: str = ""
     """The client certificate of whoever reports, as in Permit.certificate_sha256."""
+    route_tenant: str = ""
+    """As in Redemption."""
     trace_id: str | None = None
 
 
@@ -89,6 +93,7 @@ async def _redeem(rooms: Rooms, permit: Permit, redemption: Redemption) -> Redee
     failure: PermitError | None = None
     use: Use | None = None
     try:
+        _check_route(permit, redemption.route_tenant)
         rooms.permit_verifier.check_binding(
             permit,
             tool=redemption.tool,
@@ -115,7 +120,11 @@ def _record_of_redemption(
     *,
     use: Use | None = None,
 ) -> AuditRecord:
-    detail: JsonObject = {"audience": redemption.audience, **_unrecorded(unrecorded)}
+    detail: JsonObject = {
+        "audience": redemption.audience,
+        **_unrecorded(unrecorded),
+        **_disagreement(permit, redemption.route_tenant),
+    }
     if use is not None and permit is not None and permit.max_uses != 1:
         detail["uses_left"] = use.uses_left
     return _record(
@@ -161,6 +170,7 @@ async def _report(rooms: Rooms, permit: Permit, report: Report) -> Reported:
     failure: PdpError | None = None
     uses = report.uses
     try:
+        _check_route(permit, report.route_tenant)
         rooms.permit_verifier.check_sender(permit, report.certificate_sha256)
         _check_uses(permit, report)
         # Whoever reports can not make fewer of them than tools have redeemed.
@@ -183,6 +193,25 @@ async def _report(rooms: Rooms, permit: Permit, report: Report) -> Reported:
     return Reported(settled=settled, result=result, receipt=receipt)
 
 
+def _check_route(permit: Permit, tenant: str) -> None:
+    """Raises PermitError where the permit came by another tenant's listener."""
+    if tenant and permit.tenant != tenant:
+        raise PermitError(
+            ReasonCode.TENANT_MISMATCH, "The permit is not of the tenant whose listener this is."
+        )
+
+
+def _disagreement(permit: Permit | None, tenant: str) -> JsonObject:
+    if permit is None or not tenant or permit.tenant == tenant:
+        return {}
+    return {
+        "sources": [
+            {"source": "permit", "tenant": permit.tenant},
+            {"source": "listener", "tenant": tenant},
+        ]
+    }
+
+
 def _check_uses(permit: Permit, report: Report) -> None:
     """Raises RequestError."""
     least = 1 if permit.max_uses > 1 and (report.executed or report.charges) else 0
@@ -199,7 +228,11 @@ def _record_of_report(
     result: Receipt | None = None,
     uses: int = 0,
 ) -> AuditRecord:
-    detail = receipt_detail(result) | _unrecorded(unrecorded)
+    detail = (
+        receipt_detail(result)
+        | _unrecorded(unrecorded)
+        | _disagreement(permit, report.route_tenant)
+    )
     if permit is not None and permit.max_uses != 1:
         detail["uses"] = uses
         if uses != report.uses:

@@ -63,6 +63,13 @@ def open_identity(
     return Principals(actors, workloads=workloads, routes=routes)
 
 
+def tenant_of_listener(config: Config, listener: str) -> str:
+    """The tenant that comes by this listener and no other; empty for everybody's."""
+    identity = config.identity
+    routes = () if isinstance(identity, SingleTenantIdentity) else identity.routes
+    return next((route.tenant or "" for route in routes if route.listener == listener), "")
+
+
 def _issuer(
     settings: JwtIssuer,
     trusted_keys: TrustedKeys,

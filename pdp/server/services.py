@@ -262,8 +262,18 @@ class BudgetServicer(budget_pb2_grpc.BudgetServiceServicer):
 class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
     """What happens to a permit once it is issued."""
 
-    def __init__(self, rooms: Rooms, runner: CallRunner, metrics: Metrics, keys: LiveKeys) -> None:
+    def __init__(
+        self,
+        rooms: Rooms,
+        runner: CallRunner,
+        metrics: Metrics,
+        keys: LiveKeys,
+        *,
+        route_tenant: str,
+    ) -> None:
+        """``route_tenant`` is the one whose listener it answers on; empty for everybody's."""
         self._rooms = rooms
+        self._route_tenant = route_tenant
         self._runner = runner
         self._metrics = metrics
         self._keys = keys
@@ -274,7 +284,9 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
         """Spend a use of the permit."""
 
         async def work() -> execution_pb2.RedeemPermitResponse:
-            redemption = wire.redemption_from(request, trace_id=trace_id(context))
+            redemption = wire.redemption_from(
+                request, route_tenant=self._route_tenant, trace_id=trace_id(context)
+            )
             return wire.redeem_response(await execution.redeem(self._rooms, redemption))
 
         return await self._runner.run(context, "RedeemPermit", work)
@@ -288,6 +300,7 @@ class ExecutionServicer(execution_pb2_grpc.ExecutionServiceServicer):
             report = wire.report_from(
                 request,
                 certificate_sha256=peer_of(context, listener="").certificate_sha256,
+                route_tenant=self._route_tenant,
                 trace_id=trace_id(context),
             )
             reported = await execution.report(self._rooms, report)

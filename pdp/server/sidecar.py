@@ -49,7 +49,7 @@ from pdp.rooms import Rooms
 from pdp.server.admin import admin_socket
 from pdp.server.delegations import delegation_terms
 from pdp.server.http import HttpListener
-from pdp.server.identity import open_identity
+from pdp.server.identity import open_identity, tenant_of_listener
 from pdp.server.listeners import bind, listeners, options, read_file
 from pdp.server.locks import ExclusiveLock, StartError
 from pdp.server.metrics import Metrics
@@ -336,7 +336,10 @@ def _add_services(
         BudgetServicer(rooms, runner, metrics, listener=listener), server
     )
     execution_pb2_grpc.add_ExecutionServiceServicer_to_server(
-        ExecutionServicer(rooms, runner, metrics, keys), server
+        ExecutionServicer(
+            rooms, runner, metrics, keys, route_tenant=tenant_of_listener(config, listener)
+        ),
+        server,
     )
     reflection.enable_server_reflection(
         (*SERVICE_NAMES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name), server

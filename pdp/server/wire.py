@@ -352,9 +352,9 @@ def limit_status(state: LimitState) -> common_pb2.LimitStatus:
 
 
 def redemption_from(
-    request: execution_pb2.RedeemPermitRequest, *, trace_id: str | None
+    request: execution_pb2.RedeemPermitRequest, *, route_tenant: str, trace_id: str | None
 ) -> Redemption:
-    """The redemption that is asked for. Raises RequestError."""
+    """The redemption that is asked for, by that tenant's listener. Raises RequestError."""
     return Redemption(
         permit=_permit(request.permit),
         idempotency_key=key_from("idempotency_key", request.idempotency_key),
@@ -364,6 +364,7 @@ def redemption_from(
             "arguments_sha256", request.arguments_sha256, _SHA256, "64 lower-case hex digits"
         ),
         audience=matching("audience", request.audience, _AUDIENCE, "an id"),
+        route_tenant=route_tenant,
         trace_id=trace_id,
     )
 
@@ -381,9 +382,15 @@ def redeem_response(redeemed: Redeemed) -> execution_pb2.RedeemPermitResponse:
 
 
 def report_from(
-    request: execution_pb2.ReportOutcomeRequest, *, certificate_sha256: str, trace_id: str | None
+    request: execution_pb2.ReportOutcomeRequest,
+    *,
+    certificate_sha256: str,
+    route_tenant: str,
+    trace_id: str | None,
 ) -> Report:
-    """The report that is made by whoever has that certificate. Raises RequestError."""
+    """The report that is made by whoever has that certificate, by that tenant's listener.
+    Raises RequestError.
+    """
     if request.outcome not in (execution_pb2.OUTCOME_EXECUTED, execution_pb2.OUTCOME_FAILED):
         raise RequestError("outcome", "must be OUTCOME_EXECUTED or OUTCOME_FAILED")
     if request.error_type:
@@ -397,6 +404,7 @@ def report_from(
         error_type=request.error_type,
         uses=request.uses,
         certificate_sha256=certificate_sha256,
+        route_tenant=route_tenant,
         trace_id=trace_id,
     )
 

@@ -245,6 +245,35 @@ def test_a_delegation_is_bound_to_its_tenants_listener_too(scene: Scene) -> None
     assert refusal.reason_code == "tenant_mismatch"
 
 
+def test_a_permit_is_bound_to_its_tenants_listener_too(scene: Scene) -> None:
+    with scene.acting(GLOBEX) as caller:
+        permit = caller.authorize("orders.read").permit
+    redemption = execution_pb2.RedeemPermitRequest(
+        permit=permit,
+        idempotency_key=str(uuid.uuid4()),
+        tool="orders.read",
+        arguments_sha256=sha256_hex({}),
+        audience="tools",
+    )
+    outcome = execution_pb2.ReportOutcomeRequest(
+        permit=permit, outcome=execution_pb2.OUTCOME_EXECUTED
+    )
+    with scene.acting(ACME, listener="acme") as thief:
+        for refusal in (
+            refusal_of(thief.execution.RedeemPermit, redemption),
+            refusal_of(thief.execution.ReportOutcome, outcome),
+        ):
+            assert refusal.reason_code == "tenant_mismatch"
+            assert scene.last_record()["detail"]["sources"] == [
+                {"source": "permit", "tenant": GLOBEX},
+                {"source": "listener", "tenant": ACME},
+            ]
+    with scene.acting(GLOBEX, listener="globex") as owner:
+        assert owner.execution.RedeemPermit(redemption).tenant_id == GLOBEX
+    with scene.acting(GLOBEX) as owner:
+        assert not owner.execution.ReportOutcome(outcome).replayed
+
+
 # Certificates
 
 

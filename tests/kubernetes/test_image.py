@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import stat
+import subprocess
 import sys
 import tarfile
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from pdp import __version__
-from tests.kubernetes.conftest import IMAGE, Make
+from tests.kubernetes.conftest import IMAGE, ROOT, Make
 
 pytestmark = pytest.mark.kubernetes
 
@@ -67,6 +68,32 @@ def test_every_module_is_compiled_as_it_can_not_be_later() -> None:
         folder = IMAGE / "usr/local/lib/python3.11/dist-packages" / package
         compiled = {path.name.partition(".")[0] for path in folder.glob("__pycache__/*.pyc")}
         assert {path.stem for path in folder.glob("*.py")} == compiled
+
+
+def test_it_tells_nothing_of_the_machine_that_built_it() -> None:
+    found = subprocess.run(
+        ["/usr/bin/grep", "--recursive", "--files-with-matches", "--fixed-strings", ROOT, IMAGE],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.stdout == ""
+    assert not list(IMAGE.rglob("direct_url.json"))
+
+
+@pytest.mark.timeout(300)
+def test_the_same_inputs_give_the_same_image(tmp_path: Path) -> None:
+    """Held against the one that make has just built."""
+    script = ROOT / "scripts" / "build_image.py"
+    subprocess.run([sys.executable, script, "--into", tmp_path / "image"], check=True)
+    index = json.loads((LAYOUT / "index.json").read_text(encoding="utf-8"))
+    again = json.loads((tmp_path / "image" / "oci" / "index.json").read_text(encoding="utf-8"))
+    assert again["manifests"][0]["digest"] == index["manifests"][0]["digest"]
+
+
+def test_the_licences_of_what_is_in_it_are_in_it() -> None:
+    packages = (ROOT / "deploy" / "image" / "packages.txt").read_text(encoding="utf-8").split()
+    assert all((IMAGE / "usr/share/doc" / name / "copyright").is_file() for name in packages)
 
 
 def test_it_is_ready_soon_and_says_so(make: Make, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ from pdp.budget.ledger import (
 )
 from pdp.canonical import JsonObject, JsonValue, canonical_bytes, sha256_hex
 from pdp.errors import RequestError
-from pdp.identity.resolver import Credentials
+from pdp.identity.resolver import Credentials, IdentityError
 from pdp.identity.subject import Subject
 from pdp.narrowing import NotDelegated, check_delegated, limits_within
 from pdp.permit.claims import Permit, PermitError
@@ -37,6 +37,7 @@ from pdp.rooms import (
     StepWatch,
     admitted,
     charges_json,
+    check_still_may_act,
     identify,
     identity_json,
     isolate,
@@ -158,8 +159,8 @@ async def authorize(rooms: Rooms, credentials: Credentials, asked: Asked) -> Rec
 
 
 async def authorize_as(rooms: Rooms, subject: Subject, asked: Asked, watch: StepWatch) -> Recorded:
-    """Decide one call of a caller who is identified. Raises as :func:`authorize` does, but
-    for IdentityError.
+    """Decide one call of a caller who is identified. Raises as :func:`authorize` does:
+    IdentityError where the identity has ended since.
     """
     async with admitted(
         rooms,
@@ -184,7 +185,7 @@ async def _decide(rooms: Rooms, subject: Subject, asked: Asked, watch: StepWatch
         raise
     watch.done("isolate")
 
-    failure: NotDelegated | PolicyError | LedgerError | PermitError | None = None
+    failure: NotDelegated | PolicyError | IdentityError | LedgerError | PermitError | None = None
     revision = rooms.policy.revision
     document = _document(rooms, subject, question)
     try:
@@ -194,11 +195,12 @@ async def _decide(rooms: Rooms, subject: Subject, asked: Asked, watch: StepWatch
             value = await policy.evaluate(Entrypoint.AUTHZ_DECISION, document)
             revision = policy.revision
             ruling = await _rule(policy, document, value)
+        check_still_may_act(rooms, subject)
         receipt = await _hold(rooms, subject, account, question, ruling)
         watch.done("authorize")
         answer = await _execute(rooms, subject, question, receipt)
         watch.done("execute")
-    except (NotDelegated, PolicyError, LedgerError, PermitError) as error:
+    except (NotDelegated, PolicyError, IdentityError, LedgerError, PermitError) as error:
         failure = error
         answer = Answer(
             subject=subject,
@@ -210,7 +212,9 @@ async def _decide(rooms: Rooms, subject: Subject, asked: Asked, watch: StepWatch
 
     audit = await rooms.audit.append(_record(rooms, question, answer, document))
     watch.done("audit")
-    if failure is not None and failure.reason_code in _ERRORS_IN_ASKING:
+    if failure is not None and (
+        isinstance(failure, IdentityError) or failure.reason_code in _ERRORS_IN_ASKING
+    ):
         raise failure
     return Recorded(answer=answer, receipt=audit, step_seconds=watch.seconds)
 

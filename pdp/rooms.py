@@ -152,6 +152,20 @@ def identity_json(subject: Subject) -> JsonObject | None:
     return known or None
 
 
+def check_still_may_act(rooms: Rooms, subject: Subject) -> None:
+    """For a caller who has waited since it was identified. Raises IdentityError, which is
+    not on record.
+    """
+    if subject.delegation is not None and rooms.clock() >= subject.expires_at:
+        raise IdentityError(
+            ReasonCode.TOKEN_EXPIRED,
+            "The delegation has expired meanwhile; ask whoever delegated for a new one.",
+            tenant=subject.tenant,
+            actor=subject.actor,
+        )
+    _check_not_revoked(rooms, subject)
+
+
 def _check_not_revoked(rooms: Rooms, subject: Subject) -> None:
     """Raises IdentityError, for tokens that were verified before too."""
     try:

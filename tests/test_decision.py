@@ -41,7 +41,7 @@ from pdp.policy.engine import Entrypoint, PolicyError
 from pdp.policy.live import LivePolicy
 from pdp.reason import ReasonCode
 from pdp.revocation.file import RevocationFile
-from pdp.revocation.revocations import Revocations
+from pdp.revocation.revocations import Kind, Revocation, Revocations, Target
 from pdp.rooms import Rooms, StepWatch
 from pdp.server.wire import key_from
 from pdp.storage import Durability
@@ -112,6 +112,9 @@ class Steps:
     service: ServiceClass = TenantLimits().service_class
     subject: Subject = SUBJECT
     binds_permits: bool = False
+    revocations: Revocations = field(
+        default_factory=lambda: Revocations(RevocationFile(Path("nowhere")))
+    )
 
     slept: list[float] = field(default_factory=list)
 
@@ -240,7 +243,7 @@ async def ask(
         hold_ttl_seconds=120,
         ledger_id="ledger-1",
         strangers=Strangers(),
-        revocations=Revocations(RevocationFile(Path("nowhere"))),
+        revocations=steps.revocations,
         records_policy_input=steps.records_policy_input,
         clock=lambda: NOW,
         new_id=lambda: f"id-{next(ids)}",
@@ -279,6 +282,45 @@ def test_without_identity_no_later_step_is_taken(tmp_path: Path) -> None:
     assert error.reason_code == "token_expired"
     assert steps.done == ["identify", "record"]
     assert (steps.records[0].tenant_id, steps.records[0].outcome) == (None, Outcome.DENIED)
+
+
+class Meanwhile(Revocations):
+    """In which the tenant is found only by whoever looks for a second time."""
+
+    looked = False
+
+    def find(self, **whom: Any) -> Revocation | None:
+        if not self.looked:
+            self.looked = True
+            return None
+        target = Target(kind=Kind.TENANT, tenant=whom["tenant"])
+        return Revocation(target=target, by="ops", reason="left", at=1, until=0)
+
+
+def test_who_is_revoked_while_the_call_waits_gets_no_permit(tmp_path: Path) -> None:
+    steps = Steps(revocations=Meanwhile(RevocationFile(Path("nowhere"))))
+    (error,) = asked(tmp_path, steps)
+    assert (type(error), error.reason_code) == (IdentityError, "tenant_suspended")
+    assert steps.done[-1] == "record"
+    assert not {"hold", "sign"} & set(steps.done)
+    [record] = steps.records
+    assert (record.tenant_id, record.outcome) == ("tenant_acme", Outcome.DENIED)
+
+
+def test_an_agent_whose_delegation_ends_while_its_call_waits_gets_no_permit(
+    tmp_path: Path,
+) -> None:
+    delegation = Delegation(
+        links=(Link(id="d", agent="reader", expires_at=int(NOW)),),
+        tools=frozenset({"orders.update"}),
+        arguments={},
+        root_token_id="",
+        ledger="ledger-1",
+    )
+    steps = Steps(subject=replace(SUBJECT, delegation=delegation, expires_at=NOW))
+    (error,) = asked(tmp_path, steps)
+    assert (type(error), error.reason_code) == (IdentityError, "token_expired")
+    assert not {"hold", "sign"} & set(steps.done)
 
 
 ONE_A_MINUTE = ServiceClass(

@@ -247,12 +247,16 @@ def _listed(title: str, places: Iterable[Place]) -> Iterator[str]:
 
 
 def _would_allow(found: Explanation) -> Iterator[str]:
+    from pdp.reason import ReasonCode  # noqa: PLC0415
+
     if not found.would_allow:
         yield (
             "Nothing that was tried would have allowed it: no single change and no pair of the"
             " caller's roles and scopes, the arguments, and the tenant's status, allowlist,"
             " scopes and roles."
         )
+        if found.answer.reason_code == ReasonCode.WORKLOAD_NOT_ALLOWED:
+            yield "Workloads are not tried: name the one that asks with --workload."
         return
     yield "it would have been allowed if"
     for number, each in enumerate(found.would_allow):

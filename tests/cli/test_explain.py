@@ -157,3 +157,16 @@ def test_why_a_policy_failed_is_told_as_opa_says_it(bundle: Path, tmp_path: Path
 def test_nothing_that_would_have_allowed_it_is_told(bundle: Path) -> None:
     result = run("--bundle", bundle, "--opa", OPA, "--tenant", "nobody", *WRITE)
     assert "Nothing that was tried would have allowed it" in result.stdout
+
+
+def test_where_no_workload_may_ask_the_option_that_names_one_is_told(
+    bundle: Path, tmp_path: Path
+) -> None:
+    guarded = shutil.copytree(bundle, tmp_path / "guarded")
+    (guarded / "policy.wasm").unlink()
+    authz = next(guarded.rglob("authz.rego"))
+    authz.write_text(
+        'package pdp.authz\n\ndecision := {"allow": false, "reason_code": "workload_not_allowed"}\n'
+    )
+    result = run("--bundle", guarded, "--opa", OPA, *READER, *WRITE)
+    assert "name the one that asks with --workload" in result.stdout

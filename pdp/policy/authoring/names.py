@@ -1,7 +1,7 @@
 """Names of tools, roles, scopes and budgets that nothing defines, or nothing uses.
 
 By the conventions of the starter bundle: tools are the keys of ``data.tools``, tenants
-those of ``data.tenants``. Where a bundle has neither there is nothing to find.
+those of ``data.tenants``, and workloads those of ``data.workloads``. Where a bundle has neither there is nothing to find.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class _Names:
     def __init__(self, data: JsonObject, rego: Mapping[str, str]) -> None:
         self._tools = _object(data.get("tools"))
         self._tenants = _object(data.get("tenants"))
+        self._workloads = _object(data.get("workloads"))
         rules = [text for name, text in rego.items() if not is_test(name)]
         self._keys_read = {
             step or quoted for text in rules for step, quoted in _KEY_READ.findall(text)
@@ -53,6 +54,8 @@ class _Names:
                 yield from self._slips_of_tenant(tenant, told)
             else:
                 yield ("tenants", tenant), f"tenant {tenant} is no object: it counts as unknown"
+        for workload, means in self._workloads.items():
+            yield from self._slips_of_workload(workload, means)
 
     def _slips_of_tool(self, tool: str, definition: JsonValue) -> Iterator[_Slip]:
         path: DataPath = ("tools", tool)
@@ -85,6 +88,13 @@ class _Names:
         allowlist = _texts(told.get("allowlist"))
         yield from self._slips_of_allowlist((*path, "allowlist"), name, told)
         yield from self._slips_of_scopes((*path, "scopes"), name, told)
+        for index, workload in enumerate(_list(told.get("workloads"))):
+            # Where data.workloads lists none, a tenant may list whom it will.
+            if self._workloads and workload not in self._workloads:
+                yield (
+                    (*path, "workloads", index),
+                    f"{name} lets {workload} ask, which is not in data.workloads",
+                )
         for role, means in _object(told.get("roles")).items():
             yield from self._slips_of_role((*path, "roles", role), name, role, means, told)
         for tool, narrowed in _object(told.get("tools")).items():
@@ -103,6 +113,32 @@ class _Names:
                         f"{name} has a rule for the argument {argument}, which {tool} does not take",
                     )
             yield from self._slips_of_rules((*own, "arguments"), f"{tool} of {name}", rules)
+
+    def _slips_of_workload(self, workload: str, means: JsonValue) -> Iterator[_Slip]:
+        path: DataPath = ("workloads", workload)
+        name = f"workload {workload}"
+        if not isinstance(means, dict):
+            yield path, f"{name} is no object: it counts as unknown"
+            return
+        yield from self._unread_keys(path, name, means)
+        tools = _list(means.get("tools"))
+        if not tools:
+            yield path, f"{name} may use no tool"
+        if "tenant" in means and "tenants" not in means:
+            # Rules read a tenant of other objects, so _unread_keys does not see the slip.
+            yield (*path, "tenant"), f"{name} has tenant, and no tenants: it may ask for all"
+        for index, tool in enumerate(tools):
+            if not isinstance(tool, str) or tool not in self._tools:
+                yield (
+                    (*path, "tools", index),
+                    f"{name} may use {tool}, which is not in data.tools",
+                )
+        for index, tenant in enumerate(_list(means.get("tenants"))):
+            if not isinstance(tenant, str) or tenant not in self._tenants:
+                yield (
+                    (*path, "tenants", index),
+                    f"{name} may ask for {tenant}, which is not in data.tenants",
+                )
 
     def _slips_of_rules(self, path: DataPath, name: str, definition: JsonObject) -> Iterator[_Slip]:
         for argument, rule in _object(definition.get("arguments")).items():

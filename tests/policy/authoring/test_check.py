@@ -261,6 +261,8 @@ def test_that_there_is_no_regal_is_said(sources: dict[str, bytes], opa: Path) ->
 
 
 ACME = "tenant_acme"
+WORKLOADS = "workloads/data.json"
+WORKLOAD = "workload a may "
 SLIPS: list[tuple[str, dict[str, Any], str]] = [
     (
         TENANTS,
@@ -347,6 +349,29 @@ SLIPS: list[tuple[str, dict[str, Any], str]] = [
         f"the argument to of mail.send of tenant {ACME} has domain, which no rule reads",
     ),
     (TOOLS, {"orders.read/scope": []}, "tool orders.read has scope, which no rule reads"),
+    (
+        WORKLOADS,
+        {"a": {"tools": ["orders.raed"]}},
+        WORKLOAD + "use orders.raed, which is not in data.tools",
+    ),
+    (WORKLOADS, {"a": {"tools": []}}, WORKLOAD + "use no tool"),
+    (
+        WORKLOADS,
+        {"a": {"tools": ["orders.read"], "tenants": ["tenant_amce"]}},
+        WORKLOAD + "ask for tenant_amce, which is not in data.tenants",
+    ),
+    (WORKLOADS, {"a": {"tool": ["orders.read"]}}, WORKLOAD + "use no tool"),
+    (
+        WORKLOADS,
+        {"a": {"tools": ["orders.read"], "tenant": [ACME]}},
+        "workload a has tenant, and no tenants: it may ask for all",
+    ),
+    (
+        WORKLOADS,
+        {"a": {"tools": ["orders.read"], "tennants": [ACME]}},
+        "workload a has tennants, which no rule reads",
+    ),
+    (WORKLOADS, {"a": ["orders.read"]}, "workload a is no object: it counts as unknown"),
 ]
 
 
@@ -362,6 +387,18 @@ def test_a_name_that_nothing_defines_is_a_warning_with_its_file(
     assert warnings[message].severity is Severity.WARNING
     assert warnings[message].file == file
     assert warnings[message].row > 0
+
+
+def test_a_tenant_lets_only_workloads_ask_that_are_listed(sources: dict[str, bytes]) -> None:
+    tenants = with_data(sources, TENANTS, {f"{ACME}/workloads": ["spiffe://example.org/typo"]})
+    slip = f"tenant {ACME} lets spiffe://example.org/typo ask, which is not in data.workloads"
+
+    def slips(files: dict[str, bytes]) -> list[str]:
+        part = read_part(files, name="it", place="it", verifier=None)
+        return [each.message for each in check_names(part.data, part.rego, files)]
+
+    assert slips(tenants) == [], "while none is listed, a tenant may list whom it will"
+    assert slip in slips(with_data(tenants, WORKLOADS, {"a": {"tools": ["orders.read"]}}))
 
 
 def test_a_slip_in_the_names_is_found_by_a_whole_check(

@@ -72,7 +72,9 @@ class Sidecars(Closing):
         self._homes: dict[str, PermitRedeemer] = {}
 
     def find(self, kid: str) -> Ed25519PublicKey | None:
-        """The key of that id, of whichever sidecar."""
+        """The key of that id, of whichever sidecar. Raises PermitError (pdp_unavailable) where
+        none has it of those that could be asked, and not all could.
+        """
         found = self._known(kid)
         if found is None:
             # Whoever waits here waits for keys that another thread is asking for.
@@ -81,6 +83,12 @@ class Sidecars(Closing):
                 if found is None and self._age() >= self._cooldown_seconds:
                     self._ask()
                     found = self._known(kid)
+            if found is None and not all(map(self._counts, self._published)):
+                raise PermitError(
+                    ReasonCode.PDP_UNAVAILABLE,
+                    "The permit's key is not known, and a sidecar could not be asked for its keys;"
+                    " see that it runs, and listens where it is looked for.",
+                )
         elif self._age() >= self._refresh_seconds:
             asking = self._asking()
             if asking.acquire(blocking=False):
@@ -135,12 +143,14 @@ class Sidecars(Closing):
         self._homes[ledger] = redeemer
 
     def _known(self, kid: str) -> Ed25519PublicKey | None:
-        oldest = self._clock() - self._keep_seconds
         for said in self._published:
-            found = said.keys.find(kid) if said is not None and said.said_at >= oldest else None
+            found = said.keys.find(kid) if said is not None and self._counts(said) else None
             if found is not None:
                 return found
         return None
+
+    def _counts(self, said: _Published | None) -> bool:
+        return said is not None and said.said_at >= self._clock() - self._keep_seconds
 
     def _asking(self) -> threading.Lock:
         """Held by whoever asks. By process: after a fork nobody would ever let go of a lock

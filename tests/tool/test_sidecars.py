@@ -139,6 +139,18 @@ def test_a_key_that_is_published_no_more_counts_no_more(domain: Domain) -> None:
     assert domain.admit(shown) == "permit_invalid"
 
 
+def test_a_permit_is_not_called_false_before_its_sidecar_could_be_asked(domain: Domain) -> None:
+    shown = domain.two.issue()
+    domain.two.reachable = False
+    assert domain.admit(shown) == "pdp_unavailable"
+    assert domain.admit(shown) == "pdp_unavailable", "within the cooldown"
+    assert domain.admit(domain.one.issue()) == "ok", "what can be known is"
+    domain.two.reachable = True
+    domain.clock.now += 10
+    assert domain.admit(shown) == "ok"
+    assert domain.admit(Sidecar("ledger-two", SigningKey.generate()).issue()) == "permit_invalid"
+
+
 def test_a_sidecar_that_is_gone_keeps_its_keys_for_a_bounded_time(domain: Domain) -> None:
     assert domain.admit(domain.one.issue()) == "ok"
     domain.two.reachable = False
@@ -155,7 +167,7 @@ def test_a_sidecar_that_is_gone_keeps_its_keys_for_a_bounded_time(domain: Domain
     domain.clock.now += 3_600
     assert verifies() == "ok"
     domain.clock.now += 1
-    assert verifies() == "permit_invalid"
+    assert verifies() == "pdp_unavailable"
     assert domain.admit(domain.one.issue()) == "ok"
 
 

@@ -114,12 +114,15 @@ async def identify(
             detail["sources"] = [
                 {"source": name, "tenant": tenant} for name, tenant in error.sources
             ]
+        known = identity_json(subject) if subject else None
+        if known is None and error.workload:
+            known = {"workload": error.workload}
         await rooms.audit.append(
             AuditRecord(
                 type="decision",
                 tenant_id=error.tenant,
                 actor_id=error.actor,
-                identity=identity_json(subject) if subject else None,
+                identity=known,
                 action=action,
                 outcome=Outcome.DENIED,
                 reason_code=error.reason_code,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from pdp.identity.resolver import Credentials, IdentityResolver
+from pdp.identity.resolver import Credentials, IdentityError, IdentityResolver
 from pdp.identity.subject import Subject
 from pdp.identity.tenancy import Routes, Source, agreed
 from pdp.identity.workloads import Workloads
@@ -29,6 +29,18 @@ class Principals:
         """The subject. A route alone is nobody: it takes an actor. Raises IdentityError."""
         peer = credentials.peer
         workload = await self._workloads.workload_of(credentials) if self._workloads else ""
+        try:
+            subject = await self._actor(credentials, workload)
+        except IdentityError as error:
+            error.workload = workload
+            raise
+        if workload or peer.certificate_sha256:
+            return self._by(workload, peer.certificate_sha256, subject)
+        return subject
+
+    async def _actor(self, credentials: Credentials, workload: str) -> Subject:
+        """The subject by its token and the routes, whoever asks for it. Raises IdentityError."""
+        peer = credentials.peer
         routed = self._routes.sources(listener=peer.listener, workload=workload)
         if routed:
             credentials = replace(credentials, route_tenant=agreed(routed))
@@ -36,8 +48,6 @@ class Principals:
         named = (*routed, *self._routes.asked_for(peer.server_name))
         if named:
             agreed((Source("token", subject.tenant), *named), actor=subject.actor)
-        if workload or peer.certificate_sha256:
-            return self._by(workload, peer.certificate_sha256, subject)
         return subject
 
     def _by(self, workload: str, certificate_sha256: str, subject: Subject) -> Subject:

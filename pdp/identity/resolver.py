@@ -45,7 +45,8 @@ class IdentityError(PdpError):
     Reason codes: token_missing, token_invalid, token_expired, tenant_missing,
     tenant_mismatch, tenant_unknown, workload_missing, workload_invalid. ``tenant`` and
     ``actor`` are set only where the token itself was verified. ``sources`` are, of a
-    tenant_mismatch, those that disagree, each with the tenant that it names.
+    tenant_mismatch, those that disagree, each with the tenant that it names. ``workload``
+    is who asked, where that was verified before something else failed.
     """
 
     def __init__(
@@ -56,11 +57,13 @@ class IdentityError(PdpError):
         tenant: str | None = None,
         actor: str | None = None,
         sources: tuple[tuple[str, str], ...] = (),
+        workload: str = "",
     ) -> None:
         super().__init__(reason_code, message)
         self.tenant = tenant
         self.actor = actor
         self.sources = sources
+        self.workload = workload
 
 
 class IdentityResolver(Protocol):

@@ -288,6 +288,17 @@ def test_the_workload_of_a_certificate_is_on_record_and_in_the_permit(scene: Sce
     assert claims["req_wl"] == AGENT_OF_ACME
 
 
+def test_the_workload_that_shows_a_token_which_is_refused_is_on_record(scene: Scene) -> None:
+    certificate = scene.authority.client(AGENT_OF_ACME)
+    for token in (USERS.token(ACME, "ann", lifetime_seconds=-3_600), USERS.token(None, "ann")):
+        refusal = scene.refusal(None, token=token, certificate=certificate)
+        assert refusal.reason_code in ("token_expired", "tenant_missing")
+        assert scene.last_record()["identity"] == {"workload": AGENT_OF_ACME}
+    refusal = scene.refusal(ACME, certificate=scene.authority.client(AGENT_OF_ACME, "spiffe://b"))
+    assert refusal.reason_code == "workload_invalid"
+    assert "identity" not in scene.last_record()
+
+
 def test_a_certificate_and_a_token_of_different_tenants_are_refused(scene: Scene) -> None:
     for tenant, certificate in (
         (GLOBEX, scene.authority.client(AGENT_OF_ACME)),

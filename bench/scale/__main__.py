@@ -19,6 +19,7 @@ from pathlib import Path
 from bench.scale.measure import (
     BUSY,
     CHARGED,
+    EXACT,
     FREE,
     LEASE_SECONDS,
     MEMORY_AT,
@@ -81,7 +82,9 @@ def main() -> int:
         kinds = (FREE, CHARGED, REFUSED, SPARSE, BUSY)
         plain = alone(folder / "plain", kinds, lease_seconds=0, seconds=seconds)
         show("one sidecar that leases")
-        leased = alone(folder / "leased", (SPARSE,), lease_seconds=LEASE_SECONDS, seconds=seconds)
+        leased = alone(
+            folder / "leased", (EXACT, SPARSE), lease_seconds=LEASE_SECONDS, seconds=seconds
+        )
         sizes = []
         for tenants in MEMORY_AT[:2] if chosen.smoke else MEMORY_AT:
             show(f"one sidecar with {tenants:,} tenants")

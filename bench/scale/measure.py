@@ -123,6 +123,9 @@ class Kind:
 BROKE: Final = 1
 """The number of a tenant that can spend nothing."""
 FREE, CHARGED = Kind(rate=20, charged_share=0), Kind(rate=20, charged_share=1)
+NEARLY_BROKE: Final = 2
+"""One that can spend so little that nothing is leased."""
+EXACT: Final = Kind(rate=5, charged_share=1, tenant=NEARLY_BROKE)
 REFUSED: Final = Kind(rate=20, charged_share=1, tenant=BROKE)
 SPARSE: Final = Kind(rate=2.4, charged_share=0.5, longer=3)
 """As in a fleet."""
@@ -145,7 +148,7 @@ def alone(folder: Path, kinds: Sequence[Kind], *, lease_seconds: int, seconds: f
     """Measure it, each kind of call for so long."""
     issuer = TokenIssuer()
     with Origin() as origin:
-        origin.put(BUNDLE, bundle_of(MEMORY_AT[0], limits={BROKE: 0}))
+        origin.put(BUNDLE, bundle_of(MEMORY_AT[0], limits={BROKE: 0, NEARLY_BROKE: 60}))
         with Fleet(folder, _one_sidecar(lease_seconds), origin, issuer) as fleet:
             quiet = idle(fleet, seconds)
             found = {kind: _measure(fleet, kind, issuer, seconds) for kind in kinds}
@@ -297,6 +300,7 @@ def inputs_of(plain: Alone, leased: Alone, sizes: Sequence[Size], store: StoreCo
     return Inputs(
         scripts_per_free_call=per_call(plain.traffic[FREE]),
         scripts_per_charged_call=per_call(plain.traffic[CHARGED]),
+        scripts_per_exact_call=per_call(leased.traffic[EXACT]),
         scripts_per_refusal=per_call(plain.traffic[REFUSED]),
         store_cpu_per_script=store.per_script,
         store_cpu_per_look=store.per_look,

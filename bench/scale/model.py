@@ -33,6 +33,9 @@ class Inputs:
     leases; with leases there are none."""
     scripts_per_charged_call: float
     """The same for a call that costs something."""
+    scripts_per_exact_call: float
+    """For a charged call that no lease pays for, at a sidecar that leases: it keeps the uses
+    of its permits itself."""
     scripts_per_refusal: float
     """For a call that is refused for want of budget."""
     store_cpu_per_script: float
@@ -142,7 +145,7 @@ def _scripts_per_second(inputs: Inputs, fleet: Fleet, seconds: float | None = No
     each = leased_scripts_per_second(
         fleet.pool_rate,
         fleet.lease_seconds,
-        scripts_per_call=inputs.scripts_per_charged_call,
+        scripts_per_call=inputs.scripts_per_exact_call,
         seconds=seconds,
     )
     return each * fleet.active_tenants

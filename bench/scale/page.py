@@ -85,6 +85,7 @@ def dollars(value: float) -> str:
 _OF_INPUTS: Final[Mapping[str, tuple[str, Callable[[float], str]]]] = {
     "scripts_per_free_call": ("operations on the store for a call that costs nothing", short),
     "scripts_per_charged_call": ("the same for one that costs something", short),
+    "scripts_per_exact_call": ("the same at a sidecar that leases, for want of a lease", short),
     "scripts_per_refusal": ("the same for one that is refused for want of budget", short),
     "bytes_per_script": ("bytes of an operation, there and back", size),
     "bytes_per_leased_script": ("the same where leases are drawn and reported", size),
@@ -109,6 +110,26 @@ _OF_INPUTS: Final[Mapping[str, tuple[str, Callable[[float], str]]]] = {
     "memory_bytes_per_tenant": ("and for each tenant in its bundle", size),
     "start_seconds": ("from start until ready", lambda s: f"{short(s)} s"),
 }
+
+
+def when(results: Results) -> str:
+    """No table, but what every table depends on."""
+    whole = results.whole
+    return f"Measured on {whole['measured_on']}, on one machine: {whole['machine']}.\n"
+
+
+def how(results: Results) -> str:
+    """What the fleet was told to do."""
+    plan = results.whole["runs"][0]["plan"]
+    return (
+        f"{plan['sidecars']} sidecars (`pdp serve`); {plan['stubs']} stubs (`AsyncGuard`), each with"
+        f" a connection of its own, in {plan['processes']} processes; one Redis. In all"
+        f" {plan['calls_per_second']} calls a second for {plan['seconds']} s,"
+        f" {plan['charged_share']:.0%} of them charged. {plan['tenants']} tenants, each at several"
+        f" sidecars; {plan['tight_tenants']} of them run out of budget on the way, at"
+        f" {plan['tight_limit']} units. Bundles are looked at every {plan['bundle_poll_seconds']} s,"
+        f" keys every {plan['jwks_poll_seconds']} s, so that there is something to count.\n"
+    )
 
 
 def inputs_table(results: Results) -> str:
@@ -352,6 +373,8 @@ def compared(inputs: Inputs, run: Mapping[str, Any]) -> list[Row]:
 
 
 TABLES: Final[Mapping[str, Callable[[Results], str]]] = {
+    "when": when,
+    "how": how,
     "inputs": inputs_table,
     "store": store_table,
     "fan-out": fan_out_table,

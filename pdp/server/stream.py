@@ -25,7 +25,9 @@ from pdp.server.runner import CallRunner
 from pdp.server.status import abort, failure_out
 
 MAX_STREAMS: Final = 1_024
-"""Streams that are open at the same time on one listener; one more is refused with rate_limited."""
+"""Streams that are open at the same time on one listener. For one more the one that has been
+idle for longest is ended, so that nobody takes all the places by doing nothing; where none is
+idle, it is refused with rate_limited."""
 MAX_UNDER_WAY: Final = 256
 """Messages of one stream that are under way, up to their answer's having left. More are
 not read before there is room, so that they wait with the client."""
@@ -45,23 +47,38 @@ class Streams:
         self._runner = runner
         self._metrics = metrics
         self._draining = draining
-        self._open = 0
+        self._open: dict[_Stream, None] = {}
+        """The one with the latest message is last."""
 
     async def serve(self, context: _Context, peer: Peer, decide: Decide) -> None:
         """Answer one stream's questions, until its client has no more or the sidecar is
         draining. Ends the stream with rate_limited where there are too many.
         """
-        if self._open >= MAX_STREAMS:
+        if len(self._open) >= MAX_STREAMS and not self._end_an_idle_one():
             refusal = PdpError(
                 ReasonCode.RATE_LIMITED, "Too many streams are open; ask by Authorize instead."
             )
             await abort(context, self._runner.failure_of("AuthorizeStream", refusal))
-        self._open += 1
+        stream = _Stream(context, peer, decide, self._runner, self._draining, self._moved)
+        self._open[stream] = None
         try:
             with self._metrics.streams.track_inprogress():
-                await _Stream(context, peer, decide, self._runner, self._draining).serve()
+                await stream.serve()
         finally:
-            self._open -= 1
+            self._open.pop(stream, None)
+
+    def _moved(self, stream: _Stream) -> None:
+        """A message has come on it."""
+        if stream in self._open:  # and is not ended already
+            self._open[stream] = self._open.pop(stream)
+
+    def _end_an_idle_one(self) -> bool:
+        idle = next((stream for stream in self._open if stream.idle), None)
+        if idle is None:
+            return False
+        del self._open[idle]
+        idle.ended.set()
+        return True
 
 
 class _Stream:
@@ -72,7 +89,11 @@ class _Stream:
         decide: Decide,
         runner: CallRunner,
         draining: asyncio.Event,
+        moved: Callable[[_Stream], None],
     ) -> None:
+        self._moved = moved
+        self.ended = asyncio.Event()
+        """Set where it is to make room for another one."""
         self._context = context
         self._peer = peer
         self._decide = decide
@@ -85,11 +106,17 @@ class _Stream:
         """Those, and the ones whose answer has not left yet."""
         self._writing = asyncio.Lock()
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way."""
+        return not self._answering
+
     async def serve(self) -> None:
         reading = asyncio.create_task(self._read())
         draining = asyncio.create_task(self._draining.wait())
+        ended = asyncio.create_task(self.ended.wait())
         try:
-            await asyncio.wait({reading, draining}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({reading, draining, ended}, return_when=asyncio.FIRST_COMPLETED)
             if reading.done():
                 reading.result()
             # Otherwise messages are still read while others are finished: they are told to
@@ -97,7 +124,7 @@ class _Stream:
             while self._answering:
                 await asyncio.wait(self._answering)
         finally:
-            for task in (reading, draining, *self._answering):
+            for task in (reading, draining, ended, *self._answering):
                 task.cancel()
 
     async def _read(self) -> None:
@@ -117,6 +144,7 @@ class _Stream:
                 return
 
     def _take(self, message: authorization_pb2.AuthorizeStreamRequest) -> None:
+        self._moved(self)
         if message.WhichOneof("message") == "cancel":
             self._places.release()
             if question := self._questions.pop(message.id, None):

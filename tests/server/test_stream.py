@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import queue
 import random
@@ -16,16 +15,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import grpc
 import grpc.aio
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+from pdp.admission import Admission
 from pdp.api.v1 import authorization_pb2, authorization_pb2_grpc, execution_pb2
+from pdp.config import TenantLimits
+from pdp.identity.resolver import Peer
 from pdp.permit import PermitKeySet, PermitVerifier
-from pdp.server.stream import MAX_STREAMS, MAX_UNDER_WAY
+from pdp.server.metrics import Metrics
+from pdp.server.runner import CallRunner
+from pdp.server.stream import MAX_STREAMS, MAX_UNDER_WAY, Streams
 from pdp.testing import Caller, SidecarProcess, TokenIssuer, build_bundle
 
 ROOT = Path(__file__).parents[2]
@@ -487,7 +491,7 @@ def test_a_client_that_does_not_read_holds_up_itself_alone(sidecar: SidecarProce
         assert {response.id for response in slow.read(count)} == set(range(1, count + 1))
 
 
-def test_one_stream_too_many_is_refused(tmp_path: Path, bundle: Path) -> None:
+def test_streams_that_do_nothing_keep_nobody_out(tmp_path: Path, bundle: Path) -> None:
     async def open_all(target: str) -> None:
         channels = [
             grpc.aio.insecure_channel(target, options=[("grpc.use_local_subchannel_pool", 1)])
@@ -499,21 +503,70 @@ def test_one_stream_too_many_is_refused(tmp_path: Path, bundle: Path) -> None:
             await call.write(question(1, bearer=""))  # a stream is open once it is used
         for call in calls:
             assert (await call.read()).id == 1
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await stubs[0].AuthorizeStream().read()
-        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        calls.pop().cancel()
-        while True:  # there is room again, once the sidecar has noticed
-            call = stubs[1].AuthorizeStream()
-            await call.write(question(2))
-            with contextlib.suppress(grpc.aio.AioRpcError):
-                assert (await call.read()).answer.decision
-                break
+        first, *others = calls  # whichever of them came first
+        await first.write(question(2))
+        assert (await first.read()).answer.decision
+        one_more = stubs[0].AuthorizeStream()
+        await one_more.write(question(1))
+        assert (await one_more.read()).answer.decision
+        reading = {asyncio.ensure_future(call.read()) for call in others}
+        ended, left = await asyncio.wait(reading, return_when=asyncio.FIRST_COMPLETED)
+        assert [each.result() for each in ended] == [grpc.aio.EOF]
+        await first.write(question(3))
+        assert (await first.read()).answer.decision
+        for each in left:
+            each.cancel()
         for channel in channels:
             await channel.close()
 
     with SidecarProcess(tmp_path, issuer=ISSUER, bundle=bundle) as process:
         asyncio.run(open_all(process.target))
+
+
+def test_where_every_stream_has_a_question_under_way_one_more_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pdp.server.stream.MAX_STREAMS", 1)
+
+    class Context:
+        """Of a client that asks one question and waits."""
+
+        def __init__(self) -> None:
+            self.messages = [question(1)]
+            self.refused: list[grpc.StatusCode] = []
+
+        async def read(self) -> Message:
+            return self.messages.pop() if self.messages else await asyncio.Future()
+
+        async def abort(self, code: grpc.StatusCode, *_: Any, **__: Any) -> None:
+            self.refused.append(code)
+            raise grpc.aio.AbortError
+
+    async def serve_two() -> list[grpc.StatusCode]:
+        asked = asyncio.Event()
+
+        async def decide(*_: Any) -> Any:
+            asked.set()
+            await asyncio.Future()
+
+        service = TenantLimits().service_class
+        admission = Admission(
+            max_concurrent_calls=8, max_waiting_calls=8, classes=lambda _: service
+        )
+        metrics = Metrics()
+        streams = Streams(
+            CallRunner(metrics, admission, timeout_seconds=60), metrics, draining=asyncio.Event()
+        )
+        busy = asyncio.create_task(streams.serve(cast("Any", Context()), Peer(), decide))
+        await asked.wait()
+        one_more = Context()
+        with pytest.raises(grpc.aio.AbortError):
+            await streams.serve(cast("Any", one_more), Peer(), decide)
+        assert not busy.done()
+        busy.cancel()
+        return one_more.refused
+
+    assert asyncio.run(serve_two()) == [grpc.StatusCode.RESOURCE_EXHAUSTED]
 
 
 @pytest.mark.slow

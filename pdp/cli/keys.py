@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -26,6 +26,10 @@ KeyFile = Annotated[
     typer.Option("--file", help="The keys themselves, for a file that is mounted elsewhere."),
 ]
 Kid = Annotated[str, typer.Argument(help="The key's id, as pdp keys list shows it.")]
+
+
+_TAKES_ANY_KID: Final = {"ignore_unknown_options": True}
+"""One key id in 64 begins with a hyphen."""
 
 
 @app.command("list")
@@ -70,7 +74,7 @@ def add(config: ConfigFile = None, file: KeyFile = None) -> None:
     typer.echo(ring.keys[-1].kid)
 
 
-@app.command()
+@app.command(context_settings=_TAKES_ANY_KID)
 def use(kid: Kid, config: ConfigFile = None, file: KeyFile = None) -> None:
     """Let a key sign. The one that signed before only verifies from then on.
 
@@ -82,7 +86,7 @@ def use(kid: Kid, config: ConfigFile = None, file: KeyFile = None) -> None:
     typer.echo(f"{kid} signs. Retire {ring.signing.kid} once nobody shows its permits any more.")
 
 
-@app.command()
+@app.command(context_settings=_TAKES_ANY_KID)
 def retire(kid: Kid, config: ConfigFile = None, file: KeyFile = None) -> None:
     """Forget a key: its permits count no more, and outcomes under them can not be reported.
 

@@ -259,7 +259,7 @@ def test_a_full_queue_refuses_at_once_and_takes_again_when_it_has_room(bundle: B
 
 
 def test_an_asker_who_gives_up_gives_its_place_back(bundle: Bundle) -> None:
-    engine = started(bundle, deadline_ms=200, workers=1)
+    engine = started(bundle, deadline_ms=1_000, workers=1)
 
     async def use() -> None:
         runaway = asyncio.create_task(reason_of(ask(engine, "runaway")))

@@ -107,8 +107,9 @@ class AuthorizationServiceServicer:
         Answers come in any order, and name the message that they answer. What is wrong with
         one message ends no other. At most 256 messages are under way; more are not read until
         there is room. A sidecar that stops answers what is under way and ends the stream with
-        OK; what is unanswered then is asked again by Authorize, under the same request_id.
-        RESOURCE_EXHAUSTED: rate_limited, where too many streams are open.
+        OK; what is unanswered then is asked again by Authorize, under the same request_id. So
+        is a stream that has been idle for long ended where another one needs its place.
+        RESOURCE_EXHAUSTED: rate_limited, where too many streams are open and none is idle.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

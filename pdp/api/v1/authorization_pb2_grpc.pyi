@@ -63,8 +63,9 @@ class AuthorizationServiceStub:
     Answers come in any order, and name the message that they answer. What is wrong with
     one message ends no other. At most 256 messages are under way; more are not read until
     there is room. A sidecar that stops answers what is under way and ends the stream with
-    OK; what is unanswered then is asked again by Authorize, under the same request_id.
-    RESOURCE_EXHAUSTED: rate_limited, where too many streams are open.
+    OK; what is unanswered then is asked again by Authorize, under the same request_id. So
+    is a stream that has been idle for long ended where another one needs its place.
+    RESOURCE_EXHAUSTED: rate_limited, where too many streams are open and none is idle.
     """
     AuthorizeBatch: _grpc.UnaryUnaryMultiCallable[_authorization_pb2.AuthorizeBatchRequest, _authorization_pb2.AuthorizeBatchResponse]
     """Decides calls that a model wants to make at the same time, in one round trip. Each is
@@ -125,8 +126,9 @@ class AuthorizationServiceAsyncStub(AuthorizationServiceStub):
     Answers come in any order, and name the message that they answer. What is wrong with
     one message ends no other. At most 256 messages are under way; more are not read until
     there is room. A sidecar that stops answers what is under way and ends the stream with
-    OK; what is unanswered then is asked again by Authorize, under the same request_id.
-    RESOURCE_EXHAUSTED: rate_limited, where too many streams are open.
+    OK; what is unanswered then is asked again by Authorize, under the same request_id. So
+    is a stream that has been idle for long ended where another one needs its place.
+    RESOURCE_EXHAUSTED: rate_limited, where too many streams are open and none is idle.
     """
     AuthorizeBatch: _aio.UnaryUnaryMultiCallable[_authorization_pb2.AuthorizeBatchRequest, _authorization_pb2.AuthorizeBatchResponse]  # type: ignore[assignment]
     """Decides calls that a model wants to make at the same time, in one round trip. Each is
@@ -196,8 +198,9 @@ class AuthorizationServiceServicer(metaclass=_abc_1.ABCMeta):
         Answers come in any order, and name the message that they answer. What is wrong with
         one message ends no other. At most 256 messages are under way; more are not read until
         there is room. A sidecar that stops answers what is under way and ends the stream with
-        OK; what is unanswered then is asked again by Authorize, under the same request_id.
-        RESOURCE_EXHAUSTED: rate_limited, where too many streams are open.
+        OK; what is unanswered then is asked again by Authorize, under the same request_id. So
+        is a stream that has been idle for long ended where another one needs its place.
+        RESOURCE_EXHAUSTED: rate_limited, where too many streams are open and none is idle.
         """
 
     @_abc_1.abstractmethod

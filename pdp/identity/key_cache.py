@@ -20,6 +20,10 @@ RETRY_SECONDS: Final = 30.0
 """Longest time between two fetches that fail, unless the source asks for more."""
 WAIT_SECONDS: Final = 2.0
 """How long a call waits for a fetch. The fetch goes on without it."""
+MAX_WAITING: Final = 128
+"""Calls that wait for one place's fetch. One more is answered at once: whoever makes up key ids
+while the place hangs is not to take the room that others' calls need.
+"""
 _log: Final = logging.getLogger(__name__)
 
 Result = Literal["ok", "failed"]
@@ -60,6 +64,7 @@ class KeyCache:
         self.error: str | None = None
         """Why the last fetch failed, for operators."""
         self._fetching: asyncio.Task[None] | None = None
+        self._waiting = 0
         self._may_ask_at = self._poll_at = clock()
         if keys is not None:
             # Anywhere within it: sidecars that have started together do not ask together.
@@ -117,8 +122,16 @@ class KeyCache:
 
     async def _ask(self) -> None:
         """Wait for the fetch that is under way, or for one that may begin now."""
-        if self._fetching is not None or self._clock() >= self._may_ask_at:
-            await asyncio.wait({self._begin()}, timeout=WAIT_SECONDS)
+        if self._fetching is None and self._clock() < self._may_ask_at:
+            return
+        fetching = self._begin()
+        if self._waiting >= MAX_WAITING:
+            return
+        self._waiting += 1
+        try:
+            await asyncio.wait({fetching}, timeout=WAIT_SECONDS)
+        finally:
+            self._waiting -= 1
 
     def _begin(self) -> asyncio.Task[None]:
         if self._fetching is None:

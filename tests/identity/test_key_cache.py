@@ -14,7 +14,7 @@ from aiohttp import web
 
 from pdp.identity import jwks_http, key_cache
 from pdp.identity.jwks_http import JwksUrl
-from pdp.identity.key_cache import COOLDOWN_SECONDS, RETRY_SECONDS, KeyCache
+from pdp.identity.key_cache import COOLDOWN_SECONDS, MAX_WAITING, RETRY_SECONDS, KeyCache
 from pdp.identity.key_source import KeySourceError
 from pdp.identity.resolver import Credentials, IdentityError
 from pdp.identity.tenancy import TenantRule
@@ -116,6 +116,38 @@ def test_a_call_that_is_given_up_does_not_end_the_fetch_for_others(
         assert await second is not None
 
     with_cache(cache, work)
+
+
+def test_while_a_place_hangs_no_more_than_so_many_calls_wait_for_it(
+    cache: KeyCache, idp: IdentityProvider
+) -> None:
+    asked, let_go = threading.Event(), threading.Event()
+    usual = idp.handle
+
+    async def hang(request: web.Request) -> web.StreamResponse:
+        asked.set()
+        await asyncio.to_thread(let_go.wait)
+        idp.behaviour = None
+        return await usual(request)
+
+    idp.behaviour = hang
+
+    async def work() -> None:
+        strangers = [
+            asyncio.create_task(finds(cache, f"made-up-{number}")) for number in range(MAX_WAITING)
+        ]
+        await asyncio.to_thread(asked.wait)
+        # Answered at once, while all of those still wait.
+        assert await finds(cache, "one-more") is None
+        assert not any(task.done() for task in strangers)
+        let_go.set()
+        assert await asyncio.gather(*strangers) == [False] * MAX_WAITING
+        assert await finds(cache, "old")
+
+    try:
+        with_cache(cache, work)
+    finally:
+        let_go.set()
 
 
 def test_a_hundred_thousand_made_up_keys_make_one_request_each_cooldown(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from pdp.canonical import JsonObject, JsonValue
 from pdp.permit import Permit, PermitError, PermitVerifier
@@ -14,6 +15,11 @@ from pdp.reason import ReasonCode
 
 Function = Callable[..., Any]
 """What a tool does."""
+_TAKE_A_PERMIT: Final = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    inspect.Parameter.VAR_POSITIONAL,
+)
 
 
 class Redeemer(Protocol):
@@ -103,9 +109,17 @@ class PermitDoor:
             update(request.headers["tool-permit"], order_id="918", status="shipped")
 
         A coroutine function stays one. Raises PermitError; then the function does not run.
+        Raises TypeError at once for a function that takes no permit, and for a generator.
         """
+        if not name or type(name) is not str:
+            raise TypeError('name the tool: @door.tool("orders.update")')
 
         def decorate(function: Function) -> Function:
+            first = next(iter(inspect.signature(function).parameters.values()), None)
+            if first is None or first.kind not in _TAKE_A_PERMIT:
+                raise TypeError(f"{name} takes no permit: let that be its first parameter")
+            if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+                raise TypeError(f"{name} is a generator: put the door before what runs it")
             if asyncio.iscoroutinefunction(function):
 
                 @functools.wraps(function)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 
 import pytest
@@ -40,6 +40,27 @@ def test_a_tool_runs_once_under_a_permit_for_exactly_this_call(door: PermitDoor)
     refused("permit_invalid", lambda: update("nonsense", **ORDER))
     assert ran == [("tenant_acme", "918", "shipped")]
     assert update.__name__ == "update"
+
+
+def test_what_can_not_be_a_tool_is_refused_when_it_is_made_one(door: PermitDoor) -> None:
+    def without_permit(*, order_id: str) -> None:
+        raise AssertionError(order_id)
+
+    def without_anything() -> None:
+        raise AssertionError
+
+    def later(permit: Permit) -> Iterator[Permit]:
+        yield permit
+
+    async def later_still(permit: Permit) -> AsyncIterator[Permit]:
+        yield permit
+
+    for function in (without_permit, without_anything, later, later_still):
+        with pytest.raises(TypeError, match="orders"):
+            door.tool("orders.update")(function)
+    for name in ("", without_anything):
+        with pytest.raises(TypeError, match="name the tool"):
+            door.tool(name)  # type: ignore[arg-type]
 
 
 def test_a_permit_is_not_spent_on_a_call_that_it_is_not_for(door: PermitDoor) -> None:

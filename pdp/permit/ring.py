@@ -8,7 +8,6 @@ of it any more. Files that are mounted are changed where they come from, by the 
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import re
@@ -28,14 +27,13 @@ from cryptography.hazmat.primitives.serialization import (
 from pdp.canonical import JsonObject
 from pdp.permit import jws
 from pdp.permit.claims import PermitError
+from pdp.permit.followed import FollowedKeys
 from pdp.permit.keys import MAX_KEYS, PermitKeySet, thumbprint
 from pdp.permit.signing import SigningKey
 from pdp.private_files import replace, write_once
 from pdp.reason import ReasonCode
 
 MAX_FILE_BYTES: Final = 64 * 1024
-LOOK_SECONDS: Final = 1.0
-"""How often the file is looked at."""
 
 _BLOCK: Final = re.compile(rb"-----BEGIN ([A-Z ]{1,32})-----.*?-----END \1-----", re.DOTALL)
 _log: Final = logging.getLogger(__name__)
@@ -149,11 +147,8 @@ class KeyRing:
         raise _refused(f"There is no key {kid}: pdp keys list shows those that are there.")
 
 
-class LiveKeys:
-    """The keys that are in force, as signer and as verifiers see them.
-
-    Whatever becomes of the file, the last good keys stay in force.
-    """
+class LiveKeys(FollowedKeys[KeyRing]):
+    """The keys that are in force, as signer and as verifiers see them."""
 
     def __init__(self, path: Path, *, make: bool = False) -> None:
         """Read the file or, where it is missing and is to be made, make it with a new key.
@@ -161,9 +156,7 @@ class LiveKeys:
         """
         if make:
             write_once(path, lambda: KeyRing.generate().to_pem())
-        self._path = path
-        self._seen = file_mark(path)
-        self._take(KeyRing.from_file(path))
+        super().__init__(path, KeyRing.from_file)
 
     def sign(self, payload: JsonObject, *, kind: str = jws.TYPE) -> str:
         """A token of that type with this payload, by the key that signs now."""
@@ -177,38 +170,13 @@ class LiveKeys:
         """All public keys as a JWK set in JSON."""
         return self._jwks
 
-    async def keep_looking(self) -> None:
-        """Take up what the file says, whenever it changes."""
-        while True:
-            await asyncio.sleep(LOOK_SECONDS)
-            await self.look()
-
-    async def look(self) -> None:
-        """Take up what the file says, if it has changed."""
-        mark = await asyncio.to_thread(file_mark, self._path)
-        if mark == self._seen:
-            return
-        self._seen = mark
-        try:
-            self._take(await asyncio.to_thread(KeyRing.from_file, self._path))
-        except PermitError as error:
-            _log.error("%s The keys that were read before stay in force.", error.message)
-        else:
-            _log.warning("permits are signed with key %s", self.ring.signing.kid)
-
     def _take(self, ring: KeyRing) -> None:
         self.ring = ring
         self._public = ring.public_set
         self._jwks = self._public.to_jwks()
 
-
-def file_mark(path: Path) -> tuple[int, ...] | None:
-    """What changes when the file does; None where there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size, found.st_mode)
+    def _changed(self) -> None:
+        _log.warning("permits are signed with key %s", self.ring.signing.kid)
 
 
 def _parse(path: Path, block: bytes, label: bytes) -> RingKey:

@@ -35,7 +35,7 @@ from pdp.reason import ReasonCode
 from pdp.rooms import (
     Rooms,
     StepWatch,
-    admitted,
+    admitted_as,
     charges_json,
     check_still_may_act,
     identify,
@@ -162,13 +162,11 @@ async def authorize_as(rooms: Rooms, subject: Subject, asked: Asked, watch: Step
     """Decide one call of a caller who is identified. Raises as :func:`authorize` does:
     IdentityError where the identity has ended since.
     """
-    async with admitted(
+    async with admitted_as(
         rooms,
         Lane.QUESTIONS,
-        tenant=subject.tenant,
-        actor=subject.actor,
+        subject,
         action=asked.tool,
-        identity=identity_json(subject),
         request_id=asked.request_id,
         trace_id=asked.trace_id,
     ):

@@ -20,7 +20,7 @@ from pdp.identity.subject import Delegation, Link, Subject
 from pdp.permit import jws
 from pdp.permit.keys import PublicKeys
 from pdp.reason import ReasonCode
-from pdp.rooms import Rooms, admitted, charges_json, identify, identity_json, isolate
+from pdp.rooms import Rooms, admitted_as, charges_json, identify, identity_json, isolate
 
 ACTION: Final = "delegate"
 MAX_NAMES_BYTES: Final = 1_024
@@ -78,12 +78,10 @@ async def delegate(rooms: Rooms, credentials: Credentials, asked: DelegationRequ
     subject = await identify(
         rooms, credentials, action=ACTION, request_id=asked.request_id, trace_id=asked.trace_id
     )
-    async with admitted(
+    async with admitted_as(
         rooms,
         Lane.QUESTIONS,
-        tenant=subject.tenant,
-        actor=subject.actor,
-        identity=identity_json(subject),
+        subject,
         action=ACTION,
         request_id=asked.request_id,
         trace_id=asked.trace_id,

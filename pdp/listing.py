@@ -14,7 +14,7 @@ from pdp.policy.engine import Entrypoint, PolicyError
 from pdp.policy.question import tools_input
 from pdp.policy.tools import VisibleTool, parse_visible_tools
 from pdp.reason import ReasonCode
-from pdp.rooms import Rooms, admitted, identify, identity_json
+from pdp.rooms import Rooms, admitted_as, identify, identity_json
 
 _ACTION: Final = "tools.list"
 
@@ -37,12 +37,10 @@ async def list_tools(
     bounds, and AuditError.
     """
     subject = await identify(rooms, credentials, action=_ACTION, trace_id=trace_id)
-    async with admitted(
+    async with admitted_as(
         rooms,
         Lane.QUESTIONS,
-        tenant=subject.tenant,
-        actor=subject.actor,
-        identity=identity_json(subject),
+        subject,
         action=_ACTION,
         trace_id=trace_id,
     ):

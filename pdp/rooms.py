@@ -195,6 +195,28 @@ _REVOKED: Final = {
 }
 
 
+def admitted_as(
+    rooms: Rooms,
+    lane: Lane,
+    subject: Subject,
+    *,
+    action: str,
+    request_id: str | None = None,
+    trace_id: str | None = None,
+) -> contextlib.AbstractAsyncContextManager[None]:
+    """As :func:`admitted`, for a caller who is identified."""
+    return admitted(
+        rooms,
+        lane,
+        tenant=subject.tenant,
+        actor=subject.actor,
+        identity=identity_json(subject),
+        action=action,
+        request_id=request_id,
+        trace_id=trace_id,
+    )
+
+
 @contextlib.asynccontextmanager
 async def admitted(
     rooms: Rooms,

@@ -29,7 +29,7 @@ from pdp.policy.verdict import BudgetVerdict, parse_budget_verdict
 from pdp.reason import ReasonCode
 from pdp.rooms import (
     Rooms,
-    admitted,
+    admitted_as,
     charges_json,
     identify,
     identity_json,
@@ -144,8 +144,9 @@ async def reserve(rooms: Rooms, credentials: Credentials, spend: Spend) -> Spent
 
 
 async def settle(rooms: Rooms, credentials: Credentials, end: HoldEnd) -> Spent:
-    """Post what was spent under a hold of the caller, or of whom it has delegated to. Raises IdentityError, AdmissionError, LedgerError,
-    AuditError and, where usage is to be priced, PolicyError and SpendingError.
+    """Post what was spent under a hold of the caller, or of whom it has delegated to.
+    Raises IdentityError, AdmissionError, LedgerError, AuditError and, where usage is to be
+    priced, PolicyError and SpendingError.
     """
 
     async def post(subject: Subject, account: Account, key: IdempotencyKey) -> Receipt:
@@ -198,9 +199,7 @@ async def state(
     Raises IdentityError, AdmissionError, PolicyError, LedgerError.
     """
     subject = await identify(rooms, credentials, action="budget.get")
-    async with admitted(
-        rooms, Lane.QUESTIONS, tenant=subject.tenant, actor=subject.actor, action="budget.get"
-    ):
+    async with admitted_as(rooms, Lane.QUESTIONS, subject, action="budget.get"):
         document = _document(rooms, subject, "get", tool=tool)
         with rooms.policy.pin() as policy:
             limits = await limits_for(policy, document)
@@ -244,12 +243,10 @@ async def _spend(
         request_id=spend.idempotency_key,
         trace_id=spend.trace_id,
     )
-    async with admitted(
+    async with admitted_as(
         rooms,
         Lane.QUESTIONS,
-        tenant=subject.tenant,
-        actor=subject.actor,
-        identity=identity_json(subject),
+        subject,
         action=f"budget.{operation}",
         request_id=spend.idempotency_key,
         trace_id=spend.trace_id,
@@ -480,12 +477,10 @@ async def _end(
         request_id=end.idempotency_key,
         trace_id=end.trace_id,
     )
-    async with admitted(
+    async with admitted_as(
         rooms,
         Lane.ENDINGS,
-        tenant=subject.tenant,
-        actor=subject.actor,
-        identity=identity_json(subject),
+        subject,
         action=f"budget.{operation}",
         request_id=end.idempotency_key,
         trace_id=end.trace_id,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import ssl
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -11,11 +10,10 @@ from typing import Final, Protocol, TypeVar
 
 from cryptography import x509
 
-from pdp import base64url
+from pdp.certificates import shown_to_grpc, thumbprint
 from pdp.identity.resolver import Credentials, Peer
 from pdp.server import wire
 
-_PEM: Final = "x509_pem_cert"
 _SERVER_NAME: Final = "ssl_requested_server_name"
 
 
@@ -49,9 +47,8 @@ def peer_of(context: Context, *, listener: str) -> Peer:
     it was verified against listen.tcp.tls.client_ca_file.
     """
     known = context.auth_context()
-    peer = Peer(listener=listener)
-    for certificate in known.get(_PEM, ()):
-        peer = _peer_with(certificate, listener)
+    certificate = shown_to_grpc(known)
+    peer = _peer_with(certificate, listener) if certificate else Peer(listener=listener)
     for name in known.get(_SERVER_NAME, ()):
         peer = replace(peer, server_name=name.decode("ascii", errors="replace"))
     return peer
@@ -59,11 +56,10 @@ def peer_of(context: Context, *, listener: str) -> Peer:
 
 @functools.lru_cache(maxsize=1_024)
 def _peer_with(pem: bytes, listener: str) -> Peer:
-    der = ssl.PEM_cert_to_DER_cert(pem.decode("ascii"))
-    uris, dns_names = _names_in(der)
+    uris, dns_names = _names_in(ssl.PEM_cert_to_DER_cert(pem.decode("ascii")))
     return Peer(
         listener=listener,
-        certificate_sha256=base64url.encode(hashlib.sha256(der).digest()),
+        certificate_sha256=thumbprint(pem),
         uris=uris,
         dns_names=dns_names,
     )

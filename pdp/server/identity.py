@@ -28,7 +28,8 @@ def open_identity(
     changed: Callable[[], None],
 ) -> IdentityResolver:
     """Who tells whose call it is. ``keys`` are the permit keys, which sign delegations too.
-    ``changed`` is called when a token may be another tenant's than before. Raises KeySourceError, OrganisationFileError, PermitError.
+    ``changed`` is called when a token may be another tenant's than before. Raises
+    KeySourceError, OrganisationFileError, PermitError.
     """
     identity = config.identity
     if isinstance(identity, SingleTenantIdentity):

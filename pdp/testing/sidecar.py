@@ -9,18 +9,18 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Self
 
 import yaml
 
+from pdp.closing import Closing
 from pdp.testing.issuer import TokenIssuer
 
 START_TIMEOUT_SECONDS: Final = 30.0
 _POLL_SECONDS: Final = 0.005
 
 
-class SidecarProcess:
+class SidecarProcess(Closing):
     """``pdp serve`` on a Unix socket below ``directory``, which holds its
     configuration, state and log and survives restarts of it.
     """
@@ -137,11 +137,3 @@ class SidecarProcess:
 
     def __enter__(self) -> Self:
         return self.start()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -58,7 +58,7 @@ class StoreRedeemer(Closing):
                 "The permit is not redeemed at this store: its sidecar leases from it, or has"
                 " another one.",
             )
-        opened.check_not_revoked(permit)
+        check_not_revoked(opened.revocations, permit)
         # One key for all tries of this redemption, which the store's client makes.
         redeeming = opened.uses.redeem(permit, key=str(uuid.uuid4()))
         self._wait(opened.run(redeeming))
@@ -97,18 +97,15 @@ class _Opened:
         try:
             self.store: RedisStore = self.run(open_redis(settings)).result()
             self.uses = RedisPermitUses(self.store)
-            self._revocations = Revocations(RedisRevocations(self.store))
-            self.run(self._revocations.look()).result()
+            self.revocations = Revocations(RedisRevocations(self.store))
+            self.run(self.revocations.look()).result()
         except (StorageError, RevocationError):
             self._end()
             raise _unavailable() from None
-        self._looking = self.run(self._revocations.keep_looking())
+        self._looking = self.run(self.revocations.keep_looking())
 
     def run(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    def check_not_revoked(self, permit: Permit) -> None:
-        check_not_revoked(self._revocations, permit)
 
     def close(self) -> None:
         self._looking.cancel()

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Self
 
 import yaml
@@ -23,6 +22,8 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
+from pdp.closing import Closing
+
 TOOLS: Final = Path(__file__).parents[2] / ".tools"
 START_SECONDS: Final = 90.0
 SERVICE_ACCOUNT_ISSUER: Final = "https://kubernetes.default.svc"
@@ -30,7 +31,7 @@ SERVICE_ACCOUNT_ISSUER: Final = "https://kubernetes.default.svc"
 Object = dict[str, Any]
 
 
-class Cluster:
+class Cluster(Closing):
     """Whoever has it is its administrator."""
 
     def __init__(self, directory: Path) -> None:
@@ -47,14 +48,6 @@ class Cluster:
             self.close()
             raise
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Stop both."""

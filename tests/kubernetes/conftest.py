@@ -125,7 +125,7 @@ def make(cluster: Cluster, manifests: dict[str, Object], tmp_path: Path) -> Iter
 
     yield pod
     for made in pods:
-        made.__exit__(None, None, None)
+        made.close()
 
 
 def agent(calls: int) -> Object:

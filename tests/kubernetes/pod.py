@@ -18,8 +18,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
+
+from pdp.closing import Closing
 
 LAUNCH: Final = Path(__file__).with_name("launch.py")
 POLL_SECONDS: Final = 0.01
@@ -28,7 +29,7 @@ Object = dict[str, Any]
 Files = Mapping[str, bytes]
 
 
-class Pod:
+class Pod(Closing):
     """A pod on this machine. Its manifest is one that an API server has admitted."""
 
     def __init__(
@@ -55,15 +56,8 @@ class Pod:
         for volume in self.spec["volumes"]:
             self._make_volume(volume)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Kill what still runs."""
         for process in self.processes.values():
             if process.poll() is None:
                 process.kill()

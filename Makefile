@@ -7,7 +7,7 @@ OPA := .tools/opa
 REDIS := .tools/redis-server
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-kubernetes image sbom check check-history fmt proto policies docs chart lock bench bench-budget bench-scale clean
+.PHONY: help demo test test-slow test-kubernetes image sbom check check-history check-kills fmt proto policies docs chart lock bench bench-budget bench-scale clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -37,6 +37,10 @@ SECONDS ?= 600
 SEED ?= 1
 check-history: .venv/dev $(OPA) .tools/toxiproxy-server $(REDIS) ## Break every store of budgets for SECONDS=600, from SEED=1, and check what came of it
 	@$(PY) -m tests.faults.rounds --seconds $(SECONDS) --seed $(SEED)
+
+KILLS ?= 100
+check-kills: .venv/dev $(OPA) $(REDIS) ## Kill a sidecar KILLS=100 times under load, from SEED=1, and check what it knows
+	@$(PY) -m tests.faults.kills --kills $(KILLS) --seed $(SEED)
 
 check: .venv/dev $(OPA) .tools/regal ## Lint, types, and that everything generated is current
 	.venv/bin/ruff format --check .

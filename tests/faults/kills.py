@@ -1,0 +1,313 @@
+"""Kill a sidecar at random moments, and check what it knows: ``python -m tests.faults.kills``.
+
+In a round, agents use the sidecar while something else is under way besides: a reload, a
+rotation of keys, a revocation, a new segment of the audit log. Then it is killed, started
+again unaided, and held against what every agent knows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from pdp.audit.verify import verify
+from pdp.permit.ring import KeyRing
+from pdp.policy.archive import pack, read_directory
+from pdp.policy.compile import build_files
+from pdp.policy.last_good import LastGood
+from pdp.server.policy import POLICY_DIRECTORY
+from pdp.testing import SidecarProcess, TokenIssuer
+from tests.budget.redis_server import RedisServer
+from tests.e2e.operating import records
+from tests.faults.agents import SESSION_LIMIT, Agent, BrokenPromiseError
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+TENANTS: Final = ("tenant_acme", "tenant_globex", "tenant_initech")
+STORES: Final = ("sqlite", "leased")
+LEASE_SECONDS: Final = 2
+_LIMITS: Final = {
+    "call_timeout_seconds": 30.0,
+    "tenants": {"calls_per_second": 100_000, "burst": 100_000},
+}
+"""How fast agents may be is not the matter here."""
+
+
+class KillLoop:
+    """One sidecar, its agents, and whoever operates it."""
+
+    def __init__(self, folder: Path, store: str, seed: int, redis: RedisServer | None) -> None:
+        self._dice = random.Random(f"{seed}-{store}")  # noqa: S311 - when to kill is no secret
+        self._issuer = TokenIssuer()
+        self._releases = [_release(str(number)) for number in range(2)]
+        self._bundle = folder / "bundle.tar.gz"
+        self._publish(0)
+        self.sidecar = SidecarProcess(
+            folder, issuer=self._issuer, bundle=self._bundle, config=self._config(redis)
+        )
+        self.agents = [
+            Agent(f"agent-{number}", TENANTS[number % len(TENANTS)], self._issuer, self._dice)
+            for number in range(6)
+        ]
+        self._leased = store == "leased"
+        self._revoked: list[str] = []
+        self.disturbed: Counter[str] = Counter()
+
+    def _config(self, redis: RedisServer | None) -> dict[str, Any]:
+        budget: dict[str, Any] = {"hold_ttl_seconds": 3_600}
+        if redis is not None:
+            budget["store"] = {"unix": str(redis.socket), "timeout_ms": 5_000}
+            budget["lease"] = {"seconds": LEASE_SECONDS}
+        return {
+            "limits": _LIMITS,
+            "permit": {"ttl_seconds": 3_600},
+            "policy": {"bundles": {"all": {"path": str(self._bundle), "poll_seconds": 0.1}}},
+            "budget": budget,
+            # Records as large as they get, so that segments are full soon.
+            "audit": {"segment_max_bytes": 1_048_576, "record_policy_input": True},
+        }
+
+    def round(self, disturbance: str) -> None:
+        """Use, disturb, kill, start and check. Raises BrokenPromiseError."""
+        session = str(uuid.UUID(int=self._dice.getrandbits(128)))
+        for agent in self.agents:
+            agent.meet(self.sidecar.target, session)
+        with self._at_work():
+            enough = self._answered() + self._dice.randrange(30, 90)
+            _wait(lambda: self._answered() >= enough, "the agents get no answers")
+            ending = getattr(self, f"_{disturbance}")()
+            self.sidecar.kill()
+        self.disturbed[disturbance] += 1
+        self.sidecar.start()
+        if ending is not None:
+            ending()
+        self._check()
+        for agent in self.agents:
+            agent.leave()
+
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """While the context lasts; it ends when the sidecar is gone."""
+        broken: list[BaseException] = []
+
+        def work(agent: Agent) -> None:
+            try:
+                while agent.act():
+                    pass
+            except BaseException as error:  # noqa: BLE001 - raised below
+                broken.append(error)
+
+        threads = [threading.Thread(target=work, args=(agent,)) for agent in self.agents]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            for thread in threads:
+                thread.join(60)
+            assert not any(thread.is_alive() for thread in threads)
+        if broken:
+            raise broken[0]
+
+    def _answered(self) -> int:
+        return sum(len(agent.knows.answered) for agent in self.agents)
+
+    # What is under way when the sidecar is killed. Each leaves to the dice how far it gets,
+    # and may give what is to be done once the sidecar runs again.
+
+    def _nothing(self) -> None:
+        self._pause(0.05)
+
+    def _reload(self) -> None:
+        self._publish(sum(self.disturbed.values()) % 2)
+        self._pause(0.5)
+
+    def _rotate_keys(self) -> Callable[[], None]:
+        return self._operate("keys", "rotate", "--overlap-seconds", "0")
+
+    def _revoke(self) -> Callable[[], None]:
+        name = f"revoked-{len(self._revoked)}"
+        words = ("actor", "tenant_acme", name, "--reason", "fired")
+        ended = self._operate("revoke", *words)
+
+        def end() -> None:
+            ended()
+            _run(self.sidecar, "revoke", *words)
+            self._revoked.append(name)
+
+        return end
+
+    def _begin_segment(self) -> None:
+        before = self._segments()
+        _wait(lambda: self._segments() > before, "no segment begins")
+        self._pause(0.005)
+
+    def _renew_leases(self) -> None:
+        self._pause(LEASE_SECONDS)
+
+    def _publish(self, release: int) -> None:
+        draft = self._bundle.with_suffix(".draft")
+        draft.write_bytes(self._releases[release])
+        draft.replace(self._bundle)
+
+    def _operate(self, *words: str) -> Callable[[], None]:
+        """Begin a command, which in one of two cases is killed with the sidecar."""
+        command = _command(self.sidecar, *words)
+        self._pause(0.8)
+        if self._dice.random() < 0.5:
+            command.kill()
+
+        def end() -> None:
+            told, _ = command.communicate(timeout=60)
+            if command.returncode not in {0, -9}:
+                raise BrokenPromiseError(f"{words} ended with {command.returncode}: {told}")
+
+        return end
+
+    def _pause(self, most_seconds: float) -> None:
+        time.sleep(self._dice.uniform(0, most_seconds))
+
+    def _segments(self) -> int:
+        return len(list((self.sidecar.state / "audit").glob("audit-*.jsonl")))
+
+    def _check(self) -> None:
+        """Hold the sidecar against what everybody knows. Raises BrokenPromiseError."""
+        for agent in self.agents:
+            agent.settle_doubts()
+            agent.check_answers(15)
+            agent.check_permits()
+            agent.check_delegations()
+        self._check_standing()
+        self._check_revoked()
+        self._check_files()
+
+    def _check_standing(self) -> None:
+        for tenant in TENANTS:
+            agents = [agent for agent in self.agents if agent.tenant == tenant]
+            spent = sum((agent.knows.spent for agent in agents), Counter[str]())
+            held = sum((agent.knows.held for agent in agents), Counter[str]())
+            found = agents[0].standing()
+            for limit in ("tokens", "tools"):
+                # Under leases more is held than what is held for agents, for a while.
+                exact = found[limit] == (spent[limit], held[limit])
+                if not exact and not (self._leased and sum(found[limit]) >= spent[limit]):
+                    raise BrokenPromiseError(
+                        f"{tenant}, {limit}: {(spent[limit], held[limit])} was acknowledged, and"
+                        f" {found[limit]} is known"
+                    )
+            if sum(found["session"]) > SESSION_LIMIT:
+                raise BrokenPromiseError(f"{tenant}: {found['session']} of {SESSION_LIMIT}")
+
+    def _check_revoked(self) -> None:
+        for name in self._revoked[-2:]:
+            agent = Agent(name, "tenant_acme", self._issuer, self._dice)
+            agent.meet(self.sidecar.target, "")
+            agent.check_revoked()
+            agent.leave()
+
+    def _check_files(self) -> None:
+        state = self.sidecar.state
+        KeyRing.from_file(state / "permit-key.pem")
+        if LastGood(state / POLICY_DIRECTORY).read("all") is None:
+            raise BrokenPromiseError("the bundle that was good last is lost")
+        report = verify(state / "audit")
+        if report.fault is not None:
+            raise BrokenPromiseError(f"the audit log is broken: {report.fault}")
+        kept = {record["seq"]: record["hash"] for record in records(self.sidecar)}
+        for agent in self.agents:
+            for sequence, digest in agent.knows.receipts.items():
+                if kept.get(sequence) != digest:
+                    raise BrokenPromiseError(f"record {sequence} was acknowledged, and is lost")
+
+
+DISTURBANCES: Final[Mapping[str, tuple[str, ...]]] = {
+    "sqlite": ("nothing", "reload", "rotate_keys", "revoke", "begin_segment"),
+    "leased": ("nothing", "renew_leases", "renew_leases", "revoke"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a loop was made of."""
+
+    disturbed: Counter[str]
+    answers: int
+    epochs: int
+
+
+def play(folder: Path, store: str, *, seed: int, kills: int) -> Outcome:
+    """So many rounds with one store. Raises BrokenPromiseError."""
+    with contextlib.ExitStack() as stack:
+        redis = None
+        if store == "leased":
+            place = stack.enter_context(tempfile.TemporaryDirectory(prefix="pdp-"))
+            redis = RedisServer(Path(place), "appendfsync always").start()
+            stack.callback(redis.stop)
+        loop = KillLoop(folder, store, seed, redis)
+        with loop.sidecar:
+            for number in range(kills):
+                kinds = DISTURBANCES[store]
+                loop.round(kinds[number % len(kinds)])
+            loop.sidecar.terminate()
+        report = verify(loop.sidecar.state / "audit")
+        answers = sum(len(agent.knows.answered) for agent in loop.agents)
+        return Outcome(loop.disturbed, answers, report.epochs)
+
+
+def _release(revision: str) -> bytes:
+    sources = read_directory(ROOT / "tests/faults/policy")
+    opa = ROOT / ".tools/opa"
+    return pack(build_files(sources, opa=opa, revision=revision, sequence=None))
+
+
+def _command(sidecar: SidecarProcess, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pdp", *words, "--config", str(sidecar.config_file)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _run(sidecar: SidecarProcess, *words: str) -> None:
+    command = _command(sidecar, *words)
+    told, _ = command.communicate(timeout=60)
+    assert command.returncode == 0, told
+
+
+def _wait(holds: Callable[[], bool], otherwise: str) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.001)
+
+
+def main() -> int:
+    """Kill a hundred times, or as often as is said, with each store in turn."""
+    parser = argparse.ArgumentParser(description="Kill sidecars, and check what they know.")
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    arguments = parser.parse_args()
+    share = arguments.kills // len(STORES)
+    for store in STORES:
+        folder = Path(tempfile.mkdtemp(prefix=f"pdp-kills-{store}-{arguments.seed}-"))
+        kills = share if store != STORES[0] else arguments.kills - share * (len(STORES) - 1)
+        sys.stdout.write(f"{store}, seed {arguments.seed}, in {folder}\n")
+        sys.stdout.flush()
+        sys.stdout.write(f"{play(folder, store, seed=arguments.seed, kills=kills)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

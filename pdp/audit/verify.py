@@ -129,7 +129,8 @@ class _Walk:
                         self.torn_bytes = line.size
                     else:
                         raise BrokenRecordError(Problem.UNREADABLE, "the line does not end")
-                if number == 0:
+                if number == (1 if self.torn_bytes else 0):
+                    # No whole record says where it belongs, so its name does.
                     self._check_place(segment, segment.first_sequence)
             except BrokenRecordError as error:
                 return Fault(

@@ -332,6 +332,16 @@ def test_each_segment_verifies_on_its_own_and_a_change_in_it_is_found(
         assert fault_of(path).problem is Problem.HASH_MISMATCH
 
 
+@pytest.mark.parametrize("left", (b"", b"{", b"\0" * 100))
+def test_a_segment_without_a_whole_record_tells_by_its_name_what_is_missing(
+    segments: list[Path], left: bytes
+) -> None:
+    segments[-1].write_bytes(left)
+    assert verify(segments[0].parent).is_intact
+    segments[-2].unlink()
+    assert fault_of(segments[0].parent).problem is Problem.SEGMENT_MISSING
+
+
 def test_a_copied_emptied_renamed_or_torn_segment_is_found(segments: list[Path]) -> None:
     directory = segments[0].parent
     copy = directory / "audit-0000000000000099.jsonl"

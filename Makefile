@@ -7,7 +7,7 @@ OPA := .tools/opa
 REDIS := .tools/redis-server
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-kubernetes image sbom check check-history check-kills fmt proto policies docs chart lock bench bench-budget bench-scale clean
+.PHONY: help demo test test-slow test-kubernetes image sbom check check-history check-kills fmt proto policies docs chart lock bench bench-budget bench-scale fuzz clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -41,6 +41,9 @@ check-history: .venv/dev $(OPA) .tools/toxiproxy-server $(REDIS) ## Break every 
 KILLS ?= 100
 check-kills: .venv/dev $(OPA) $(REDIS) ## Kill a sidecar KILLS=100 times under load, from SEED=1, and check what it knows
 	@$(PY) -m tests.faults.kills --kills $(KILLS) --seed $(SEED)
+
+fuzz: .venv/dev $(OPA) ## Fuzz each target of tests/fuzz/targets for SECONDS=600
+	@$(PY) -m tests.fuzz.run --seconds $(SECONDS)
 
 check: .venv/dev $(OPA) .tools/regal ## Lint, types, and that everything generated is current
 	.venv/bin/ruff format --check .
@@ -98,7 +101,7 @@ bench-scale: .venv/dev $(REDIS) ## Measure 50 sidecars and 500 stubs, and write 
 	$(PY) -m bench.scale.page
 
 clean: ## Remove what was built; keep .venv and .tools
-	rm -rf dist htmlcov .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf dist htmlcov .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # The environment: .venv/demo holds what the demo needs, .venv/dev all.
@@ -122,9 +125,15 @@ $(REDIS) .tools/etcd: scripts/install_package.py | .venv/bin/python
 	$(PY) scripts/install_package.py $(notdir $@)
 	@touch -h $@
 
-# An implementation of JOSE that is not ours, for the tests of permits.
-.tools/jose: scripts/install_jose.py | .venv/dev
-	$(PY) scripts/install_jose.py
+# An implementation of JOSE that is not ours, for the tests of permits; and a peer.
+.tools/jose .tools/cerbos: scripts/install_npm.py | .venv/dev
+	$(PY) scripts/install_npm.py $(notdir $@)
+	@touch $@
+
+# The peers' clients and libraries, apart from ours.
+.tools/peers: requirements/peers.txt | .venv/bin/python
+	$(PYTHON) -m venv $@
+	$@/bin/pip --disable-pip-version-check --quiet install --require-hashes -r $<
 	@touch $@
 
 # OPA, Regal and the other commands written in Go are built from their Go modules once (minutes), unless they are on PATH.

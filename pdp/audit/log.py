@@ -23,8 +23,9 @@ import pdp
 from pdp.audit.chain import FIRST_PREV_HASH, GAP, START, STOP, Members, encode, seal
 from pdp.audit.record import AuditError, AuditReceipt, AuditRecord, Outcome
 from pdp.audit.recovery import find_chain_end
-from pdp.audit.segments import DamagedError, SegmentWriter, sync_directory
+from pdp.audit.segments import DamagedError, SegmentWriter
 from pdp.canonical import JsonError, JsonObject
+from pdp.private_files import sync_directory
 from pdp.reason import ReasonCode
 from pdp.storage import Durability
 

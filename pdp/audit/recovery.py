@@ -13,7 +13,8 @@ from typing import Final
 
 from pdp.audit.chain import BrokenRecordError, Link, Problem, check_follows, read_link
 from pdp.audit.record import AuditError
-from pdp.audit.segments import Segment, end_of_last_line, list_segments, sync_directory
+from pdp.audit.segments import Segment, end_of_last_line, list_segments
+from pdp.private_files import sync_directory
 from pdp.reason import ReasonCode
 
 CHECKED_BYTES: Final = 1024 * 1024

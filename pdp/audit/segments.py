@@ -9,6 +9,8 @@ import threading
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from pdp.private_files import sync_directory
+
 
 class Segment(NamedTuple):
     """A file of the log, as its name says."""
@@ -64,15 +66,6 @@ def create_segment(path: Path) -> int:
         path.unlink()
         raise
     return descriptor
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable. Raises OSError."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class SegmentWriter:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
@@ -79,8 +80,8 @@ class Knowledge:
     answered: dict[Ask, tuple[Any, ...]] = field(default_factory=dict)
     """With what must be the same in every later answer."""
     in_doubt: dict[Ask, None] = field(default_factory=dict)
-    receipts: dict[int, str] = field(default_factory=dict)
-    """Hash by sequence number, of every record that was acknowledged."""
+    receipts: dict[int, tuple[str, float]] = field(default_factory=dict)
+    """By sequence number, the hash of each record that was acknowledged, and when that was."""
     tokens: dict[str, int] = field(default_factory=dict)
     """Tokens held, by the id of the hold."""
     open_holds: list[str] = field(default_factory=list)
@@ -106,12 +107,14 @@ class Agent:
         self._issuer = issuer
         self._dice = dice
         self._target = ""
+        self._answered_before = 0
         self._caller: Caller | None = None
 
     def meet(self, target: str, session: str) -> None:
         """Go to a sidecar, in a session that all agents of the tenant share."""
         self.leave()
         self._target = target
+        self._answered_before = len(self.knows.answered)
         token = self._issuer.token(
             self.tenant, self.name, roles=["agent"], lifetime_seconds=7_200, session=session
         )
@@ -145,10 +148,11 @@ class Agent:
                 raise BrokenPromiseError(f"{self.name}: {ask} gets no answer")
 
     def check_answers(self, most: int) -> None:
-        """Ask again what was answered: the latest, which were the nearest to the kill.
-        Raises BrokenPromiseError.
+        """Ask again what was answered in this session: the latest, which were the nearest
+        to the kill. Raises BrokenPromiseError.
         """
-        for ask, first in list(self.knows.answered.items())[-most:]:
+        answered = list(self.knows.answered.items())[self._answered_before :]
+        for ask, first in answered[-most:]:
             permit = self.knows.permits.get(ask.about)
             if permit is not None and permit.is_reported:
                 if ask.method == "RedeemPermit":
@@ -290,7 +294,7 @@ class Agent:
     def _learn(self, ask: Ask, answer: Any) -> None:
         knows = self.knows
         knows.answered[ask] = _substance(answer)
-        knows.receipts[answer.audit.sequence] = answer.audit.hash
+        knows.receipts[answer.audit.sequence] = (answer.audit.hash, time.monotonic())
         match ask.method:
             case "ChargeBudget":
                 knows.spent["session" if ask.may_be_full else "tokens"] += _sum(answer.charges)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,11 +34,14 @@ from pdp.testing import SidecarProcess, TokenIssuer
 from tests.budget.redis_server import RedisServer
 from tests.e2e.operating import records
 from tests.faults.agents import SESSION_LIMIT, Agent, BrokenPromiseError
+from tests.faults.disk import Disk
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 TENANTS: Final = ("tenant_acme", "tenant_globex", "tenant_initech")
 STORES: Final = ("sqlite", "leased")
 LEASE_SECONDS: Final = 2
+Ended = Callable[[], None]
+"""Done once the sidecar runs again: takes in what became of the disturbance."""
 _LIMITS: Final = {
     "call_timeout_seconds": 30.0,
     "tenants": {"calls_per_second": 100_000, "burst": 100_000},
@@ -47,25 +52,45 @@ _LIMITS: Final = {
 class KillLoop:
     """One sidecar, its agents, and whoever operates it."""
 
-    def __init__(self, folder: Path, store: str, seed: int, redis: RedisServer | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        store: str,
+        seed: int,
+        *,
+        redis: RedisServer | None = None,
+        disk: Disk | None = None,
+    ) -> None:
+        """``disk`` loses power whenever the sidecar is killed."""
+        self._disk = disk
+        self._environment = disk.environment if disk is not None else {}
         self._dice = random.Random(f"{seed}-{store}")  # noqa: S311 - when to kill is no secret
         self._issuer = TokenIssuer()
         self._releases = [_release(str(number)) for number in range(2)]
         self._bundle = folder / "bundle.tar.gz"
         self._publish(0)
         self.sidecar = SidecarProcess(
-            folder, issuer=self._issuer, bundle=self._bundle, config=self._config(redis)
+            folder,
+            issuer=self._issuer,
+            bundle=self._bundle,
+            config=self._config(redis),
+            environment=self._environment,
         )
         self.agents = [
             Agent(f"agent-{number}", TENANTS[number % len(TENANTS)], self._issuer, self._dice)
             for number in range(6)
         ]
         self._leased = store == "leased"
+        self._signing = ""
+        """The key that signs, where a rotation is known to have ended."""
         self._revoked: list[str] = []
+        self._commands: list[subprocess.Popen[str]] = []
         self.disturbed: Counter[str] = Counter()
+        self.changes_lost = 0
 
     def _config(self, redis: RedisServer | None) -> dict[str, Any]:
-        budget: dict[str, Any] = {"hold_ttl_seconds": 3_600}
+        durability = "process" if self._disk is None else "power"
+        budget: dict[str, Any] = {"hold_ttl_seconds": 3_600, "durability": durability}
         if redis is not None:
             budget["store"] = {"unix": str(redis.socket), "timeout_ms": 5_000}
             budget["lease"] = {"seconds": LEASE_SECONDS}
@@ -75,7 +100,11 @@ class KillLoop:
             "policy": {"bundles": {"all": {"path": str(self._bundle), "poll_seconds": 0.1}}},
             "budget": budget,
             # Records as large as they get, so that segments are full soon.
-            "audit": {"segment_max_bytes": 1_048_576, "record_policy_input": True},
+            "audit": {
+                "segment_max_bytes": 1_048_576,
+                "record_policy_input": True,
+                "durability": durability,
+            },
         }
 
     def round(self, disturbance: str) -> None:
@@ -85,13 +114,16 @@ class KillLoop:
             agent.meet(self.sidecar.target, session)
         with self._at_work():
             enough = self._answered() + self._dice.randrange(30, 90)
-            _wait(lambda: self._answered() >= enough, "the agents get no answers")
-            ending = getattr(self, f"_{disturbance}")()
+            wait_until(lambda: self._answered() >= enough, "the agents get no answers")
+            ended = getattr(self, f"_{disturbance}")()
             self.sidecar.kill()
         self.disturbed[disturbance] += 1
+        if self._disk is not None:
+            self._stop_commands()
+            self.changes_lost += self._disk.lose_power(self._dice)
         self.sidecar.start()
-        if ending is not None:
-            ending()
+        if ended is not None:
+            ended()
         self._check()
         for agent in self.agents:
             agent.leave()
@@ -133,24 +165,24 @@ class KillLoop:
         self._publish(sum(self.disturbed.values()) % 2)
         self._pause(0.5)
 
-    def _rotate_keys(self) -> Callable[[], None]:
-        return self._operate("keys", "rotate", "--overlap-seconds", "0")
+    def _rotate_keys(self) -> Ended:
+        def ended(told: str) -> None:
+            self._signing = told.split(maxsplit=1)[0]
 
-    def _revoke(self) -> Callable[[], None]:
-        name = f"revoked-{len(self._revoked)}"
-        words = ("actor", "tenant_acme", name, "--reason", "fired")
-        ended = self._operate("revoke", *words)
+        self._signing = ""
+        return self._operate(ended, "keys", "rotate", "--overlap-seconds", "0")
 
-        def end() -> None:
-            ended()
-            _run(self.sidecar, "revoke", *words)
+    def _revoke(self) -> Ended:
+        name = f"revoked-{sum(self.disturbed.values())}"
+
+        def ended(_: str) -> None:
             self._revoked.append(name)
 
-        return end
+        return self._operate(ended, "revoke", "actor", "tenant_acme", name, "--reason", "fired")
 
     def _begin_segment(self) -> None:
         before = self._segments()
-        _wait(lambda: self._segments() > before, "no segment begins")
+        wait_until(lambda: self._segments() > before, "no segment begins")
         self._pause(0.005)
 
     def _renew_leases(self) -> None:
@@ -161,19 +193,35 @@ class KillLoop:
         draft.write_bytes(self._releases[release])
         draft.replace(self._bundle)
 
-    def _operate(self, *words: str) -> Callable[[], None]:
-        """Begin a command, which in one of two cases is killed with the sidecar."""
-        command = _command(self.sidecar, *words)
-        self._pause(0.8)
+    def _operate(self, ended: Callable[[str], None], *words: str) -> Ended:
+        """Begin a command, of which it may be seen that it has done what it should."""
+        command = subprocess.Popen(
+            [sys.executable, "-m", "pdp", *words, "--config", str(self.sidecar.config_file)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **self._environment},
+        )
+        self._commands.append(command)
         if self._dice.random() < 0.5:
-            command.kill()
+            wait_until(lambda: command.poll() is not None, "the command does not end")
+        self._pause(0.8)
 
-        def end() -> None:
+        def see() -> None:
             told, _ = command.communicate(timeout=60)
-            if command.returncode not in {0, -9}:
+            if command.returncode == 0:
+                ended(told)
+            elif command.returncode != -signal.SIGKILL:
                 raise BrokenPromiseError(f"{words} ended with {command.returncode}: {told}")
 
-        return end
+        return see
+
+    def _stop_commands(self) -> None:
+        for command in self._commands:
+            if command.poll() is None:
+                command.kill()
+                command.wait(20)
+        self._commands.clear()
 
     def _pause(self, most_seconds: float) -> None:
         time.sleep(self._dice.uniform(0, most_seconds))
@@ -218,7 +266,9 @@ class KillLoop:
 
     def _check_files(self) -> None:
         state = self.sidecar.state
-        KeyRing.from_file(state / "permit-key.pem")
+        signing = KeyRing.from_file(state / "permit-key.pem").signing.kid
+        if self._signing not in {"", signing}:
+            raise BrokenPromiseError(f"{self._signing} was to sign, and {signing} does")
         if LastGood(state / POLICY_DIRECTORY).read("all") is None:
             raise BrokenPromiseError("the bundle that was good last is lost")
         report = verify(state / "audit")
@@ -226,7 +276,7 @@ class KillLoop:
             raise BrokenPromiseError(f"the audit log is broken: {report.fault}")
         kept = {record["seq"]: record["hash"] for record in records(self.sidecar)}
         for agent in self.agents:
-            for sequence, digest in agent.knows.receipts.items():
+            for sequence, (digest, _) in agent.knows.receipts.items():
                 if kept.get(sequence) != digest:
                     raise BrokenPromiseError(f"record {sequence} was acknowledged, and is lost")
 
@@ -244,17 +294,24 @@ class Outcome:
     disturbed: Counter[str]
     answers: int
     epochs: int
+    changes_lost: int
+    """That were not synced when power was lost."""
 
 
-def play(folder: Path, store: str, *, seed: int, kills: int) -> Outcome:
-    """So many rounds with one store. Raises BrokenPromiseError."""
+def play(folder: Path, store: str, *, seed: int, kills: int, power: bool = False) -> Outcome:
+    """So many rounds with one store; ``power`` is lost with each kill. Raises
+    BrokenPromiseError.
+    """
     with contextlib.ExitStack() as stack:
         redis = None
         if store == "leased":
-            place = stack.enter_context(tempfile.TemporaryDirectory(prefix="pdp-"))
-            redis = RedisServer(Path(place), "appendfsync always").start()
+            short = stack.enter_context(tempfile.TemporaryDirectory(prefix="pdp-"))
+            redis = RedisServer(Path(short), "appendfsync always").start()
             stack.callback(redis.stop)
-        loop = KillLoop(folder, store, seed, redis)
+        place = folder / "sidecar"
+        place.mkdir()
+        disk = Disk(place, folder) if power else None
+        loop = KillLoop(place, store, seed, redis=redis, disk=disk)
         with loop.sidecar:
             for number in range(kills):
                 kinds = DISTURBANCES[store]
@@ -262,7 +319,7 @@ def play(folder: Path, store: str, *, seed: int, kills: int) -> Outcome:
             loop.sidecar.terminate()
         report = verify(loop.sidecar.state / "audit")
         answers = sum(len(agent.knows.answered) for agent in loop.agents)
-        return Outcome(loop.disturbed, answers, report.epochs)
+        return Outcome(loop.disturbed, answers, report.epochs, loop.changes_lost)
 
 
 def _release(revision: str) -> bytes:
@@ -271,22 +328,7 @@ def _release(revision: str) -> bytes:
     return pack(build_files(sources, opa=opa, revision=revision, sequence=None))
 
 
-def _command(sidecar: SidecarProcess, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "pdp", *words, "--config", str(sidecar.config_file)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def _run(sidecar: SidecarProcess, *words: str) -> None:
-    command = _command(sidecar, *words)
-    told, _ = command.communicate(timeout=60)
-    assert command.returncode == 0, told
-
-
-def _wait(holds: Callable[[], bool], otherwise: str) -> None:
+def wait_until(holds: Callable[[], bool], otherwise: str) -> None:
     deadline = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < deadline, otherwise
@@ -297,6 +339,7 @@ def main() -> int:
     """Kill a hundred times, or as often as is said, with each store in turn."""
     parser = argparse.ArgumentParser(description="Kill sidecars, and check what they know.")
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--power", action="store_true", help="lose power with each kill")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     arguments = parser.parse_args()
     share = arguments.kills // len(STORES)
@@ -305,7 +348,8 @@ def main() -> int:
         kills = share if store != STORES[0] else arguments.kills - share * (len(STORES) - 1)
         sys.stdout.write(f"{store}, seed {arguments.seed}, in {folder}\n")
         sys.stdout.flush()
-        sys.stdout.write(f"{play(folder, store, seed=arguments.seed, kills=kills)}\n")
+        outcome = play(folder, store, seed=arguments.seed, kills=kills, power=arguments.power)
+        sys.stdout.write(f"{outcome}\n")
     return 0
 
 

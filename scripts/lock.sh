@@ -16,3 +16,5 @@ compile demo pyproject.toml --extra demo --group build
 compile build --group build --constraints requirements/demo.txt
 compile server pyproject.toml --extra server --constraints requirements/demo.txt
 compile dev pyproject.toml --extra demo --group dev
+# The peers that the benchmarks measure beside ours.
+compile peers requirements/peers.in

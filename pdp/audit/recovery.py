@@ -1,7 +1,8 @@
 """Where the chain ends, when a log is opened again after whatever happened to it.
 
-What a write that did not end left behind was never acknowledged: it is cut off
-and kept beside the log. Anything else that is wrong is not repaired.
+What a write that did not end left behind was never acknowledged, and what loss of
+power left of records that were not synced counts as lost: it is cut off and kept beside
+the log. Anything else that is wrong is not repaired.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from pdp.audit.chain import BrokenRecordError, Link, Problem, check_follows, read_link
 from pdp.audit.record import AuditError
@@ -20,6 +21,10 @@ from pdp.reason import ReasonCode
 CHECKED_BYTES: Final = 1024 * 1024
 """How much of the newest segment's end is checked before it is written to, so that
 a start takes no longer when the log is long. ``pdp audit verify`` checks all."""
+
+UNSYNCED_BYTES: Final = 16 * 1024 * 1024
+"""How much of the newest segment's end may not have reached the disk when power was lost:
+more than is written between two syncs."""
 
 _CHUNK_BYTES: Final = 64 * 1024
 
@@ -70,7 +75,7 @@ def _read_end(segment: Segment) -> tuple[int, Link | None, int]:
     """
     with segment.path.open("rb") as file:
         file_size = file.seek(0, os.SEEK_END)
-        whole = end_of_last_line(segment.path, file_size)
+        whole = end_of_last_line(segment.path, _find_hole(file, file_size))
         start = max(0, whole - CHECKED_BYTES)
         file.seek(start)
         lines = file.read(whole - start).splitlines(keepends=True)
@@ -91,6 +96,22 @@ def _read_end(segment: Segment) -> tuple[int, Link | None, int]:
             raise _broken(segment, f"{name}: {error.message}") from None
         last = link
     return whole, last, file_size - whole
+
+
+def _find_hole(file: BinaryIO, size: int) -> int:
+    """Where the first zero byte is that was not synced; ``size`` if there is none.
+
+    Loss of power can keep a page from the disk and not the one after it. What is missing
+    then reads as zeros, which no record holds, and what follows it, whole as it may be, was
+    not synced either.
+    """
+    start = max(0, size - UNSYNCED_BYTES)
+    file.seek(start)
+    for offset in range(start, size, _CHUNK_BYTES):
+        found = file.read(_CHUNK_BYTES).find(0)
+        if found >= 0:
+            return offset + found
+    return size
 
 
 def _cut(path: Path, size: int, *, epoch: int) -> None:

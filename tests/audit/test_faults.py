@@ -80,6 +80,27 @@ def test_what_loss_of_power_leaves_at_the_end_is_cut_off(
     assert segment.with_name("audit-0000000000000001.torn-2").read_bytes() == torn
 
 
+@pytest.mark.parametrize("hole", (1, 512, 4096))
+def test_records_after_a_page_that_never_reached_the_disk_are_cut_off_with_it(
+    directory: Path, record: MakeRecord, write_log: WriteLog, open_log: OpenLog, hole: int
+) -> None:
+    write_log(directory, [record(request_id=f"r{number}") for number in range(40)])
+    segment = directory / FIRST_SEGMENT
+    written = segment.read_bytes()
+    lost_at = written.index(b'"r20"') + 2
+    segment.write_bytes(written[:lost_at] + bytes(hole) + written[lost_at + hole :])
+    whole = written[:lost_at].rindex(b"\n") + 1
+
+    restart(directory, open_log)
+
+    assert segment.read_bytes().startswith(written[:whole])
+    report = verify(directory)
+    assert report.is_intact
+    assert report.epochs == 2
+    torn = segment.with_name("audit-0000000000000001.torn-2").read_bytes()
+    assert torn == written[whole:lost_at] + bytes(hole) + written[lost_at + hole :]
+
+
 def test_a_log_whose_first_record_was_torn_begins_anew(directory: Path, open_log: OpenLog) -> None:
     directory.mkdir()
     (directory / FIRST_SEGMENT).write_bytes(b'{"action":"audit.st')

@@ -144,7 +144,9 @@ class SqliteOnce:
         # No write-ahead log: before SQLite 3.51.3 it can lose commits of several
         # connections (https://sqlite.org/wal.html#walresetbug).
         self._connection.execute("PRAGMA journal_mode = DELETE")
-        self._connection.execute("PRAGMA synchronous = FULL")
+        # Not FULL: it lets loss of power bring back the journal of what was committed last,
+        # which then is undone.
+        self._connection.execute("PRAGMA synchronous = EXTRA")
         self._connection.execute(
             "CREATE TABLE IF NOT EXISTS call (name TEXT PRIMARY KEY, content TEXT NOT NULL,"
             " result TEXT, forget_at INTEGER NOT NULL)"

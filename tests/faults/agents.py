@@ -127,6 +127,16 @@ class Agent:
             self._caller = None
 
     @property
+    def most_tokens(self) -> int:
+        """What it has asked for, answered or not."""
+        asked = (*self.knows.answered, *self.knows.in_doubt)
+        return sum(
+            _sum(ask.request.charges)
+            for ask in asked
+            if ask.method in {"ChargeBudget", "ReserveBudget"} and not ask.may_be_full
+        )
+
+    @property
     def caller(self) -> Caller:
         assert self._caller is not None, "the agent has no sidecar"
         return self._caller

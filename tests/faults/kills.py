@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import random
 import signal
@@ -19,7 +20,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -30,6 +31,7 @@ from pdp.policy.archive import pack, read_directory
 from pdp.policy.compile import build_files
 from pdp.policy.last_good import LastGood
 from pdp.server.policy import POLICY_DIRECTORY
+from pdp.storage import Durability
 from pdp.testing import SidecarProcess, TokenIssuer
 from tests.budget.redis_server import RedisServer
 from tests.e2e.operating import records
@@ -40,6 +42,8 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 TENANTS: Final = ("tenant_acme", "tenant_globex", "tenant_initech")
 STORES: Final = ("sqlite", "leased")
 LEASE_SECONDS: Final = 2
+SYNCED_AFTER_SECONDS: Final = 3.0
+"""The audit log promises about one, and this machine may be busy."""
 Ended = Callable[[], None]
 """Done once the sidecar runs again: takes in what became of the disturbance."""
 _LIMITS: Final = {
@@ -60,8 +64,10 @@ class KillLoop:
         *,
         redis: RedisServer | None = None,
         disk: Disk | None = None,
+        durability: Durability = Durability.PROCESS,
     ) -> None:
         """``disk`` loses power whenever the sidecar is killed."""
+        self._durability = durability
         self._disk = disk
         self._environment = disk.environment if disk is not None else {}
         self._dice = random.Random(f"{seed}-{store}")  # noqa: S311 - when to kill is no secret
@@ -76,11 +82,10 @@ class KillLoop:
             config=self._config(redis),
             environment=self._environment,
         )
-        self.agents = [
-            Agent(f"agent-{number}", TENANTS[number % len(TENANTS)], self._issuer, self._dice)
-            for number in range(6)
-        ]
+        self.agents = self._new_agents()
         self._leased = store == "leased"
+        self._asked: Counter[str] = Counter()
+        """Tokens by tenant, of agents that were there before."""
         self._signing = ""
         """The key that signs, where a rotation is known to have ended."""
         self._revoked: list[str] = []
@@ -89,7 +94,7 @@ class KillLoop:
         self.changes_lost = 0
 
     def _config(self, redis: RedisServer | None) -> dict[str, Any]:
-        durability = "process" if self._disk is None else "power"
+        durability = self._durability.value
         budget: dict[str, Any] = {"hold_ttl_seconds": 3_600, "durability": durability}
         if redis is not None:
             budget["store"] = {"unix": str(redis.socket), "timeout_ms": 5_000}
@@ -107,6 +112,12 @@ class KillLoop:
             },
         }
 
+    def _new_agents(self) -> list[Agent]:
+        return [
+            Agent(f"agent-{number}", TENANTS[number % len(TENANTS)], self._issuer, self._dice)
+            for number in range(6)
+        ]
+
     def round(self, disturbance: str) -> None:
         """Use, disturb, kill, start and check. Raises BrokenPromiseError."""
         session = str(uuid.UUID(int=self._dice.getrandbits(128)))
@@ -121,10 +132,14 @@ class KillLoop:
         if self._disk is not None:
             self._stop_commands()
             self.changes_lost += self._disk.lose_power(self._dice)
+        killed_at = time.monotonic()
         self.sidecar.start()
         if ended is not None:
             ended()
-        self._check()
+        if self._disk is not None and self._durability is Durability.PROCESS:
+            self._check_what_is_left(killed_at)
+        else:
+            self._check()
         for agent in self.agents:
             agent.leave()
 
@@ -179,6 +194,9 @@ class KillLoop:
             self._revoked.append(name)
 
         return self._operate(ended, "revoke", "actor", "tenant_acme", name, "--reason", "fired")
+
+    def _wait_for_a_sync(self) -> None:
+        time.sleep(SYNCED_AFTER_SECONDS + 1)
 
     def _begin_segment(self) -> None:
         before = self._segments()
@@ -240,6 +258,23 @@ class KillLoop:
         self._check_revoked()
         self._check_files()
 
+    def _check_what_is_left(self, killed_at: float) -> None:
+        """Where power was lost that durability does not cover: nobody knows more than the
+        sidecar, which is whole, and has the records that were not of the last moments. All
+        agents are new ones afterwards. Raises BrokenPromiseError.
+        """
+        for tenant in TENANTS:
+            agents = [agent for agent in self.agents if agent.tenant == tenant]
+            self._asked[tenant] += sum(agent.most_tokens for agent in agents)
+            at_most = self._asked[tenant]
+            found = agents[0].standing()
+            if sum(found["tokens"]) > at_most or sum(found["session"]) > SESSION_LIMIT:
+                raise BrokenPromiseError(f"{tenant}: {at_most} was asked for, {found} is known")
+        self._check_files(killed_at - SYNCED_AFTER_SECONDS)
+        for agent in self.agents:
+            agent.leave()
+        self.agents = self._new_agents()
+
     def _check_standing(self) -> None:
         for tenant in TENANTS:
             agents = [agent for agent in self.agents if agent.tenant == tenant]
@@ -264,7 +299,8 @@ class KillLoop:
             agent.check_revoked()
             agent.leave()
 
-    def _check_files(self) -> None:
+    def _check_files(self, before: float = math.inf) -> None:
+        """``before``: what was acknowledged until then is on record."""
         state = self.sidecar.state
         signing = KeyRing.from_file(state / "permit-key.pem").signing.kid
         if self._signing not in {"", signing}:
@@ -276,8 +312,8 @@ class KillLoop:
             raise BrokenPromiseError(f"the audit log is broken: {report.fault}")
         kept = {record["seq"]: record["hash"] for record in records(self.sidecar)}
         for agent in self.agents:
-            for sequence, (digest, _) in agent.knows.receipts.items():
-                if kept.get(sequence) != digest:
+            for sequence, (digest, at) in agent.knows.receipts.items():
+                if at < before and kept.get(sequence) != digest:
                     raise BrokenPromiseError(f"record {sequence} was acknowledged, and is lost")
 
 
@@ -298,9 +334,18 @@ class Outcome:
     """That were not synced when power was lost."""
 
 
-def play(folder: Path, store: str, *, seed: int, kills: int, power: bool = False) -> Outcome:
-    """So many rounds with one store; ``power`` is lost with each kill. Raises
-    BrokenPromiseError.
+def play(
+    folder: Path,
+    store: str,
+    *,
+    seed: int,
+    kills: int,
+    power: bool = False,
+    durability: Durability = Durability.POWER,
+    disturbances: Sequence[str] = (),
+) -> Outcome:
+    """So many rounds with one store, of what disturbs that one or of ``disturbances``;
+    ``power`` is lost with each kill. Raises BrokenPromiseError.
     """
     with contextlib.ExitStack() as stack:
         redis = None
@@ -311,10 +356,12 @@ def play(folder: Path, store: str, *, seed: int, kills: int, power: bool = False
         place = folder / "sidecar"
         place.mkdir()
         disk = Disk(place, folder) if power else None
-        loop = KillLoop(place, store, seed, redis=redis, disk=disk)
+        if disk is None:
+            durability = Durability.PROCESS
+        loop = KillLoop(place, store, seed, redis=redis, disk=disk, durability=durability)
         with loop.sidecar:
             for number in range(kills):
-                kinds = DISTURBANCES[store]
+                kinds = disturbances or DISTURBANCES[store]
                 loop.round(kinds[number % len(kinds)])
             loop.sidecar.terminate()
         report = verify(loop.sidecar.state / "audit")

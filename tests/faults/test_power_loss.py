@@ -11,6 +11,7 @@ from typing import Final
 
 import pytest
 
+from pdp.storage import Durability
 from pdp.tool.once import SqliteOnce
 from tests.faults.disk import Disk, compiler
 from tests.faults.kills import DISTURBANCES, ROOT, play
@@ -31,9 +32,27 @@ def test_no_loss_of_power_breaks_a_promise(store: str, losses: int, tmp_path: Pa
     assert outcome.changes_lost > 0
 
 
+@pytest.mark.slow
+def test_durability_process_leaves_a_whole_sidecar_that_lost_no_more_than_the_last_moments(
+    tmp_path: Path,
+) -> None:
+    outcome = play(
+        tmp_path,
+        "sqlite",
+        seed=SEED,
+        kills=4,
+        power=True,
+        durability=Durability.PROCESS,
+        disturbances=("nothing", "wait_for_a_sync", "reload", "begin_segment"),
+    )
+    sys.stdout.write(f"seed {SEED}: {outcome}\n")
+    assert outcome.changes_lost > 100
+
+
 MUTATIONS: Final = """
 import os, signal, sys
 from pathlib import Path
+from pdp.storage import Durability
 from pdp.tool.once import SqliteOnce
 
 store = SqliteOnce(Path(sys.argv[1]))

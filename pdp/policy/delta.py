@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
-from pdp.canonical import JsonObject, JsonValue, canonical_bytes, parse_object
+from pdp.canonical import MAX_DEPTH, JsonObject, JsonValue, canonical_bytes, parse_object
 from pdp.policy.archive import MAX_CONTENT_BYTES, Files, refused
 from pdp.policy.data import is_data, parse_json_object
 from pdp.policy.manifest import MANIFEST, manifest_document, parse_manifest
@@ -119,6 +119,12 @@ def _operations(files: Files, place: str) -> list[_Operation]:
                 place,
                 f"has operation {number} in {PATCH} that is not upsert, replace or remove with a"
                 " path below the root, and a value for what is not removed",
+            )
+        if len(operation.path) > MAX_DEPTH:
+            # Before it is done: what writes the data out can not go down that far.
+            raise refused(
+                place,
+                f"has operation {number} in {PATCH} for data nested more than {MAX_DEPTH} deep",
             )
         operations.append(operation)
     return operations

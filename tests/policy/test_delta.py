@@ -256,9 +256,10 @@ def test_a_delta_for_another_module_is_refused() -> None:
     )
 
 
-def test_a_delta_that_nests_too_deep_is_refused() -> None:
+@pytest.mark.parametrize("steps", (64, 70, 3_000))
+def test_a_delta_that_nests_too_deep_is_refused(steps: int) -> None:
     assert "nested more than 64 deep" in refusal_of(
-        delta(operation("upsert", "/tenants" + "/x" * 70, 1))
+        delta(operation("upsert", "/tenants" + "/x" * steps, 1))
     )
 
 

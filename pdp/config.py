@@ -1219,7 +1219,7 @@ def _overlay(document: dict[str, Any], environment: Mapping[str, str]) -> dict[_
         path = tuple(part.lower() for part in name.removeprefix(ENVIRONMENT_PREFIX).split("__"))
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise ConfigError(f"{name}: its value is not YAML") from None
         target: Any = document
         for part in path[:-1]:

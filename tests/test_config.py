@@ -213,6 +213,12 @@ def test_single_tenant_mode_is_only_for_this_machine(tmp_path: Path) -> None:
     assert "must be loopback" in fault
 
 
+@pytest.mark.parametrize("text", ("{", "2001-99-99", "[" * 2_000))
+def test_a_variable_that_is_no_yaml_is_named(tmp_path: Path, text: str) -> None:
+    (fault,) = faults(tmp_path, GOOD, {"PDP_STATE_DIR": text})
+    assert fault == "PDP_STATE_DIR: its value is not YAML"
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.yaml: can not be read: No such file"):
         load_config(tmp_path / "absent.yaml", {})

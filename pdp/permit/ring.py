@@ -189,7 +189,7 @@ def _parse(path: Path, block: bytes, label: bytes) -> RingKey:
             private = load_pem_private_key(block, password=None)
             if isinstance(private, Ed25519PrivateKey):
                 return _ring_key(SigningKey(private))
-    except (ValueError, TypeError):
+    except Exception:  # noqa: BLE001 - cryptography's have no common root, and some are OpenSSL's own
         raise _unusable(path, "holds a PEM block that can not be read") from None
     raise _unusable(path, "holds something that is not an unencrypted Ed25519 key")
 

@@ -108,6 +108,12 @@ def public_only() -> bytes:
             b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n",
             "a PEM block that can not be read",
         ),
+        (
+            # X448 by its name, and 32 bytes: an error of OpenSSL's own, found by a fuzzer.
+            b"-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VvBCIEIGtra2tra2tra2tra2tra2tra2tra2tra2tra"
+            b"2tra2tr\n-----END PRIVATE KEY-----\n",
+            "a PEM block that can not be read",
+        ),
         (KeyRing.generate().to_pem() * 2, "holds a key twice"),
         (b"x" * 70_000, "is larger than"),
         (b"".join(KeyRing.generate().to_pem() for _ in range(65)), "holds more than 64 keys"),

@@ -1191,7 +1191,10 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[_Path, int]]:
         raise ConfigError(f"{path}: can not be read: {error.strerror}") from None
     if len(data) > MAX_CONFIG_BYTES:
         raise ConfigError(f"{path}: is larger than {MAX_CONFIG_BYTES} bytes")
-    loader = _LineLoader(data)
+    try:
+        loader = _LineLoader(data)
+    except yaml.YAMLError:
+        raise ConfigError(f"{path}: is not YAML: it is no text in UTF-8 or UTF-16") from None
     try:
         node = loader.get_single_node()
         if node is None:

@@ -1,0 +1,161 @@
+"""Everything that is asked, in the order of the tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class System:
+    """One client of one server, or of a library."""
+
+    name: str
+    title: str
+    asker: str
+    """MODULE:CLASS below bench.peers."""
+    server: str = ""
+    """Of :func:`bench.peers.__main__.every_server`; empty where nothing is asked over a wire."""
+    of_peer: bool = False
+    """Whether the client runs in the peers' environment."""
+    shows_token: bool = False
+    """Whether it tells who asks by a token, where others are told the tenant."""
+    decides: bool = True
+    """Whether it gives the cases their right answers, which is checked first."""
+    group: str
+    """The table that it stands in."""
+
+
+FLOOR, OURS, PEERS, INSIDE = "floor", "ours", "peers", "in process"
+
+SYSTEMS: Final = (
+    System(
+        name="ours-stream",
+        title="ours, Guard, over its stream",
+        asker="ask_ours:Sync",
+        shows_token=True,
+        server="ours",
+        group=OURS,
+    ),
+    System(
+        name="ours-unary",
+        title="ours, Guard, a call each",
+        asker="ask_ours:SyncUnary",
+        shows_token=True,
+        server="ours",
+        group=OURS,
+    ),
+    System(
+        name="ours-async-stream",
+        title="ours, AsyncGuard, over its stream",
+        asker="ask_ours:Async",
+        shows_token=True,
+        server="ours",
+        group=OURS,
+    ),
+    System(
+        name="ours-async-unary",
+        title="ours, AsyncGuard, a call each",
+        asker="ask_ours:AsyncUnary",
+        shows_token=True,
+        server="ours",
+        group=OURS,
+    ),
+    System(
+        name="ours-power-stream",
+        title="ours, Guard, over its stream, durability `power`",
+        asker="ask_ours:Sync",
+        shows_token=True,
+        server="ours-power",
+        group=OURS,
+    ),
+    System(
+        name="ours-power-unary",
+        title="ours, Guard, a call each, durability `power`",
+        asker="ask_ours:SyncUnary",
+        shows_token=True,
+        server="ours-power",
+        group=OURS,
+    ),
+    System(
+        name="ours-guarded",
+        title="ours, a whole guarded call: asked, run, reported",
+        asker="ask_ours:Guarded",
+        shows_token=True,
+        server="ours",
+        group=OURS,
+    ),
+    System(
+        name="ours-reusable",
+        title="ours, a guarded call under a reusable permit",
+        asker="ask_ours:Reusable",
+        shows_token=True,
+        server="ours",
+        decides=False,
+        group=INSIDE,
+    ),
+    System(
+        name="cerbos",
+        title="Cerbos, its Python SDK",
+        asker="ask_cerbos:Sync",
+        server="cerbos",
+        of_peer=True,
+        group=PEERS,
+    ),
+    System(
+        name="cerbos-async",
+        title="Cerbos, its Python SDK, async",
+        asker="ask_cerbos:Async",
+        server="cerbos",
+        of_peer=True,
+        group=PEERS,
+    ),
+    System(
+        name="cerbos-audit",
+        title="Cerbos, its Python SDK, decision log to a file",
+        asker="ask_cerbos:Sync",
+        server="cerbos-audit",
+        of_peer=True,
+        group=PEERS,
+    ),
+    System(
+        name="opa-client",
+        title="OPA, opa-python-client",
+        asker="ask_opa:Client",
+        server="opa",
+        of_peer=True,
+        group=PEERS,
+    ),
+    System(
+        name="opa-client-async",
+        title="OPA, opa-python-client, async",
+        asker="ask_opa:AsyncClient",
+        server="opa",
+        of_peer=True,
+        group=PEERS,
+    ),
+    System(
+        name="opa-tuned",
+        title="OPA, http.client by hand",
+        asker="ask_opa:Tuned",
+        server="opa",
+        of_peer=True,
+        group=PEERS,
+    ),
+    System(
+        name="opa-client-log",
+        title="OPA, opa-python-client, decision log on",
+        asker="ask_opa:Client",
+        server="opa-log",
+        of_peer=True,
+        group=PEERS,
+    ),
+    System(
+        name="opa-tuned-log",
+        title="OPA, http.client by hand, decision log on",
+        asker="ask_opa:Tuned",
+        server="opa-log",
+        of_peer=True,
+        group=PEERS,
+    ),
+)

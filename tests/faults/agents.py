@@ -7,12 +7,15 @@ started next.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import random
+import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -20,9 +23,11 @@ import grpc
 from google.protobuf.message import Message
 
 from pdp.api.v1 import authorization_pb2, budget_pb2, common_pb2, execution_pb2
+from pdp.audit.verify import verify
 from pdp.base64url import decode
 from pdp.canonical import JsonObject, sha256_hex
-from pdp.testing import Caller, TokenIssuer, refusal_of
+from pdp.testing import Caller, SidecarProcess, TokenIssuer, refusal_of
+from tests.e2e.operating import records
 
 ARGUMENTS: Final[JsonObject] = {"order_id": "918", "status": "shipped", "note": "x" * 2_000}
 HOLD_SECONDS: Final = 3_600
@@ -100,8 +105,20 @@ class Knowledge:
 class Agent:
     """One agent of one tenant. Not for threads to share."""
 
-    def __init__(self, name: str, tenant: str, issuer: TokenIssuer, dice: random.Random) -> None:
+    def __init__(
+        self,
+        name: str,
+        tenant: str,
+        issuer: TokenIssuer,
+        dice: random.Random,
+        *,
+        bears: Collection[str] = (),
+    ) -> None:
+        """``bears`` are reason codes that leave a call in doubt, to be asked again later."""
         self.name = name
+        self.refused: Counter[str] = Counter()
+        """What it was refused with, of those."""
+        self._bears = bears
         self.tenant = tenant
         self.knows = Knowledge()
         self._issuer = issuer
@@ -154,8 +171,7 @@ class Agent:
     def settle_doubts(self) -> None:
         """Ask for the answers that never came. Raises BrokenPromiseError."""
         for ask in tuple(self.knows.in_doubt):
-            if not self._try(ask):
-                raise BrokenPromiseError(f"{self.name}: {ask} gets no answer")
+            self._must(ask)
 
     def check_answers(self, most: int) -> None:
         """Ask again what was answered in this session: the latest, which were the nearest
@@ -279,7 +295,7 @@ class Agent:
         return str(uuid.UUID(int=self._dice.getrandbits(128)))
 
     def _must(self, ask: Ask) -> None:
-        if not self._try(ask):
+        if not self._try(ask) or ask in self.knows.in_doubt:
             raise BrokenPromiseError(f"{self.name}: {ask} gets no answer")
 
     def _expect(self, what: object, expected: object, found: object) -> None:
@@ -294,6 +310,12 @@ class Agent:
             refused = refusal_of(_raise, error)
             if not refused.reason_code and refused.status in _GONE:
                 return False
+            if refused.reason_code in self._bears:
+                self.refused[refused.reason_code] += 1
+                if ask.about in self.knows.unreported:
+                    # Nothing more is done with the permit while that is in doubt.
+                    self.knows.unreported.remove(ask.about)
+                return True
             if not (ask.may_be_full and refused.reason_code == "tenant_budget_exceeded"):
                 raise BrokenPromiseError(f"{self.name}: {ask} ended with {refused}") from error
         else:
@@ -334,6 +356,72 @@ class Agent:
                 knows.spent["tools"] += _sum(answer.settled)
             case "Delegate":
                 knows.delegated.append(answer.token)
+
+
+@contextlib.contextmanager
+def at_work(
+    agents: Sequence[Agent], *, goes_on: Callable[[], bool] = lambda: True
+) -> Iterator[None]:
+    """Each of them acts, in a thread of its own, until its sidecar is gone or this says
+    no. Raises whatever one of them raised.
+    """
+    broken: list[BaseException] = []
+
+    def work(agent: Agent) -> None:
+        try:
+            while goes_on() and agent.act():
+                pass
+        except BaseException as error:  # noqa: BLE001 - raised below
+            broken.append(error)
+
+    threads = [threading.Thread(target=work, args=(agent,)) for agent in agents]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        for thread in threads:
+            thread.join(60)
+        assert not any(thread.is_alive() for thread in threads)
+    if broken:
+        raise broken[0]
+
+
+def check_sums(agents: Sequence[Agent], *, leased: bool = False) -> None:
+    """The budgets of each tenant are what all its agents together know. Raises
+    BrokenPromiseError.
+    """
+    for tenant in {agent.tenant for agent in agents}:
+        own = [agent for agent in agents if agent.tenant == tenant]
+        spent = sum((agent.knows.spent for agent in own), Counter[str]())
+        held = sum((agent.knows.held for agent in own), Counter[str]())
+        found = own[0].standing()
+        for limit in ("tokens", "tools"):
+            # Under leases more is held than what is held for agents, for a while.
+            exact = found[limit] == (spent[limit], held[limit])
+            if not exact and not (leased and sum(found[limit]) >= spent[limit]):
+                raise BrokenPromiseError(
+                    f"{tenant}, {limit}: {(spent[limit], held[limit])} was acknowledged, and"
+                    f" {found[limit]} is known"
+                )
+        if sum(found["session"]) > SESSION_LIMIT:
+            raise BrokenPromiseError(f"{tenant}: {found['session']} of {SESSION_LIMIT}")
+
+
+def check_records(
+    agents: Sequence[Agent], sidecar: SidecarProcess, before: float = math.inf
+) -> None:
+    """The log verifies, and holds every record that was acknowledged ``before``. Raises
+    BrokenPromiseError.
+    """
+    report = verify(sidecar.state / "audit")
+    if report.fault is not None:
+        raise BrokenPromiseError(f"the audit log is broken: {report.fault}")
+    kept = {record["seq"]: record["hash"] for record in records(sidecar)}
+    for agent in agents:
+        for sequence, (digest, at) in agent.knows.receipts.items():
+            if at < before and kept.get(sequence) != digest:
+                raise BrokenPromiseError(f"record {sequence} was acknowledged, and is lost")
 
 
 _SERVICES: Final = {

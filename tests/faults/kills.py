@@ -16,11 +16,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -34,8 +33,14 @@ from pdp.server.policy import POLICY_DIRECTORY
 from pdp.storage import Durability
 from pdp.testing import SidecarProcess, TokenIssuer
 from tests.budget.redis_server import RedisServer
-from tests.e2e.operating import records
-from tests.faults.agents import SESSION_LIMIT, Agent, BrokenPromiseError
+from tests.faults.agents import (
+    SESSION_LIMIT,
+    Agent,
+    BrokenPromiseError,
+    at_work,
+    check_records,
+    check_sums,
+)
 from tests.faults.disk import Disk
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -123,7 +128,7 @@ class KillLoop:
         session = str(uuid.UUID(int=self._dice.getrandbits(128)))
         for agent in self.agents:
             agent.meet(self.sidecar.target, session)
-        with self._at_work():
+        with at_work(self.agents):
             enough = self._answered() + self._dice.randrange(30, 90)
             wait_until(lambda: self._answered() >= enough, "the agents get no answers")
             ended = getattr(self, f"_{disturbance}")()
@@ -142,30 +147,6 @@ class KillLoop:
             self._check()
         for agent in self.agents:
             agent.leave()
-
-    @contextlib.contextmanager
-    def _at_work(self) -> Iterator[None]:
-        """While the context lasts; it ends when the sidecar is gone."""
-        broken: list[BaseException] = []
-
-        def work(agent: Agent) -> None:
-            try:
-                while agent.act():
-                    pass
-            except BaseException as error:  # noqa: BLE001 - raised below
-                broken.append(error)
-
-        threads = [threading.Thread(target=work, args=(agent,)) for agent in self.agents]
-        for thread in threads:
-            thread.start()
-        try:
-            yield
-        finally:
-            for thread in threads:
-                thread.join(60)
-            assert not any(thread.is_alive() for thread in threads)
-        if broken:
-            raise broken[0]
 
     def _answered(self) -> int:
         return sum(len(agent.knows.answered) for agent in self.agents)
@@ -254,7 +235,7 @@ class KillLoop:
             agent.check_answers(15)
             agent.check_permits()
             agent.check_delegations()
-        self._check_standing()
+        check_sums(self.agents, leased=self._leased)
         self._check_revoked()
         self._check_files()
 
@@ -275,23 +256,6 @@ class KillLoop:
             agent.leave()
         self.agents = self._new_agents()
 
-    def _check_standing(self) -> None:
-        for tenant in TENANTS:
-            agents = [agent for agent in self.agents if agent.tenant == tenant]
-            spent = sum((agent.knows.spent for agent in agents), Counter[str]())
-            held = sum((agent.knows.held for agent in agents), Counter[str]())
-            found = agents[0].standing()
-            for limit in ("tokens", "tools"):
-                # Under leases more is held than what is held for agents, for a while.
-                exact = found[limit] == (spent[limit], held[limit])
-                if not exact and not (self._leased and sum(found[limit]) >= spent[limit]):
-                    raise BrokenPromiseError(
-                        f"{tenant}, {limit}: {(spent[limit], held[limit])} was acknowledged, and"
-                        f" {found[limit]} is known"
-                    )
-            if sum(found["session"]) > SESSION_LIMIT:
-                raise BrokenPromiseError(f"{tenant}: {found['session']} of {SESSION_LIMIT}")
-
     def _check_revoked(self) -> None:
         for name in self._revoked[-2:]:
             agent = Agent(name, "tenant_acme", self._issuer, self._dice)
@@ -307,14 +271,7 @@ class KillLoop:
             raise BrokenPromiseError(f"{self._signing} was to sign, and {signing} does")
         if LastGood(state / POLICY_DIRECTORY).read("all") is None:
             raise BrokenPromiseError("the bundle that was good last is lost")
-        report = verify(state / "audit")
-        if report.fault is not None:
-            raise BrokenPromiseError(f"the audit log is broken: {report.fault}")
-        kept = {record["seq"]: record["hash"] for record in records(self.sidecar)}
-        for agent in self.agents:
-            for sequence, (digest, at) in agent.knows.receipts.items():
-                if at < before and kept.get(sequence) != digest:
-                    raise BrokenPromiseError(f"record {sequence} was acknowledged, and is lost")
+        check_records(self.agents, self.sidecar, before)
 
 
 DISTURBANCES: Final[Mapping[str, tuple[str, ...]]] = {

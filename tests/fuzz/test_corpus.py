@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from tests.fuzz import contract
+from tests.fuzz.in_process import close_sidecar
+
+
+@pytest.fixture(scope="module", autouse=True)
+def closes_what_it_starts() -> Iterator[None]:
+    yield
+    close_sidecar()
 
 
 @pytest.mark.parametrize("name", contract.names())

@@ -35,7 +35,7 @@ PAX: Final = (
 def samples() -> Iterable[bytes]:
     yield b"\0" + pack({"a/b.rego": b"package a", ".manifest": b"{}"})
     yield b"\1"
-    yield b"\2\0\2\0\0\0\0\2hi\5\0\0\0\2ho"
+    yield b"\2\0\2\0\0\0\0\2hi\x0c\0\0\0\2ho"
 
 
 def one_input(data: bytes) -> bool:

@@ -56,8 +56,7 @@ def one_input(data: bytes) -> bool:
     choices = Choices(data)
     kind = choices.number(4)
     environment = {
-        choices.pick(VARIABLES): choices.text().replace("\0", "")
-        for _ in range(choices.number(3))
+        choices.pick(VARIABLES): choices.text().replace("\0", "") for _ in range(choices.number(3))
     }
     if kind == 0:
         text = choices.rest()

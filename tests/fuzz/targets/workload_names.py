@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -82,7 +82,7 @@ def samples() -> Iterable[bytes]:
     yield b"\0\0"
     yield b"\1\0"
     yield b"\1\1"
-    yield b"\2\0" + b"spiffe://example.org/tenant/acme/agent"
+    yield b"\2\0\0\0" + b"spiffe://example.org/tenant/acme/agent"
 
 
 def one_input(data: bytes) -> bool:
@@ -113,7 +113,7 @@ def _token(choices: Choices) -> bool:
     return _checked(Credentials(bearer=None, workload_token=token), [said, f"c-1/{said}"])
 
 
-def _checked(credentials: Credentials, names: list[object]) -> bool:
+def _checked(credentials: Credentials, names: Sequence[object]) -> bool:
     workload = refuses(lambda: at_once(WORKLOADS.workload_of(credentials)), IdentityError)
     if workload is None:
         return False
@@ -122,14 +122,21 @@ def _checked(credentials: Credentials, names: list[object]) -> bool:
     assert workload.isprintable()
     if not workload.startswith("c-1/"):
         found = urlsplit(workload)
-        assert (found.scheme, found.netloc, found.query, found.fragment) == ("spiffe", DOMAIN, "", "")
+        assert (found.scheme, found.netloc, found.query, found.fragment) == (
+            "spiffe",
+            DOMAIN,
+            "",
+            "",
+        )
         assert not {"", ".", ".."} & set(found.path.split("/")[1:])
     return True
 
 
 def _route(choices: Choices) -> bool:
     route = choices.pick(ROUTES)
-    pattern = edited_bytes(route.encode(), choices).decode("utf-8", "replace") if choices.yes() else route
+    pattern = (
+        edited_bytes(route.encode(), choices).decode("utf-8", "replace") if choices.yes() else route
+    )
     name = _name(choices) if choices.yes() else choices.rest().decode("utf-8", "replace")
     found = refuses(lambda: WorkloadRoute.of(pattern, ""), ValueError)
     if found is None:
@@ -146,4 +153,6 @@ def _route(choices: Choices) -> bool:
 
 def _name(choices: Choices) -> str:
     name = choices.pick(NAMES)
-    return edited_bytes(name.encode(), choices).decode("utf-8", "replace") if choices.yes() else name
+    return (
+        edited_bytes(name.encode(), choices).decode("utf-8", "replace") if choices.yes() else name
+    )

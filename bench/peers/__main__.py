@@ -28,12 +28,14 @@ from pdp.testing import TokenIssuer
 def every_server(folder: Path, issuer: TokenIssuer) -> dict[str, Server]:
     """Not started."""
     return {
+        "stages": servers.stages(folder / "stages", issuer),
         "ours": servers.ours(folder / "ours", issuer, durability="process"),
         "ours-power": servers.ours(folder / "ours-power", issuer, durability="power"),
         "cerbos": servers.cerbos(folder / "cerbos", audit=False),
         "cerbos-audit": servers.cerbos(folder / "cerbos-audit", audit=True),
         "opa": servers.opa(folder / "opa", decision_logs=False),
         "opa-log": servers.opa(folder / "opa-log", decision_logs=True),
+        "agt": servers.agt(folder / "agt"),
     }
 
 

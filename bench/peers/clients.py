@@ -38,7 +38,11 @@ class Client:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env={**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"},
+                env={
+                    **os.environ,
+                    "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # or it looks for prices outside
+                    "TMPDIR": str(log.parent),
+                },
             )
         self._tell(options)
         self._asked = 0

@@ -169,7 +169,8 @@ def _client(
     tokens: Mapping[str, str],
     stack: contextlib.ExitStack,
 ) -> Client:
-    options = dict(servers[system.server].where) if system.server else {}
+    where = servers[system.server].where if system.server else {}
+    options: dict[str, Any] = {**where, **system.options}
     if system.shows_token:
         options["tokens"] = tokens
     client = Client(

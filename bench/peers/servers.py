@@ -28,6 +28,7 @@ from pdp.testing import SidecarProcess, TokenIssuer
 ROOT: Final = Path(__file__).absolute().parents[2]
 CERBOS: Final = ROOT / ".tools" / "cerbos"
 OPA: Final = ROOT / ".tools" / "opa"
+AGT_TOKEN: Final = "a-token-of-the-benchmark"  # noqa: S105 - of a server that ends with the run
 PEERS_PYTHON: Final = ROOT / ".tools" / "peers" / "bin" / "python"
 START_TIMEOUT_SECONDS: Final = 60.0
 _POLL_SECONDS: Final = 0.002
@@ -205,14 +206,36 @@ def agt(folder: Path) -> Server:
     return Server(
         [PEERS_PYTHON, "-m", "agent_os.server", f"--port={port}", "--log-level=error"],
         ready=responds(port, "/health"),
-        where={"port": port},
+        where={"port": port, "token": AGT_TOKEN},
         folder=folder,
-        environment={"AGENT_OS_EXECUTION_TOKENS": "alice=a-token-of-the-benchmark"},
+        environment={"AGENT_OS_EXECUTION_TOKENS": f"alice={AGT_TOKEN}"},
     )
 
 
 def ours(folder: Path, issuer: TokenIssuer, *, durability: str) -> Server:
     """``pdp serve``, with nothing but its limits on rates changed."""
+    file, target = _configured(folder, issuer, durability=durability)
+    return Server(
+        [sys.executable, "-m", "pdp", "serve", "--config", file],
+        ready=healthy(target),
+        where={"target": target},
+        folder=folder,
+    )
+
+
+def stages(folder: Path, issuer: TokenIssuer) -> Server:
+    """The rooms of the same, without its wire."""
+    file, target = _configured(folder, issuer, durability="process")
+    return Server(
+        [sys.executable, "-m", "bench.peers.stages", file, target],
+        ready=healthy(target),
+        where={"target": target},
+        folder=folder,
+    )
+
+
+def _configured(folder: Path, issuer: TokenIssuer, *, durability: str) -> tuple[Path, str]:
+    """The file of its configuration, and where it listens."""
     folder.mkdir(parents=True, exist_ok=True)
     target = f"unix://{folder / 'pdp.sock'}"
     with contextlib.closing(
@@ -228,13 +251,7 @@ def ours(folder: Path, issuer: TokenIssuer, *, durability: str) -> Server:
             },
         )
     ) as sidecar:
-        file = sidecar.config_file
-    return Server(
-        [sys.executable, "-m", "pdp", "serve", "--config", file],
-        ready=healthy(target),
-        where={"target": target},
-        folder=folder,
-    )
+        return sidecar.config_file, target
 
 
 ROOM: Final = {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 
@@ -22,13 +23,50 @@ class System:
     """Whether it tells who asks by a token, where others are told the tenant."""
     decides: bool = True
     """Whether it gives the cases their right answers, which is checked first."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Of the class, besides."""
     group: str
     """The table that it stands in."""
 
 
-FLOOR, OURS, PEERS, INSIDE = "floor", "ours", "peers", "in process"
+FLOOR, STAGES, OURS, PEERS, INSIDE = "floor", "stages", "ours", "peers", "in process"
+
+
+def _stage(name: str, title: str, stage: str) -> System:
+    return System(
+        name=f"stage-{name}",
+        title=title,
+        asker="ask_stages:Stage",
+        options={"stage": stage},
+        server="stages",
+        shows_token=True,
+        decides=False,
+        group=STAGES,
+    )
+
+
+def _floor(name: str, title: str, asker: str) -> System:
+    return System(
+        name=name,
+        title=title,
+        asker=f"ask_stages:{asker}",
+        server="stages",
+        shows_token=True,
+        decides=False,
+        group=FLOOR,
+    )
+
 
 SYSTEMS: Final = (
+    _floor("empty-unary", "an empty call", "Unary"),
+    _floor("empty-unary-async", "an empty call, async", "AsyncUnary"),
+    _floor("empty-stream-async", "an empty exchange on an open stream, async", "AsyncEmpty"),
+    _stage("empty", "an empty exchange on an open stream", "Empty"),
+    _stage("identity", "+ identity", "Identity"),
+    _stage("rego", "+ Rego", "Rego"),
+    _stage("permit", "+ signed permit", "Permit"),
+    _stage("audit", "+ audit record", "Audit"),
+    _stage("hold", "+ durable hold", "Hold"),
     System(
         name="ours-stream",
         title="ours, Guard, over its stream",
@@ -157,5 +195,29 @@ SYSTEMS: Final = (
         server="opa-log",
         of_peer=True,
         group=PEERS,
+    ),
+    System(
+        name="agt-library",
+        title="Agent Governance Toolkit, in process, audit to a file",
+        asker="ask_agt:Library",
+        of_peer=True,
+        group=INSIDE,
+    ),
+    System(
+        name="agt-server",
+        title="Agent Governance Toolkit, its server, a built-in policy, no audit",
+        asker="ask_agt:Server",
+        server="agt",
+        of_peer=True,
+        decides=False,
+        group=PEERS,
+    ),
+    System(
+        name="litellm",
+        title="LiteLLM proxy, reserve and reconcile a budget, in process",
+        asker="ask_litellm:Proxy",
+        of_peer=True,
+        decides=False,
+        group=INSIDE,
     ),
 )

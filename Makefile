@@ -7,7 +7,7 @@ OPA := .tools/opa
 REDIS := .tools/redis-server
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-kubernetes image sbom check check-history check-kills fmt proto policies docs chart lock bench bench-budget bench-scale fuzz clean
+.PHONY: help demo test test-slow test-kubernetes image sbom check check-history check-kills soak fmt proto policies docs chart lock bench bench-budget bench-scale fuzz clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -37,6 +37,11 @@ SECONDS ?= 600
 SEED ?= 1
 check-history: .venv/dev $(OPA) .tools/toxiproxy-server $(REDIS) ## Break every store of budgets for SECONDS=600, from SEED=1, and check what came of it
 	@$(PY) -m tests.faults.rounds --seconds $(SECONDS) --seed $(SEED)
+
+MINUTES ?= 30
+soak: .venv/dev $(OPA) ## Load a sidecar for MINUTES=30, and see whether what it holds grows: dist/soak.json
+	@mkdir -p dist
+	@$(PY) -m tests.faults.soak --minutes $(MINUTES) --seed $(SEED) --out dist/soak.json
 
 KILLS ?= 100
 check-kills: .venv/dev $(OPA) $(REDIS) ## Kill a sidecar KILLS=100 times under load, from SEED=1, and check what it knows

@@ -338,6 +338,8 @@ class Agent:
                 knows.held["tokens"] -= knows.tokens[ask.request.hold_id]
                 knows.spent["tokens"] += _sum(getattr(answer, "settled", ()))
             case "Authorize":
+                if not answer.decision:
+                    raise BrokenPromiseError(f"{self.name}: refused with {answer.reason_code}")
                 permit = HeldPermit(
                     token=answer.permit,
                     tool=ask.request.action.name,

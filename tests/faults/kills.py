@@ -107,7 +107,10 @@ class KillLoop:
         return {
             "limits": _LIMITS,
             "permit": {"ttl_seconds": 3_600},
-            "policy": {"bundles": {"all": {"path": str(self._bundle), "poll_seconds": 0.1}}},
+            "policy": {
+                "bundles": {"all": {"path": str(self._bundle), "poll_seconds": 0.1}},
+                "evaluation_timeout_ms": 10_000,  # this machine may be busy
+            },
             "budget": budget,
             # Records as large as they get, so that segments are full soon.
             "audit": {

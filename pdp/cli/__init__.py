@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 
 def main() -> None:
     """The entry point."""
-    from pdp.cli.app import app  # noqa: PLC0415 - the package itself imports nothing
+    # The package itself imports nothing, and a sidecar that starts no other command.
+    if sys.argv[1:2] == ["serve"]:
+        from pdp.cli.serve import app  # noqa: PLC0415
+    else:
+        from pdp.cli.app import app  # noqa: PLC0415
 
     app()

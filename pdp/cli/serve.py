@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from pdp.cli import exit_codes
 
-if TYPE_CHECKING:
-    from pdp.config import Config
-    from pdp.server.policy import Loaded
+app = typer.Typer(name="pdp", pretty_exceptions_enable=False, add_completion=False)
+"""``pdp`` with this command alone, which takes less time to import than all of them."""
 
 
+@app.callback()
+def _root() -> None:
+    pass
+
+
+@app.command()
 def serve(
     config: Annotated[Path, typer.Option("--config", "-c", help="The configuration, in YAML.")],
 ) -> None:
@@ -21,10 +26,13 @@ def serve(
 
     Exit codes: 0 stopped in order, 2 the configuration is wrong, 3 can not start.
     """
-    import logging  # noqa: PLC0415 - start-up imports only what the command needs
+    import gc  # noqa: PLC0415 - start-up imports only what the command needs
+    import logging  # noqa: PLC0415
     import os  # noqa: PLC0415
     from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415
 
+    # Until it serves: what imports and a large policy make is there to stay.
+    gc.disable()
     from pdp.config import ConfigError, load_config  # noqa: PLC0415
     from pdp.errors import PdpError  # noqa: PLC0415
 
@@ -37,14 +45,19 @@ def serve(
         typer.echo(error.message, err=True)
         raise typer.Exit(exit_codes.USAGE) from None
 
-    # Compiling the policy takes about as long as importing the rest: both at once.
-    loader = ThreadPoolExecutor(1, thread_name_prefix="policy-loader")
-    policy = loader.submit(_load_policy, settings)
-    loader.shutdown(wait=False)
-
     # Read when gRPC is imported. Its handlers would otherwise run in each OPA that is begun
     # while calls are under way, before that becomes OPA, and crash it now and then.
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
+    # Compiling the policy takes about as long as importing the rest: both at once. Imports
+    # of two threads slow each other down, so what compiles is imported first.
+    from pdp.server.policy import load_policy  # noqa: PLC0415
+
+    if settings.policy.engine == "embedded":
+        import pdp.policy.wasm  # noqa: F401, PLC0415 - for the loader
+    loader = ThreadPoolExecutor(1, thread_name_prefix="policy-loader")
+    policy = loader.submit(load_policy, settings.policy, settings.state_dir)
+    loader.shutdown(wait=False)
     import uvloop  # noqa: PLC0415
 
     from pdp.server import sidecar  # noqa: PLC0415
@@ -61,9 +74,3 @@ def serve(
     except OSError as error:
         typer.echo(f"pdp: can not start: {error.filename}: {error.strerror}.", err=True)
         raise typer.Exit(exit_codes.CAN_NOT_START) from None
-
-
-def _load_policy(config: Config) -> Loaded:
-    from pdp.server.policy import load_policy  # noqa: PLC0415 - off the main thread
-
-    return load_policy(config.policy, config.state_dir)

@@ -350,10 +350,13 @@ def _leave_to_refcounts() -> None:
     """Collect garbage less often, and never in what is there from the start: a look
     through all of it stops every call for 50 to 100 ms, and took place every few
     seconds under load. What a call leaves in cycles is young, and is still found.
+
+    `pdp serve` starts with no collection at all: it ends here.
     """
     gc.collect()
     gc.freeze()
     gc.set_threshold(*_GC_THRESHOLDS)
+    gc.enable()
 
 
 _GC_THRESHOLDS: Final = (5_000, 10, 20)

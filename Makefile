@@ -7,7 +7,7 @@ OPA := .tools/opa
 REDIS := .tools/redis-server
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-kubernetes image sbom check check-history check-kills soak fmt proto policies docs chart lock bench bench-budget bench-scale fuzz clean
+.PHONY: help demo test test-slow test-kubernetes image sbom check check-history check-kills soak fmt proto policies docs chart lock bench bench-parts bench-budget bench-scale fuzz clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -87,10 +87,18 @@ chart: .venv/dev ## Generate the schema of the chart's values
 lock: .venv/dev ## Pin every dependency with its hashes
 	scripts/lock.sh
 
-bench: .venv/dev $(OPA) ## Measure stub, policy, reloads, ledger, imports, and a flood of a neighbour
+bench: .venv/dev $(OPA) .tools/cerbos .tools/peers ## Measure beside the peers, and write docs/benchmarks.md anew (15 minutes, on a quiet machine)
+	@mkdir -p dist
+	$(PY) -m bench.peers --out docs/benchmarks/peers.json
+	$(PY) bench/bench_footprint.py --output json >dist/footprint.json
+	mv dist/footprint.json docs/benchmarks/
+	$(PY) -m bench.peers.page
+
+bench-parts: .venv/dev $(OPA) ## Measure single parts: imports, ledger, rooms, wire, permits, policy, reloads, a neighbour's flood
 	$(PY) bench/bench_import.py
 	$(PY) bench/bench_ledger.py
-	$(PY) bench/bench_guard.py
+	$(PY) bench/bench_inside.py
+	$(PY) bench/bench_wire.py
 	$(PY) bench/bench_stream.py
 	$(PY) bench/bench_reusable.py
 	$(PY) bench/bench_policy.py

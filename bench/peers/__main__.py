@@ -71,7 +71,7 @@ def main() -> int:
     def show(what: str) -> None:
         print(f"{time.monotonic() - began:6.1f} s  {what}", flush=True)
 
-    results = machine()
+    results = machine() | {"quick": chosen.quick}
     with tempfile.TemporaryDirectory(prefix="pdp-peers-") as name:
         folder, issuer = Path(name), TokenIssuer()
         results |= measure(

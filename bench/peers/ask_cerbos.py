@@ -23,7 +23,6 @@ def resource(call: Call) -> engine_pb2.Resource:
     return engine_pb2.Resource(
         id=call.order_id,
         kind="orders",
-        scope=call.tenant,
         attr={
             "order_id": Value(string_value=call.order_id),
             "status": Value(string_value=call.status),

@@ -175,7 +175,7 @@ def _client(
         options["tokens"] = tokens
     client = Client(
         PEERS_PYTHON if system.of_peer else Path(sys.executable),
-        f"bench.peers.{system.asker}",
+        system.asker,
         options,
         folder / f"{system.name}.log",
     )

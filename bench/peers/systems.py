@@ -14,7 +14,7 @@ class System:
     name: str
     title: str
     asker: str
-    """MODULE:CLASS below bench.peers."""
+    """MODULE:CLASS of the client, which bench.peers.seat runs."""
     server: str = ""
     """Of :func:`bench.peers.__main__.every_server`; empty where nothing is asked over a wire."""
     of_peer: bool = False
@@ -36,7 +36,7 @@ def _stage(name: str, title: str, stage: str) -> System:
     return System(
         name=f"stage-{name}",
         title=title,
-        asker="ask_stages:Stage",
+        asker="bench.peers.ask_stages:Stage",
         options={"stage": stage},
         server="stages",
         shows_token=True,
@@ -49,7 +49,7 @@ def _floor(name: str, title: str, asker: str) -> System:
     return System(
         name=name,
         title=title,
-        asker=f"ask_stages:{asker}",
+        asker=f"bench.peers.ask_stages:{asker}",
         server="stages",
         shows_token=True,
         decides=False,
@@ -70,7 +70,7 @@ SYSTEMS: Final = (
     System(
         name="ours-stream",
         title="ours, Guard, over its stream",
-        asker="ask_ours:Sync",
+        asker="bench.peers.ask_ours:Sync",
         shows_token=True,
         server="ours",
         group=OURS,
@@ -78,7 +78,7 @@ SYSTEMS: Final = (
     System(
         name="ours-unary",
         title="ours, Guard, a call each",
-        asker="ask_ours:SyncUnary",
+        asker="bench.peers.ask_ours:SyncUnary",
         shows_token=True,
         server="ours",
         group=OURS,
@@ -86,7 +86,7 @@ SYSTEMS: Final = (
     System(
         name="ours-async-stream",
         title="ours, AsyncGuard, over its stream",
-        asker="ask_ours:Async",
+        asker="bench.peers.ask_ours:Async",
         shows_token=True,
         server="ours",
         group=OURS,
@@ -94,7 +94,7 @@ SYSTEMS: Final = (
     System(
         name="ours-async-unary",
         title="ours, AsyncGuard, a call each",
-        asker="ask_ours:AsyncUnary",
+        asker="bench.peers.ask_ours:AsyncUnary",
         shows_token=True,
         server="ours",
         group=OURS,
@@ -102,7 +102,7 @@ SYSTEMS: Final = (
     System(
         name="ours-power-stream",
         title="ours, Guard, over its stream, durability `power`",
-        asker="ask_ours:Sync",
+        asker="bench.peers.ask_ours:Sync",
         shows_token=True,
         server="ours-power",
         group=OURS,
@@ -110,7 +110,7 @@ SYSTEMS: Final = (
     System(
         name="ours-power-unary",
         title="ours, Guard, a call each, durability `power`",
-        asker="ask_ours:SyncUnary",
+        asker="bench.peers.ask_ours:SyncUnary",
         shows_token=True,
         server="ours-power",
         group=OURS,
@@ -118,7 +118,7 @@ SYSTEMS: Final = (
     System(
         name="ours-guarded",
         title="ours, a whole guarded call: asked, run, reported",
-        asker="ask_ours:Guarded",
+        asker="bench.peers.ask_ours:Guarded",
         shows_token=True,
         server="ours",
         group=OURS,
@@ -126,7 +126,7 @@ SYSTEMS: Final = (
     System(
         name="ours-reusable",
         title="ours, a guarded call under a reusable permit",
-        asker="ask_ours:Reusable",
+        asker="bench.peers.ask_ours:Reusable",
         shows_token=True,
         server="ours",
         decides=False,
@@ -135,7 +135,7 @@ SYSTEMS: Final = (
     System(
         name="cerbos",
         title="Cerbos, its Python SDK",
-        asker="ask_cerbos:Sync",
+        asker="bench.peers.ask_cerbos:Sync",
         server="cerbos",
         of_peer=True,
         group=PEERS,
@@ -143,7 +143,7 @@ SYSTEMS: Final = (
     System(
         name="cerbos-async",
         title="Cerbos, its Python SDK, async",
-        asker="ask_cerbos:Async",
+        asker="bench.peers.ask_cerbos:Async",
         server="cerbos",
         of_peer=True,
         group=PEERS,
@@ -151,7 +151,7 @@ SYSTEMS: Final = (
     System(
         name="cerbos-audit",
         title="Cerbos, its Python SDK, decision log to a file",
-        asker="ask_cerbos:Sync",
+        asker="bench.peers.ask_cerbos:Sync",
         server="cerbos-audit",
         of_peer=True,
         group=PEERS,
@@ -159,7 +159,7 @@ SYSTEMS: Final = (
     System(
         name="opa-client",
         title="OPA, opa-python-client",
-        asker="ask_opa:Client",
+        asker="bench.peers.ask_opa:Client",
         server="opa",
         of_peer=True,
         group=PEERS,
@@ -167,7 +167,7 @@ SYSTEMS: Final = (
     System(
         name="opa-client-async",
         title="OPA, opa-python-client, async",
-        asker="ask_opa:AsyncClient",
+        asker="bench.peers.ask_opa:AsyncClient",
         server="opa",
         of_peer=True,
         group=PEERS,
@@ -175,7 +175,7 @@ SYSTEMS: Final = (
     System(
         name="opa-tuned",
         title="OPA, http.client by hand",
-        asker="ask_opa:Tuned",
+        asker="bench.peers.ask_opa:Tuned",
         server="opa",
         of_peer=True,
         group=PEERS,
@@ -183,7 +183,7 @@ SYSTEMS: Final = (
     System(
         name="opa-client-log",
         title="OPA, opa-python-client, decision log on",
-        asker="ask_opa:Client",
+        asker="bench.peers.ask_opa:Client",
         server="opa-log",
         of_peer=True,
         group=PEERS,
@@ -191,7 +191,7 @@ SYSTEMS: Final = (
     System(
         name="opa-tuned-log",
         title="OPA, http.client by hand, decision log on",
-        asker="ask_opa:Tuned",
+        asker="bench.peers.ask_opa:Tuned",
         server="opa-log",
         of_peer=True,
         group=PEERS,
@@ -199,14 +199,14 @@ SYSTEMS: Final = (
     System(
         name="agt-library",
         title="Agent Governance Toolkit, in process, audit to a file",
-        asker="ask_agt:Library",
+        asker="bench.peers.ask_agt:Library",
         of_peer=True,
         group=INSIDE,
     ),
     System(
         name="agt-server",
         title="Agent Governance Toolkit, its server, a built-in policy, no audit",
-        asker="ask_agt:Server",
+        asker="bench.peers.ask_agt:Server",
         server="agt",
         of_peer=True,
         decides=False,
@@ -215,7 +215,7 @@ SYSTEMS: Final = (
     System(
         name="litellm",
         title="LiteLLM proxy, reserve and reconcile a budget, in process",
-        asker="ask_litellm:Proxy",
+        asker="bench.peers.ask_litellm:Proxy",
         of_peer=True,
         decides=False,
         group=INSIDE,

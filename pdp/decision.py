@@ -28,7 +28,7 @@ from pdp.identity.resolver import Credentials, IdentityError
 from pdp.identity.subject import Subject
 from pdp.narrowing import NotDelegated, check_delegated, limits_within
 from pdp.permit.claims import Permit, PermitError
-from pdp.policy.engine import Entrypoint, PolicyEngine, PolicyError
+from pdp.policy.engine import Entrypoint, PolicyEngine, PolicyError, WalkedEngine
 from pdp.policy.question import authorize_input
 from pdp.policy.verdict import Verdict, parse_verdict
 from pdp.reason import ReasonCode
@@ -183,38 +183,80 @@ async def _decide(rooms: Rooms, subject: Subject, asked: Asked, watch: StepWatch
         raise
     watch.done("isolate")
 
-    failure: NotDelegated | PolicyError | IdentityError | LedgerError | PermitError | None = None
-    revision = rooms.policy.revision
     document = _document(rooms, subject, question)
+    revision = rooms.policy.revision
+
+    async def with_policy(policy: PolicyEngine) -> _Outcome:
+        try:
+            answer = await _authorize_and_execute(
+                rooms, subject, account, question, document, policy, watch
+            )
+        except _REFUSALS as error:
+            return await recorded(error, policy.revision)
+        audit = await rooms.audit.append(_record(rooms, question, answer, document))
+        watch.done("audit")
+        return _Outcome(answer, audit, None)
+
+    async def recorded(failure: _Refusal, revision: str) -> _Outcome:
+        watch.done("authorize")
+        answer = Answer(
+            subject=subject,
+            reason_code=failure.reason_code,
+            decision_id=rooms.new_id(),
+            policy_revision=revision,
+        )
+        audit = await rooms.audit.append(_record(rooms, question, answer, document))
+        watch.done("audit")
+        return _Outcome(answer, audit, failure)
+
     try:
         _check_sender(rooms, subject)
         check_delegated(subject, tool=question.tool, arguments=question.arguments)
         with rooms.policy.pin() as policy:
-            value = await policy.evaluate(Entrypoint.AUTHZ_DECISION, document)
             revision = policy.revision
-            ruling = await _rule(policy, document, value)
-        check_still_may_act(rooms, subject)
-        receipt = await _hold(rooms, subject, account, question, ruling)
-        watch.done("authorize")
-        answer = await _execute(rooms, subject, question, receipt)
-        watch.done("execute")
-    except (NotDelegated, PolicyError, IdentityError, LedgerError, PermitError) as error:
-        failure = error
-        answer = Answer(
-            subject=subject,
-            reason_code=error.reason_code,
-            decision_id=rooms.new_id(),
-            policy_revision=revision,
-        )
-        watch.done("authorize")
+            if rooms.may_leave_loop and isinstance(policy, WalkedEngine):
+                outcome = await policy.walk(with_policy)
+            else:
+                outcome = await with_policy(policy)
+    except _REFUSALS as error:
+        outcome = await recorded(error, revision)
 
-    audit = await rooms.audit.append(_record(rooms, question, answer, document))
-    watch.done("audit")
+    failure = outcome.failure
     if failure is not None and (
         isinstance(failure, IdentityError) or failure.reason_code in _ERRORS_IN_ASKING
     ):
         raise failure
-    return Recorded(answer=answer, receipt=audit, step_seconds=watch.seconds)
+    return Recorded(answer=outcome.answer, receipt=outcome.audit, step_seconds=watch.seconds)
+
+
+_Refusal = NotDelegated | PolicyError | IdentityError | LedgerError | PermitError
+_REFUSALS: Final = (NotDelegated, PolicyError, IdentityError, LedgerError, PermitError)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    answer: Answer
+    audit: AuditReceipt
+    failure: _Refusal | None
+
+
+async def _authorize_and_execute(
+    rooms: Rooms,
+    subject: Subject,
+    account: Account,
+    question: Question,
+    document: JsonObject,
+    policy: PolicyEngine,
+    watch: StepWatch,
+) -> Answer:
+    value = await policy.evaluate(Entrypoint.AUTHZ_DECISION, document)
+    ruling = await _rule(policy, document, value)
+    check_still_may_act(rooms, subject)
+    receipt = await _hold(rooms, subject, account, question, ruling)
+    watch.done("authorize")
+    answer = await _execute(rooms, subject, question, receipt)
+    watch.done("execute")
+    return answer
 
 
 _ERRORS_IN_ASKING: Final = frozenset(

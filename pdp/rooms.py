@@ -63,6 +63,9 @@ class Rooms:
     permit_ttl_seconds: int
     hold_ttl_seconds: int
     delegation: DelegationTerms = DelegationTerms()
+    may_leave_loop: bool = False
+    """Whether ledger, permit uses and audit log wait for nothing but a disk, and not for
+    long: a decision may then do all that follows its policy on the policy's thread."""
     records_policy_input: bool = False
     """Whether a decision's record holds what the policy was asked, raw arguments included."""
     clock: Callable[[], float] = time.time

@@ -3,7 +3,8 @@
 Each file has exactly one connection, which keeps the file locked for as long as
 it is open: no other process, and no second writer in this one, can change or
 read what it owns. Whatever waits when a commit ends goes into the next
-transaction together, so a slow disk costs one wait for many callers.
+transaction together, so a slow disk costs one wait for many callers. Who asks off the
+event loop commits by itself, when it is its turn.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -23,6 +24,7 @@ from typing import Any, Final, TypeVar
 import apsw
 
 from pdp.errors import PdpError
+from pdp.off_loop import running_loop
 from pdp.reason import ReasonCode
 
 T = TypeVar("T")
@@ -74,8 +76,10 @@ class SqliteWriter:
     ) -> None:
         self._name = path.name
         self._connection = _open(path, schema, schema_version, durability)
-        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_QueuedJob | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
+        self._committing = threading.Lock()
+        """Held while the connection is used."""
         self._closed = False
         self._failing = False
         self._thread = threading.Thread(
@@ -84,24 +88,16 @@ class SqliteWriter:
         self._thread.start()
 
     async def run(self, operation: Callable[[apsw.Connection], T]) -> T:
-        """Run ``operation`` in the writer thread, and return its result once it is
-        committed.
+        """Run ``operation`` in the writer thread or, off the event loop, in this one, and
+        return its result once it is committed.
 
         What it raises is raised here, after its own changes, and only those, are
         undone. StorageError: too many operations wait, the writer is closed, or
         SQLite failed; then nothing of the operation was done. Cancelling the
         awaiting task does not stop the operation.
         """
-        job = _Job(operation, asyncio.get_running_loop())
-        with self._lock:
-            if self._closed:
-                raise StorageError("The store is closed; nothing was done.")
-            if self._queue.qsize() >= MAX_QUEUED:
-                raise StorageError(
-                    "Too many operations wait for the store; nothing was done. Try again later."
-                )
-            self._queue.put(job)
-        await job.committed
+        loop = running_loop()
+        job = self._run_here(operation) if loop is None else await self._queue_up(operation, loop)
         if job.error is not None:
             raise job.error
         result: T = job.result
@@ -115,11 +111,36 @@ class SqliteWriter:
                 self._queue.put(None)
         await asyncio.to_thread(self._thread.join)
 
+    def _run_here(self, operation: Callable[[apsw.Connection], Any]) -> _Job:
+        job = _Job(operation)
+        with self._committing:
+            self._refuse_if_closed()
+            self._commit([job])
+        return job
+
+    async def _queue_up(
+        self, operation: Callable[[apsw.Connection], Any], loop: asyncio.AbstractEventLoop
+    ) -> _Job:
+        job = _QueuedJob(operation, loop)
+        with self._lock:
+            self._refuse_if_closed()
+            if self._queue.qsize() >= MAX_QUEUED:
+                raise StorageError(
+                    "Too many operations wait for the store; nothing was done. Try again later."
+                )
+            self._queue.put(job)
+        await job.committed
+        return job
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise StorageError("The store is closed; nothing was done.")
+
     def _work(self) -> None:
         closing = False
         while not closing:
             job = self._queue.get()
-            jobs: list[_Job] = []
+            jobs: list[_QueuedJob] = []
             while job is not None:
                 jobs.append(job)
                 if len(jobs) == MAX_BATCH:
@@ -131,8 +152,13 @@ class SqliteWriter:
             else:
                 closing = True
             if jobs:
-                self._commit(jobs)
+                with self._committing:
+                    self._commit(jobs)
                 _answer(jobs)
+        with self._committing:
+            self._let_go()
+
+    def _let_go(self) -> None:
         try:
             self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
         except apsw.Error as error:
@@ -140,7 +166,7 @@ class SqliteWriter:
             _log.warning("%s: no checkpoint on closing: %s", self._name, _describe(error))
         self._connection.close()
 
-    def _commit(self, jobs: list[_Job]) -> None:
+    def _commit(self, jobs: Sequence[_Job]) -> None:
         """Run the jobs in one transaction; if that fails, all of them have failed."""
         try:
             self._connection.execute("BEGIN IMMEDIATE")
@@ -188,26 +214,33 @@ class SqliteWriter:
 
 
 class _Job:
-    """An operation, and where its answer goes."""
+    """An operation, and what came of it."""
 
-    __slots__ = ("committed", "error", "loop", "operation", "result")
+    __slots__ = ("error", "operation", "result")
 
-    def __init__(
-        self,
-        operation: Callable[[apsw.Connection], Any],
-        loop: asyncio.AbstractEventLoop,
-    ) -> None:
+    def __init__(self, operation: Callable[[apsw.Connection], Any]) -> None:
         self.operation = operation
-        self.loop = loop
-        self.committed: asyncio.Future[None] = loop.create_future()
-        """Also set when the operation failed: then ``error`` says why."""
         self.result: Any = None
         self.error: BaseException | None = None
 
 
-def _answer(jobs: list[_Job]) -> None:
+class _QueuedJob(_Job):
+    """One of the writer thread's, and where its answer goes."""
+
+    __slots__ = ("committed", "loop")
+
+    def __init__(
+        self, operation: Callable[[apsw.Connection], Any], loop: asyncio.AbstractEventLoop
+    ) -> None:
+        super().__init__(operation)
+        self.loop = loop
+        self.committed: asyncio.Future[None] = loop.create_future()
+        """Also set when the operation failed: then ``error`` says why."""
+
+
+def _answer(jobs: Sequence[_QueuedJob]) -> None:
     """Wake each event loop once, with all the answers for it."""
-    answers: dict[asyncio.AbstractEventLoop, list[_Job]] = {}
+    answers: dict[asyncio.AbstractEventLoop, list[_QueuedJob]] = {}
     for job in jobs:
         answers.setdefault(job.loop, []).append(job)
     for loop, answered in answers.items():
@@ -216,7 +249,7 @@ def _answer(jobs: list[_Job]) -> None:
             loop.call_soon_threadsafe(_deliver, answered)
 
 
-def _deliver(jobs: list[_Job]) -> None:
+def _deliver(jobs: Sequence[_QueuedJob]) -> None:
     for job in jobs:
         if not job.committed.done():  # else cancelled: it is done, and nobody asks
             job.committed.set_result(None)

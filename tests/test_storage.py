@@ -15,6 +15,7 @@ from typing import Any, Self
 import apsw
 import pytest
 
+from pdp.off_loop import run_off_loop
 from pdp.storage import (
     MAX_BATCH,
     MAX_QUEUED,
@@ -415,3 +416,49 @@ def test_a_sqlite_that_can_lose_commits_is_refused(version: str) -> None:
 @pytest.mark.parametrize("version", ("3.51.3", "3.54.1", "4.0.0"))
 def test_a_sqlite_without_that_bug_is_taken(version: str) -> None:
     _refuse_old_sqlite(version)
+
+
+def test_off_the_event_loop_the_thread_that_asks_commits_by_itself(path: Path) -> None:
+    threads: list[int] = []
+
+    def noting(db: apsw.Connection) -> None:
+        threads.append(threading.get_ident())
+        add(1)(db)
+
+    def ask(writer: SqliteWriter) -> int:
+        run_off_loop(writer.run(noting))
+        with pytest.raises(KeyError):
+            run_off_loop(writer.run(add_and_fail))
+        return threading.get_ident()
+
+    def add_and_fail(db: apsw.Connection) -> None:
+        add(2)(db)
+        raise KeyError
+
+    async def scenario(writer: SqliteWriter) -> None:
+        asked_by = await asyncio.to_thread(ask, writer)
+        assert threads == [asked_by]
+        assert await writer.run(numbers) == [1]
+
+    with_writer(path, scenario)
+
+
+def test_threads_and_tasks_that_ask_together_each_get_their_own_answer(path: Path) -> None:
+    async def scenario(writer: SqliteWriter) -> None:
+        def ask(first: int) -> list[int]:
+            return [run_off_loop(writer.run(add(number))) for number in range(first, first + 50)]
+
+        in_threads = [asyncio.to_thread(ask, first) for first in (0, 50, 100)]
+        in_tasks = [writer.run(add(number)) for number in range(150, 200)]
+        answers = await asyncio.gather(*in_threads, asyncio.gather(*in_tasks))
+        assert sorted(number for each in answers for number in each) == list(range(200))
+        assert sorted(await writer.run(numbers)) == list(range(200))
+
+    with_writer(path, scenario)
+
+
+def test_a_closed_writer_takes_nothing_off_the_event_loop(path: Path) -> None:
+    writer = open_writer(path)
+    asyncio.run(writer.close())
+    with pytest.raises(StorageError, match="closed"):
+        run_off_loop(writer.run(add(1)))

@@ -2,7 +2,7 @@
 
 Whatever waits when a write ends goes into the next write together, so a slow disk
 costs one wait for many callers. When nothing is under way a record is written at
-once.
+once. Who asks off the event loop writes by itself, when it is its turn.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from enum import Enum, auto
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +26,7 @@ from pdp.audit.record import AuditError, AuditReceipt, AuditRecord, Outcome
 from pdp.audit.recovery import find_chain_end
 from pdp.audit.segments import DamagedError, SegmentWriter
 from pdp.canonical import JsonError, JsonObject
+from pdp.off_loop import running_loop
 from pdp.private_files import sync_directory
 from pdp.reason import ReasonCode
 from pdp.storage import Durability
@@ -69,8 +71,10 @@ class ChainedAuditLog:
         self._durability = durability
         self._clock = clock
         self._max_pending = max_pending
-        self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_QueuedEntry | _Signal] = queue.SimpleQueue()
         self._lock = threading.Lock()
+        self._writing = threading.Lock()
+        """Held while the chain is made longer."""
         self._closed = False
         self._damaged = False
         self._refused = 0
@@ -128,19 +132,8 @@ class ChainedAuditLog:
                 ReasonCode.AUDIT_UNAVAILABLE,
                 f"The audit record {error}, so it can not be written and nothing was allowed.",
             ) from None
-        entry = _Entry(members, asyncio.get_running_loop())
-        with self._lock:
-            if self._closed:
-                raise AuditError(
-                    ReasonCode.AUDIT_UNAVAILABLE, "The audit log is closed; nothing was allowed."
-                )
-            if self._queue.qsize() >= self._max_pending:
-                raise AuditError(
-                    ReasonCode.AUDIT_UNAVAILABLE,
-                    "Too many records wait for the audit log; nothing was allowed. Try again later.",
-                )
-            self._queue.put(entry)
-        await entry.done
+        loop = running_loop()
+        entry = self._write_here(members) if loop is None else await self._queue_up(members, loop)
         if entry.receipt is None:
             raise AuditError(
                 ReasonCode.AUDIT_UNAVAILABLE,
@@ -148,34 +141,65 @@ class ChainedAuditLog:
             )
         return entry.receipt
 
+    def _write_here(self, members: Members) -> _Entry:
+        entry = _Entry(members)
+        with self._writing:
+            self._refuse_if_closed()
+            self._commit([entry])
+            if self._refused == 1:
+                self._queue.put(_Signal.TRY_AGAIN)
+        return entry
+
+    async def _queue_up(self, members: Members, loop: asyncio.AbstractEventLoop) -> _Entry:
+        entry = _QueuedEntry(members, loop)
+        with self._lock:
+            self._refuse_if_closed()
+            if self._queue.qsize() >= self._max_pending:
+                raise AuditError(
+                    ReasonCode.AUDIT_UNAVAILABLE,
+                    "Too many records wait for the audit log; nothing was allowed. Try again later.",
+                )
+            self._queue.put(entry)
+        await entry.done
+        return entry
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise AuditError(
+                ReasonCode.AUDIT_UNAVAILABLE, "The audit log is closed; nothing was allowed."
+            )
+
     async def close(self) -> None:
         """See AuditLog.close. A failure goes to the log: nobody waits for it."""
         with self._lock:
             if not self._closed:
                 self._closed = True
-                self._queue.put(None)
+                self._queue.put(_Signal.CLOSE)
         await asyncio.to_thread(self._writer.join)
 
     def _work(self) -> None:
         closing = False
         while not closing:
             batch, closing = self._take()
-            self._commit(batch)
+            with self._writing:
+                self._commit(batch)
             _answer(batch)
-        self._finish()
+        with self._writing:
+            self._finish()
 
-    def _take(self) -> tuple[list[_Entry], bool]:
+    def _take(self) -> tuple[list[_QueuedEntry], bool]:
         """What waits, or nothing when it is time to try a failing log again; and
         whether it is the last.
         """
-        batch: list[_Entry] = []
+        batch: list[_QueuedEntry] = []
         try:
-            entry = self._queue.get(timeout=RETRY_INTERVAL_SECONDS if self._refused else None)
-            while entry is not None:
-                batch.append(entry)
+            item = self._queue.get(timeout=RETRY_INTERVAL_SECONDS if self._refused else None)
+            while item is not _Signal.CLOSE:
+                if isinstance(item, _QueuedEntry):
+                    batch.append(item)
                 if len(batch) == MAX_BATCH:
                     return batch, False
-                entry = self._queue.get_nowait()
+                item = self._queue.get_nowait()
         except queue.Empty:
             return batch, False
         return batch, True
@@ -280,23 +304,40 @@ class ChainedAuditLog:
         )
 
 
-class _Entry:
-    """A record, and where its answer goes."""
+class _Signal(Enum):
+    """What the writer thread is told."""
 
-    __slots__ = ("done", "loop", "members", "receipt")
+    TRY_AGAIN = auto()
+    """Another thread could not write."""
+    CLOSE = auto()
+
+
+class _Entry:
+    """A record, and where it came to lie."""
+
+    __slots__ = ("members", "receipt")
+
+    def __init__(self, members: Members) -> None:
+        self.members = members
+        self.receipt: AuditReceipt | None = None
+        """Set once the record is written."""
+
+
+class _QueuedEntry(_Entry):
+    """One of the writer thread's, and where its answer goes."""
+
+    __slots__ = ("done", "loop")
 
     def __init__(self, members: Members, loop: asyncio.AbstractEventLoop) -> None:
-        self.members = members
+        super().__init__(members)
         self.loop = loop
         self.done: asyncio.Future[None] = loop.create_future()
         """Also set when the record was not written."""
-        self.receipt: AuditReceipt | None = None
-        """Set before ``done`` if the record was written."""
 
 
-def _answer(batch: Sequence[_Entry]) -> None:
+def _answer(batch: Sequence[_QueuedEntry]) -> None:
     """Wake each event loop once, with all the answers for it."""
-    answers: dict[asyncio.AbstractEventLoop, list[_Entry]] = {}
+    answers: dict[asyncio.AbstractEventLoop, list[_QueuedEntry]] = {}
     for entry in batch:
         answers.setdefault(entry.loop, []).append(entry)
     for loop, answered in answers.items():
@@ -305,7 +346,7 @@ def _answer(batch: Sequence[_Entry]) -> None:
             loop.call_soon_threadsafe(_deliver, answered)
 
 
-def _deliver(batch: Sequence[_Entry]) -> None:
+def _deliver(batch: Sequence[_QueuedEntry]) -> None:
     for entry in batch:
         if not entry.done.done():  # else cancelled: it is written, and nobody asks
             entry.done.set_result(None)

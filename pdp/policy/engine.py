@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager
 from enum import StrEnum
-from typing import Final, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 
 from pdp.canonical import JsonObject, JsonValue
 from pdp.errors import PdpError
+
+_T = TypeVar("_T")
 
 
 class Entrypoint(StrEnum):
@@ -74,6 +77,21 @@ class PolicyEngine(Protocol):
 
     async def close(self) -> None:
         """Let go of threads and memory; later questions get policy_unavailable."""
+        ...
+
+
+@runtime_checkable
+class WalkedEngine(Protocol):
+    """An engine that evaluates on threads of its own, and lets others' work go on there."""
+
+    async def walk(self, steps: Callable[[PolicyEngine], Coroutine[Any, Any, _T]]) -> _T:
+        """Run steps on one such thread, off any event loop, with an engine that answers
+        there and then. They may wait for a disk, and for nothing else.
+
+        Raises what they raise, and before they begin PolicyError: policy_unavailable when
+        no thread can take them. Steps that have begun are finished even if the awaiting
+        task is cancelled.
+        """
         ...
 
 

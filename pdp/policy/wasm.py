@@ -11,18 +11,21 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from enum import Enum, auto
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self, TypeVar
 from weakref import WeakValueDictionary
 
 from pdp.canonical import JsonObject, JsonValue
+from pdp.off_loop import run_off_loop
 from pdp.policy import builtins
 from pdp.policy.abi import (
     EPOCHS,
     DeadlineError,
+    Image,
     Instance,
     ModuleError,
     Program,
@@ -30,7 +33,13 @@ from pdp.policy.abi import (
     deadline_ticks,
 )
 from pdp.policy.bundle import Bundle
-from pdp.policy.engine import REQUIRED_ENTRYPOINTS, BundleError, Entrypoint, PolicyError
+from pdp.policy.engine import (
+    REQUIRED_ENTRYPOINTS,
+    BundleError,
+    Entrypoint,
+    PolicyEngine,
+    PolicyError,
+)
 from pdp.reason import ReasonCode
 
 MAX_DOCUMENT_BYTES: Final = 4 * 1024 * 1024
@@ -42,6 +51,7 @@ MAX_WAIT_SECONDS: Final = 1.0
 even if the deadline inside the sandbox should fail."""
 _NICENESS: Final = 10
 _log: Final = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 def compile_wasm(wasm: bytes) -> bytes:
@@ -68,9 +78,11 @@ class WasmEvaluator:
         memory_max_mib: int = 512,
         entrypoints: Sequence[str] = REQUIRED_ENTRYPOINTS,
         clock_ns: Callable[[], int] = time.time_ns,
+        image: Image | None = None,
     ) -> None:
+        """``image`` is that of another evaluator of the same bundle."""
         self._program = _program(bundle.wasm)
-        self._data = bundle.data
+        self._data: bytes | Image = bundle.data if image is None else image
         self._ticks = deadline_ticks(deadline_ms / 1000)
         self._memory_max_mib = memory_max_mib
         self._clock_ns = clock_ns
@@ -110,6 +122,19 @@ class WasmEvaluator:
         self.close()
         self._data = data
         self._loaded()
+
+    def image(self) -> Image:
+        """What other evaluators of the same bundle may share with this one. Raises
+        BundleError.
+        """
+        try:
+            self._data = image = self._loaded().into_image()
+        except RunError as error:
+            raise self._too_large(error) from None
+        finally:
+            self._instance = None
+        self._loaded()
+        return image
 
     def recover(self) -> None:
         """After a failure: do now what the next evaluation would have to do first."""
@@ -164,11 +189,13 @@ class WasmEvaluator:
             except ModuleError as error:
                 raise _refused(str(error)) from None
             except RunError as error:
-                raise _refused(
-                    f"can not be loaded within {self._memory_max_mib} MiB"
-                    f" (policy.max_memory_mib): {error}"
-                ) from None
+                raise self._too_large(error) from None
         return self._instance
+
+    def _too_large(self, error: RunError) -> BundleError:
+        return _refused(
+            f"can not be loaded within {self._memory_max_mib} MiB (policy.max_memory_mib): {error}"
+        )
 
 
 class WasmEngine:
@@ -197,19 +224,23 @@ class WasmEngine:
         self._room = threading.Semaphore(workers * MAX_WAITING_PER_WORKER)
         self._closed = False
         self._questions: SimpleQueue[_Question | None] = SimpleQueue()
+        self._at_work: set[_Question] = set()
         self._program = _program(bundle.wasm, compiled)
         with contextlib.ExitStack() as undo:
-            evaluators = [
-                undo.enter_context(
+            image = None
+            evaluators = []
+            for _ in range(workers):
+                evaluator = undo.enter_context(
                     WasmEvaluator(
                         bundle,
                         deadline_ms=deadline_ms,
                         memory_max_mib=memory_max_mib,
                         clock_ns=clock_ns,
+                        image=image,
                     )
                 )
-                for _ in range(workers)
-            ]
+                image = image or evaluator.image()
+                evaluators.append(evaluator)
             undo.pop_all()
         self._threads = [
             threading.Thread(target=self._work, args=(evaluator,), name="policy", daemon=True)
@@ -220,20 +251,27 @@ class WasmEngine:
 
     async def evaluate(self, entrypoint: Entrypoint, document: JsonObject) -> JsonValue:
         """The value of a rule for ``input = document``. Raises PolicyError."""
+
+        async def alone(engine: PolicyEngine) -> JsonValue:
+            return await engine.evaluate(entrypoint, document)
+
+        return await self.walk(alone)
+
+    async def walk(self, steps: Callable[[PolicyEngine], Coroutine[Any, Any, _T]]) -> _T:
+        """See WalkedEngine.walk."""
         if self._closed or not self._room.acquire(blocking=False):
             raise _unavailable()
-        question = _Question(entrypoint, document)
-        expiry = question.loop.call_later(self._longest_seconds, question.expire)
+        question = _Question(steps)
+        expiry = question.loop.call_later(self._longest_seconds, self._expire, question)
         self._questions.put(question)
         try:
-            return await question.answer
-        except TimeoutError:
-            raise (_unavailable() if self._take_back(question) else _too_slow()) from None
+            result: _T = await question.answer
         except asyncio.CancelledError:
             self._take_back(question)
             raise
         finally:
             expiry.cancel()
+        return result
 
     async def close(self) -> None:
         """Finish what has begun, then let go of threads and memory."""
@@ -246,72 +284,143 @@ class WasmEngine:
         for thread in self._threads:
             thread.join()
 
+    def _expire(self, question: _Question) -> None:
+        """Let its asker wait no longer for the policy."""
+        if not any(one.is_evaluated for one in tuple(self._at_work)):
+            return  # what holds up the threads is a disk, which is nothing to tell of a policy
+        if self._take_back(question):
+            question.refuse(_unavailable())
+        elif question.leave(_Stage.EVALUATING):
+            question.refuse(_too_slow())
+
     def _take_back(self, question: _Question) -> bool:
         """Whether no worker has begun with it; then none will."""
-        if not question.take():
+        if not question.leave(_Stage.WAITING):
             return False
-        question.document = {}
+        question.steps = None
         self._room.release()
         return True
 
     def _work(self, evaluator: WasmEvaluator) -> None:
         with evaluator:
             while (question := self._questions.get()) is not None:
-                if question.take():
-                    self._answer(question, evaluator)
+                steps = question.steps
+                if steps is not None and question.go_on(_Stage.WALKING):
+                    self._at_work.add(question)
+                    self._answer(question, steps, evaluator)
+                    self._at_work.discard(question)
 
-    def _answer(self, question: _Question, evaluator: WasmEvaluator) -> None:
+    def _answer(self, question: _Question, steps: _Steps, evaluator: WasmEvaluator) -> None:
         try:
-            value = evaluator.evaluate(question.entrypoint, question.document)
-        except PolicyError as error:
+            value = run_off_loop(steps(_EngineAtHand(self.revision, evaluator, question)))
+        except BaseException as error:  # noqa: BLE001 - it belongs to the asker
             # A worker is busy until it has really finished, also when nobody waits for it.
             self._room.release()
             question.settle(None, error)
-            if isinstance(error.__cause__, RunError):
-                _log.warning(
-                    "policy %s failed in %s: %s",
-                    self.revision,
-                    question.entrypoint,
-                    error.__cause__,
-                )
-            evaluator.recover()
         else:
             self._room.release()
             question.settle(value, None)
+        evaluator.recover()
+
+
+_Steps = Callable[[PolicyEngine], Coroutine[Any, Any, Any]]
+
+
+class _Stage(Enum):
+    """How far a question has come."""
+
+    WAITING = auto()
+    WALKING = auto()
+    EVALUATING = auto()
+    LEFT = auto()
+    """Nobody waits for it."""
 
 
 class _Question:
     """What a worker is asked, and where its answer is awaited."""
 
-    __slots__ = ("_taken", "answer", "document", "entrypoint", "loop")
+    __slots__ = ("_lock", "answer", "is_evaluated", "loop", "stage", "steps")
 
-    def __init__(self, entrypoint: str, document: JsonObject) -> None:
-        self.entrypoint = entrypoint
-        self.document = document
+    def __init__(self, steps: _Steps) -> None:
+        self.steps: _Steps | None = steps
         self.loop = asyncio.get_running_loop()
-        self.answer: asyncio.Future[JsonValue] = self.loop.create_future()
-        self._taken = threading.Lock()
+        self.answer: asyncio.Future[Any] = self.loop.create_future()
+        self.stage = _Stage.WAITING
+        self.is_evaluated = False
+        """Whether a worker is at it, also when the asker has left."""
+        self._lock = threading.Lock()
 
-    def take(self) -> bool:
-        """True for the first who asks: a worker, or the asker who takes it back."""
-        return self._taken.acquire(blocking=False)
+    def go_on(self, stage: _Stage) -> bool:
+        """The worker comes to the next stage, unless the asker has left."""
+        with self._lock:
+            if self.stage is _Stage.LEFT:
+                return False
+            self.stage = stage
+            return True
 
-    def settle(self, value: JsonValue, error: PolicyError | None) -> None:
+    def leave(self, stage: _Stage) -> bool:
+        """The asker leaves, if it is at that stage."""
+        with self._lock:
+            if self.stage is not stage:
+                return False
+            self.stage = _Stage.LEFT
+            return True
+
+    def settle(self, value: object, error: BaseException | None) -> None:
         """Answer it, from another thread."""
         with contextlib.suppress(RuntimeError):  # nobody waits on a loop that is closed
             self.loop.call_soon_threadsafe(self._settle, value, error)
 
-    def expire(self) -> None:
-        """Let its asker wait no longer; on the asker's thread."""
-        self._settle(None, TimeoutError())
+    def refuse(self, error: PolicyError) -> None:
+        """Answer it; on the asker's thread."""
+        self._settle(None, error)
 
-    def _settle(self, value: JsonValue, error: Exception | None) -> None:
+    def _settle(self, value: object, error: BaseException | None) -> None:
         if self.answer.done():
             return
         if error is None:
             self.answer.set_result(value)
         else:
             self.answer.set_exception(error)
+
+
+class _EngineAtHand:
+    """The engine as steps have it on one of its threads."""
+
+    __slots__ = ("_evaluator", "_question", "revision")
+
+    def __init__(self, revision: str, evaluator: WasmEvaluator, question: _Question) -> None:
+        self.revision = revision
+        self._evaluator = evaluator
+        self._question = question
+
+    async def evaluate(self, entrypoint: Entrypoint, document: JsonObject) -> JsonValue:
+        """The value of a rule, without waiting. Raises PolicyError."""
+        self._go_on(_Stage.EVALUATING)
+        self._question.is_evaluated = True
+        try:
+            return self._evaluator.evaluate(entrypoint, document)
+        except PolicyError as error:
+            if isinstance(error.__cause__, RunError):
+                _log.warning(
+                    "policy %s failed in %s: %s", self.revision, entrypoint, error.__cause__
+                )
+            raise
+        finally:
+            self._question.is_evaluated = False
+            self._go_on(_Stage.WALKING)
+
+    async def close(self) -> None:
+        """Who opened the engine closes it."""
+
+    def _go_on(self, stage: _Stage) -> None:
+        if not self._question.go_on(stage):
+            # Its asker was told so: nothing that follows may be done.
+            raise _LeftError
+
+
+class _LeftError(Exception):
+    """Nobody waits for the steps any more."""
 
 
 _programs: Final[WeakValueDictionary[bytes, Program]] = WeakValueDictionary()

@@ -65,6 +65,7 @@ from pdp.server.services import (
 from pdp.server.stream import Streams
 from pdp.server.trusted_keys import TrustedKeys
 from pdp.server.watch import Watchers
+from pdp.storage import Durability
 from pdp.strangers import Strangers
 
 _log: Final = logging.getLogger(__name__)
@@ -145,6 +146,9 @@ async def open_rooms(
             permit_ttl_seconds=config.permit.ttl_seconds,
             hold_ttl_seconds=config.budget.hold_ttl_seconds,
             delegation=delegation_terms(config),
+            # Where each commit waits for the disk, many are to wait for it together.
+            may_leave_loop=config.budget.store == "sqlite"
+            and {config.budget.durability, config.audit.durability} == {Durability.PROCESS},
             records_policy_input=config.audit.record_policy_input,
         )
 

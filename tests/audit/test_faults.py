@@ -20,6 +20,7 @@ from pdp.audit.log import ChainedAuditLog
 from pdp.audit.record import AuditError, AuditReceipt, AuditRecord
 from pdp.audit.recovery import CHECKED_BYTES
 from pdp.audit.verify import verify
+from pdp.off_loop import run_off_loop
 from pdp.storage import Durability
 
 MakeRecord = Callable[..., AuditRecord]
@@ -279,6 +280,29 @@ def test_a_full_disk_refuses_takes_back_and_recovers_by_itself(
         "audit: records can not be written: No space left on device (errno 28)",
         "audit: records are written again; 5 were refused",
     ]
+
+
+def test_a_log_that_failed_off_the_event_loop_recovers_by_itself_too(
+    directory: Path, record: MakeRecord, open_log: OpenLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit_log, "RETRY_INTERVAL_SECONDS", 0.01)
+    log = open_log(directory)
+    disk = FailingDisk(monkeypatch)
+    for _ in range(2):
+        with pytest.raises(AuditError) as refusal:
+            run_off_loop(log.append(record()))
+        assert refusal.value.reason_code == "audit_unavailable"
+    assert not log.healthy
+    disk.mend()
+
+    async def run() -> None:
+        await until_health_is(log, healthy=True)
+        await log.close()
+
+    asyncio.run(run())
+    assert verify(directory).is_intact
+    gap = json.loads((directory / FIRST_SEGMENT).read_bytes().splitlines()[1])
+    assert (gap["type"], gap["detail"]) == ("gap", {"refused": 2})
 
 
 def test_an_append_after_the_disk_is_mended_is_written_with_the_gap_before_it(

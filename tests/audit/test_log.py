@@ -24,6 +24,7 @@ from pdp.audit.chain import HASH_PREFIX, MAX_RECORD_BYTES
 from pdp.audit.log import ChainedAuditLog
 from pdp.audit.record import AuditError, AuditReceipt, AuditRecord, Outcome
 from pdp.audit.verify import verify
+from pdp.off_loop import run_off_loop
 from pdp.storage import Durability
 
 MakeRecord = Callable[..., AuditRecord]
@@ -279,6 +280,30 @@ def test_appends_from_many_event_loops_each_get_their_own_answer(
     written = {read.get("request_id"): read["hash"] for read in records_of(directory)}
     assert {request: receipt.hash for request, receipt in found.items()}.items() <= written.items()
     assert len(found) == 200
+
+
+def test_appends_on_and_off_the_event_loop_make_one_chain(
+    directory: Path, record: MakeRecord, open_log: OpenLog
+) -> None:
+    log = open_log(directory, segment_max_bytes=20_000)
+
+    def work() -> list[AuditReceipt]:
+        return [run_off_loop(log.append(record())) for _ in range(50)]
+
+    async def run() -> list[AuditReceipt]:
+        in_threads = [asyncio.to_thread(work) for _ in range(3)]
+        in_tasks = [log.append(record()) for _ in range(50)]
+        *receipts, by_tasks = await asyncio.gather(*in_threads, asyncio.gather(*in_tasks))
+        await log.close()
+        with pytest.raises(AuditError, match="closed"):
+            await asyncio.to_thread(work)
+        return [receipt for each in (*receipts, by_tasks) for receipt in each]
+
+    receipts = asyncio.run(run())
+    assert sorted(receipt.sequence for receipt in receipts) == list(range(2, 202))
+    hashes = {read["seq"]: read["hash"] for read in records_of(directory)}
+    assert all(hashes[receipt.sequence] == receipt.hash for receipt in receipts)
+    assert verify(directory).is_intact
 
 
 def test_the_chain_goes_on_over_segments_and_starts(

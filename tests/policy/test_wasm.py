@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import subprocess
@@ -19,7 +20,7 @@ from pdp.canonical import MAX_DEPTH, MAX_SAFE_INTEGER, JsonObject, JsonValue
 from pdp.policy import wasm
 from pdp.policy.abi import EPOCHS, Program
 from pdp.policy.bundle import Bundle, load_bundle
-from pdp.policy.engine import BundleError, Entrypoint, PolicyError
+from pdp.policy.engine import BundleError, Entrypoint, PolicyEngine, PolicyError
 from pdp.policy.wasm import MAX_WAITING_PER_WORKER, WasmEngine, WasmEvaluator, compile_wasm
 
 BuildPolicy = Callable[[Mapping[str, str | JsonObject]], Bundle]
@@ -109,7 +110,7 @@ def run(engine: WasmEngine, use: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(walk())
 
 
-async def ask(engine: WasmEngine, what: str, value: JsonValue = None) -> JsonValue:
+async def ask(engine: PolicyEngine, what: str, value: JsonValue = None) -> JsonValue:
     return await engine.evaluate(Entrypoint.AUTHZ_DECISION, {"ask": what, "value": value})
 
 
@@ -343,6 +344,76 @@ def test_an_answer_comes_in_time_even_if_the_deadline_in_the_sandbox_fails(
         monkeypatch.undo()
 
     run(engine, use)
+
+
+def test_steps_go_on_where_the_policy_was_evaluated(bundle: Bundle) -> None:
+    engine = started(bundle)
+
+    async def steps(at_hand: PolicyEngine) -> tuple[JsonValue, JsonValue, str, str]:
+        first, second = await ask(at_hand, "echo", 1), await ask(at_hand, "echo", 2)
+        reason_code = await reason_of(ask(at_hand, "undefined"))
+        return first, second, reason_code, threading.current_thread().name
+
+    async def fail(_engine: PolicyEngine) -> None:
+        raise KeyError("why")
+
+    async def wait(_engine: PolicyEngine) -> None:
+        await asyncio.sleep(0)
+
+    async def use() -> None:
+        assert await engine.walk(steps) == (1, 2, "policy_undefined", "policy")
+        with pytest.raises(KeyError, match="why"):
+            await engine.walk(fail)
+        with pytest.raises(RuntimeError, match="off it"):
+            await engine.walk(wait)
+        assert await ask(engine, "echo", 3) == 3
+
+    run(engine, use)
+
+
+def test_a_disk_that_hangs_is_not_told_as_a_fault_of_the_policy(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wasm, "MAX_WAIT_SECONDS", 0.01)
+    engine = started(bundle, deadline_ms=20, workers=1)
+    disk = threading.Event()
+
+    async def steps(at_hand: PolicyEngine) -> JsonValue:
+        value = await ask(at_hand, "echo", 1)
+        disk.wait(30)
+        return value
+
+    async def use() -> None:
+        held_up = asyncio.create_task(engine.walk(steps))
+        behind = asyncio.create_task(ask(engine, "echo", 2))
+        done, _ = await asyncio.wait({held_up, behind}, timeout=0.3)
+        assert not done
+        disk.set()
+        assert (await held_up, await behind) == (1, 2)
+
+    run(engine, use)
+
+
+def test_steps_that_nobody_waits_for_any_more_go_no_further(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wasm, "MAX_WAIT_SECONDS", 0.05)
+    engine = started(bundle, deadline_ms=50, workers=1)
+    now = time.monotonic()
+    monkeypatch.setattr(EPOCHS, "_clock", lambda: now)
+    went_on = []
+
+    async def steps(at_hand: PolicyEngine) -> None:
+        with contextlib.suppress(PolicyError):
+            await ask(at_hand, "runaway")
+        went_on.append(True)
+
+    async def use() -> None:
+        assert await reason_of(engine.walk(steps)) == "policy_timeout"
+        monkeypatch.undo()
+
+    run(engine, use)
+    assert not went_on
 
 
 def test_an_engine_leaves_no_thread_behind(bundle: Bundle) -> None:

@@ -255,11 +255,13 @@ class Connection(_Connection["Stream"]):
         ends_at = time.monotonic() + self._timeout_seconds
         message = self._message(method, request, metadata)
         stream = channel.stream() if message is not None else None
+        told: CallError | None = None
         if stream is not None:
             try:
                 return answer_from(stream.ask(message, timeout_seconds=self._timeout_seconds))
-            except NotAnswered:
+            except NotAnswered as unanswered:
                 channel.check_open()
+                told = unanswered.told
             except TimeoutError:
                 raise _error_of("DEADLINE_EXCEEDED") from None
         try:
@@ -267,7 +269,7 @@ class Connection(_Connection["Stream"]):
                 request, timeout=ends_at - time.monotonic(), metadata=metadata
             )
         except grpc.RpcError as error:
-            raise call_error(error) from None
+            raise _telling(call_error(error), told) from None
 
     def stream(self, method: str, request: Message, metadata: Metadata = ()) -> Any:  # noqa: ANN401
         """The call, to be iterated over for its messages, however long they take: it has
@@ -304,11 +306,13 @@ class AsyncConnection(_Connection["AsyncStream"]):
         ends_at = time.monotonic() + self._timeout_seconds
         message = self._message(method, request, metadata)
         stream = channel.stream() if message is not None else None
+        told: CallError | None = None
         if stream is not None:
             try:
                 return answer_from(await stream.ask(message, timeout_seconds=self._timeout_seconds))
-            except NotAnswered:
+            except NotAnswered as unanswered:
                 channel.check_open()
+                told = unanswered.told
             except TimeoutError:
                 raise _error_of("DEADLINE_EXCEEDED") from None
         try:
@@ -316,7 +320,7 @@ class AsyncConnection(_Connection["AsyncStream"]):
                 request, timeout=ends_at - time.monotonic(), metadata=metadata
             )
         except grpc.RpcError as error:
-            raise call_error(error) from None
+            raise _telling(call_error(error), told) from None
         if response is None:  # how grpc.aio hands over what it can not read
             raise CallError(ReasonCode.INTERNAL, "The sidecar's answer can not be read.")
         return response
@@ -378,6 +382,13 @@ def call_error(error: grpc.RpcError) -> CallError:
             if own is not None:
                 return own
     return _error_of(code.name)
+
+
+def _telling(error: CallError, told: CallError | None) -> CallError:
+    """What says more: that time ran out while it was tried again and again, or what the
+    sidecar had told the first time.
+    """
+    return told if told is not None and error.reason_code == ReasonCode.DEADLINE_EXCEEDED else error
 
 
 def _error_of(status: str) -> CallError:

@@ -46,6 +46,11 @@ Response = authorization_pb2.AuthorizeStreamResponse
 class NotAnswered(Exception):  # noqa: N818 - nothing is wrong with the question
     """The stream does not answer this question; a call may."""
 
+    def __init__(self, told: CallError | None = None) -> None:
+        super().__init__()
+        self.told = told
+        """Why not, where the sidecar has said so."""
+
 
 def message_from(
     request: authorization_pb2.AuthorizeRequest, metadata: Metadata, *, timeout_seconds: float
@@ -80,17 +85,18 @@ def answer_from(response: Response) -> authorization_pb2.AuthorizeResponse:
     if response.WhichOneof("result") == "answer":
         return response.answer
     failure = response.failure
+    error = None
+    if REASON_CODE_PATTERN.fullmatch(failure.reason_code):
+        error = CallError(
+            failure.reason_code,
+            failure.message,
+            retry_after_seconds=(
+                seconds_of(failure.retry_after) if failure.HasField("retry_after") else None
+            ),
+        )
     if failure.code == grpc.StatusCode.UNAVAILABLE.value[0]:
-        raise NotAnswered
-    if not REASON_CODE_PATTERN.fullmatch(failure.reason_code):
-        raise CallError(ReasonCode.INTERNAL, "The sidecar's answer can not be read.")
-    raise CallError(
-        failure.reason_code,
-        failure.message,
-        retry_after_seconds=(
-            seconds_of(failure.retry_after) if failure.HasField("retry_after") else None
-        ),
-    )
+        raise NotAnswered(error)
+    raise error or CallError(ReasonCode.INTERNAL, "The sidecar's answer can not be read.")
 
 
 def _cancelled(question_id: int) -> Message:

@@ -69,6 +69,8 @@ class StreamStandIn:
         self.calls: list[Request] = []
         self.left_seconds: list[float] = []
         """What was left of each call's deadline."""
+        self.answers_calls = True
+        self._ending = threading.Event()
         self._directory = tempfile.TemporaryDirectory(prefix="pdp-")
         self.target = f"unix://{self._directory.name}/pdp.sock"
         self._server = grpc.server(ThreadPoolExecutor(8))
@@ -102,6 +104,8 @@ class StreamStandIn:
     ) -> authorization_pb2.AuthorizeResponse:
         self.calls.append(request)
         self.left_seconds.append(context.time_remaining())
+        if not self.answers_calls:
+            self._ending.wait(20)
         return authorization_pb2.AuthorizeResponse(decision_id=f"by call {request.request_id}")
 
     def _stream(
@@ -136,6 +140,7 @@ class StreamStandIn:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._ending.set()
         self.end_streams()
         self._server.stop(None).wait()
         self._directory.cleanup()
@@ -370,6 +375,17 @@ def test_what_is_unavailable_is_asked_again_by_a_call(ask: Asking, server: Strea
     server.react = lambda message, answers: answers.put(Response(id=message.id, failure=failure))
     assert ask("r-1") == "by call r-1"
     assert server.calls == [server.messages[0].question]
+
+
+def test_what_stays_unavailable_until_time_runs_out_says_what_it_is(
+    asking_at: Callable[..., Asking], server: StreamStandIn
+) -> None:
+    failure = authorization_pb2.Failure(code=14, reason_code="budget_unavailable")
+    server.react = lambda message, answers: answers.put(Response(id=message.id, failure=failure))
+    server.answers_calls = False
+    with pytest.raises(CallError) as raised:
+        asking_at(server.target, 0.3)("r-1")
+    assert raised.value.reason_code == "budget_unavailable"
 
 
 # Deadlines and cancelling

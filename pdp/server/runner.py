@@ -69,7 +69,12 @@ class CallRunner:
                 timer.status = "OK"
                 return result
             timer.status = status_code(failure).name
-        raise failure
+        try:
+            raise failure
+        finally:
+            # The traceback knows this frame: if that knew the failure in turn, both would
+            # hold the whole message until garbage is collected.
+            del failure
 
     def failure_of(self, method: str, error: Exception) -> PdpError:
         """What the client learns of a failure, which is counted here."""
@@ -110,6 +115,7 @@ class CallRunner:
                 return await asyncio.shield(task)
         finally:
             self._admission.abandon(task)
+            del task  # which knows its failure: see result
 
     def _finished(self, task: asyncio.Task[object]) -> None:
         self._under_way.discard(task)

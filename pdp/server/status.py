@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Final, NoReturn
 
 import grpc
@@ -82,10 +83,22 @@ async def abort(context: grpc.aio.ServicerContext[object, object], error: PdpErr
         packed = Any()
         packed.Pack(detail)
         status.details.append(packed)
-    await context.abort(
-        code, error.message, trailing_metadata=((DETAILS_KEY, status.SerializeToString()),)
-    )
+    try:
+        await context.abort(
+            code, error.message, trailing_metadata=((DETAILS_KEY, status.SerializeToString()),)
+        )
+    except BaseException as ending:
+        # gRPC keeps it with the call, and its traceback knows frames that know the call:
+        # both would hold the whole message until garbage is collected.
+        let_go = partial(_let_go_of_frames, ending)
+        context.add_done_callback(let_go)  # type: ignore[arg-type]  # its stub names a class
+        raise
     raise AssertionError  # abort always raises; mypy can not know
+
+
+def _let_go_of_frames(ending: BaseException, _: object) -> None:
+    ending.__traceback__ = None
+    ending.__context__ = None
 
 
 def failure_out(error: PdpError) -> authorization_pb2.Failure:

@@ -6,9 +6,13 @@ https://www.openpolicyagent.org/docs/wasm says what the exports and imports do.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
 import math
+import mmap
+import os
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Self
@@ -152,8 +156,11 @@ class Instance:
     After a RunError its memory is in any state: close it and make another.
     """
 
-    def __init__(self, program: Program, *, data: bytes, memory_max_bytes: int) -> None:
-        """Raises ModuleError for a module that OPA has not built, RunError when
+    def __init__(self, program: Program, *, data: bytes | Image, memory_max_bytes: int) -> None:
+        """``data`` is text, or the memory of an instance of the same program that has
+        read it.
+
+        Raises ModuleError for a module that OPA has not built, RunError when
         starting it or reading the data takes more memory or time than it may.
         """
         _check_exports(program.module)
@@ -177,8 +184,13 @@ class Instance:
                 """The number of each entrypoint."""
                 self.builtins = {number: name for name, number in self._table("builtins").items()}
                 """The built-ins that the module asks the host for, by number."""
-                self._data = self._parse(data)
-                self._heap = self._call("opa_heap_ptr_get")
+                if isinstance(data, Image):
+                    self._grow_to(data.size)
+                    data.lay_over(self._base)
+                    self._data, self._heap = data.address, data.heap
+                else:
+                    self._data = self._parse(data)
+                    self._heap = self._call("opa_heap_ptr_get")
         except BaseException:
             self.close()
             raise
@@ -204,6 +216,16 @@ class Instance:
         """Let go of the memory."""
         with _HOST_FUNCTIONS:
             self._store.close()
+
+    def into_image(self) -> Image:
+        """Its memory as it is before the first evaluation, for other instances; this one
+        is closed. Raises RunError.
+        """
+        try:
+            self._size = self._memory.data_len(self._store)
+            return Image(self._base, self._size, address=self._data, heap=self._heap)
+        finally:
+            self.close()
 
     def _start(self, program: Program) -> None:
         imports = [self._imported(wanted, program.wasm_length) for wanted in program.module.imports]
@@ -354,6 +376,55 @@ class Instance:
                 break
             length = min(length * 16, most)
         raise RunError("a value is longer than it may be")
+
+
+class Image:
+    """The memory of a program that has read its data: once for all instances that are made
+    of it. Each has pages of its own only where it writes, which the others do not see.
+
+    Data of 10,000 tenants take ten times as much here as in their text, and seconds to read.
+    """
+
+    def __init__(self, base: int, size: int, *, address: int, heap: int) -> None:
+        """The bytes at ``base``, which are given back as they are copied. Raises RunError."""
+        self.size = size
+        self.address = address
+        """Where the data stand."""
+        self.heap = heap
+        """Where what is above them begins."""
+        try:
+            self._file = os.memfd_create("policy", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            weakref.finalize(self, os.close, self._file)
+            for start in range(0, size, _COPIED_BYTES):
+                length = min(_COPIED_BYTES, size - start)
+                if os.write(self._file, ctypes.string_at(base + start, length)) != length:
+                    raise RunError(_STARVED)
+                _madvise(base + start, length, mmap.MADV_DONTNEED)
+            fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, _SEALS)
+        except OSError:
+            raise RunError(_STARVED) from None
+
+    def lay_over(self, base: int) -> None:
+        """Let the memory at ``base`` begin with these bytes. Raises RunError."""
+        kind = mmap.MAP_PRIVATE | _MAP_FIXED
+        access = mmap.PROT_READ | mmap.PROT_WRITE
+        if _mmap(base, self.size, access, kind, self._file, 0) != base:
+            raise RunError(_STARVED)
+
+
+_COPIED_BYTES: Final = 16 * _PAGE_BYTES
+"""At a time: what is there twice meanwhile."""
+_SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_MAP_FIXED: Final = 0x10
+"""Python's mmap chooses where; here wasmtime has."""
+_C: Final = ctypes.CDLL(None)
+_mmap: Final = _C.mmap
+_mmap.restype = ctypes.c_size_t
+_mmap.argtypes = (
+    ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long
+)  # fmt: skip
+_madvise: Final = _C.madvise
+_madvise.argtypes = (ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int)
 
 
 class _Function:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -339,6 +342,96 @@ def test_what_built_ins_leave_in_memory_is_gone_with_the_evaluation(instance: In
         assert answer["result"] == ["%d"] * 2_000
         lengths.add(instance._memory.data_len(instance._store))
     assert len(lengths) == 1
+
+
+@pytest.fixture(scope="module")
+def roomy(build_policy: BuildPolicy) -> Bundle:
+    """A policy whose data take some 40 MiB of memory."""
+    authz = """package pdp.authz
+
+decision := {"held": data.tenants[input.tenant], "longest": strings.reverse(input.value)}
+"""
+    budget = "package pdp.budget\n\ndecision := data.tenants\n\nlimits := []\n"
+    bundle = build_policy({"pdp/authz/authz.rego": authz, "pdp/budget/budget.rego": budget})
+    tenants = {f"tenant_{number}": [number] * 100 for number in range(10_000)}
+    return replace(bundle, data=json.dumps({"tenants": tenants}).encode())
+
+
+@pytest.fixture(scope="module")
+def roomy_program(roomy: Bundle) -> Program:
+    assert roomy.wasm is not None
+    return Program.compile(roomy.wasm)
+
+
+def of_one_image(program: Program, data: bytes, count: int) -> list[Instance]:
+    image = Instance(program, data=data, memory_max_bytes=512 * MIB).into_image()
+    return [Instance(program, data=image, memory_max_bytes=512 * MIB) for _ in range(count)]
+
+
+def test_instances_of_one_image_see_its_data_and_nothing_of_each_other(
+    roomy: Bundle, roomy_program: Program
+) -> None:
+    instances = of_one_image(roomy_program, roomy.data, 3)
+
+    for round_ in range(3):
+        for number, instance in enumerate(instances):
+            # Larger than what the memory had room for: it grows, and is written all over.
+            value = "abc"[number] * ((round_ + 1) * MIB // 4)
+            document: JsonObject = {"tenant": f"tenant_{number}", "value": value}
+            [answer] = results(instance, "pdp/authz/decision", document, first_argument)
+            assert answer["result"] == {"held": [number] * 100, "longest": value}
+
+    another = instances[0]
+    with pytest.raises(DeadlineError), EPOCHS:
+        another.evaluate(another.entrypoints["pdp/authz/decision"], b"{}", ticks=0)
+    another.close()
+    [answer] = results(
+        instances[1], "pdp/authz/decision", {"tenant": "tenant_9", "value": "x"}, first_argument
+    )
+    assert answer["result"] == {"held": [9] * 100, "longest": "x"}
+
+
+def test_instances_of_one_image_hold_the_data_once(roomy: Bundle, roomy_program: Program) -> None:
+    (first,) = of_one_image(roomy_program, roomy.data, 1)
+    whole = first._size
+    assert whole > 32 * MIB, "small data would not show"
+    before = resident_bytes()
+
+    instances = of_one_image(roomy_program, roomy.data, 8)
+    for instance in instances:
+        document: JsonObject = {"tenant": "tenant_7", "value": "x"}
+        [answer] = results(instance, "pdp/authz/decision", document, first_argument)
+        assert answer["result"]["held"] == [7] * 100
+
+    assert resident_bytes() - before < whole, "which is what the image takes beside them"
+
+
+def resident_bytes() -> int:
+    fields = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_an_image_is_bound_by_the_memory_of_the_instance(
+    roomy: Bundle, roomy_program: Program
+) -> None:
+    image = Instance(roomy_program, data=roomy.data, memory_max_bytes=512 * MIB).into_image()
+    with pytest.raises(RunError, match="more memory"):
+        Instance(roomy_program, data=image, memory_max_bytes=8 * MIB)
+
+
+def test_an_image_that_nobody_needs_is_let_go_of(policy: Bundle) -> None:
+    def open_images() -> int:
+        found = 0
+        for descriptor in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # the one of the folder itself
+                found += "memfd:policy" in str(descriptor.readlink())
+        return found
+
+    before = open_images()
+    assert policy.wasm is not None
+    (instance,) = of_one_image(Program.compile(policy.wasm), policy.data, 1)
+    assert open_images() == before, "what is mapped needs no descriptor"
+    assert results(instance, "pdp/authz/decision", {"value": 7}, first_argument)
 
 
 def test_each_thread_gets_its_own_failure(policy: Bundle) -> None:

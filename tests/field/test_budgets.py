@@ -19,7 +19,7 @@ from pdp.testing import Caller, SidecarProcess, refusal_of
 from tests.e2e.operating import records, soon
 from tests.field.world import MANY, of, reason, spent_and_held, token, usd_micros
 
-ASK_AGAIN: Final = {"deadline_exceeded", "policy_unavailable", "overloaded", "rate_limited"}
+ASK_AGAIN: Final = {"deadline_exceeded", "policy_timeout", "policy_unavailable", "rate_limited"}
 """What a machine that is too slow for a thousand at once answers: no yes and no no."""
 TRIES: Final = 50
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -156,6 +157,10 @@ class Metrics:
             ("result",),
             registry=self.registry,
         )
+        # To look a label up again costs more than to count under it.
+        self._decisions_with = functools.cache(self._decisions.labels)
+        self._step = functools.cache(self._steps.labels)
+        self._calls_with = functools.cache(self._calls.labels)
         self.calls_under_way = Gauge(
             "pdp_calls_under_way", "Calls that are being answered.", registry=self.registry
         )
@@ -213,9 +218,9 @@ class Metrics:
         """An answer to Authorize left."""
         answer = recorded.answer
         outcome = "denied" if answer.permit is None else "allowed"
-        self._decisions.labels(outcome, self._known(answer.reason_code)).inc()
+        self._decisions_with(outcome, self._known(answer.reason_code)).inc()
         for step, seconds in recorded.step_seconds.items():
-            self._steps.labels(step).observe(seconds)
+            self._step(step).observe(seconds)
         if answer.result is not None:
             self.spent(answer.result)
             if answer.result.refused_by is not None:
@@ -249,7 +254,7 @@ class Metrics:
             yield timer
         finally:
             self.calls_under_way.dec()
-            self._calls.labels(method, timer.status).observe(time.perf_counter() - began)
+            self._calls_with(method, timer.status).observe(time.perf_counter() - began)
 
     def _known(self, reason_code: str) -> str:
         if reason_code not in self._reason_codes:

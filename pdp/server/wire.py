@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from pdp.api.v1 import authorization_pb2, budget_pb2, common_pb2, execution_pb2
@@ -159,11 +158,11 @@ def authorize_response(recorded: Recorded) -> authorization_pb2.AuthorizeRespons
         policy_revision=answer.policy_revision,
         audit=receipt_out(recorded.receipt),
         replayed=answer.replayed,
-        steps=[
-            authorization_pb2.StepDuration(step=step, duration=_duration(seconds))
-            for step, seconds in recorded.step_seconds.items()
-        ],
     )
+    for step, seconds in recorded.step_seconds.items():
+        # In place: a message that is made apart and copied in takes three times as long.
+        nanos = min(int(seconds * 1e9), 999_999_999)
+        response.steps.add(step=step).duration.nanos = nanos
     if answer.permit is not None:
         response.permit = answer.permit.token
         response.scopes.extend(answer.permit.scopes)
@@ -524,7 +523,3 @@ def charges_out(charges: Iterable[Charge]) -> list[common_pb2.Charge]:
 def receipt_out(receipt: AuditReceipt) -> common_pb2.AuditReceipt:
     """Where the record lies, on the wire."""
     return common_pb2.AuditReceipt(sequence=receipt.sequence, hash=receipt.hash)
-
-
-def _duration(seconds: float) -> Duration:
-    return Duration(nanos=min(int(seconds * 1e9), 999_999_999))

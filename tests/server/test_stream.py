@@ -542,6 +542,9 @@ def test_where_every_stream_has_a_question_under_way_one_more_is_refused(
             self.refused.append(code)
             raise grpc.aio.AbortError
 
+        def add_done_callback(self, _: object) -> None:
+            """The test ends before the call does."""
+
     async def serve_two() -> list[grpc.StatusCode]:
         asked = asyncio.Event()
 

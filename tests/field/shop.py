@@ -25,11 +25,15 @@ Connect = Callable[[], AbstractAsyncContextManager[Asks]]
 
 
 @contextmanager
-def door_of(target: str, *, only_tenant: str | None = None) -> Iterator[PermitDoor]:
-    """The door of a tool server that accepts the permits of one sidecar."""
+def door_of(
+    target: str, *, only_tenant: str | None = None, counts: bool = True
+) -> Iterator[PermitDoor]:
+    """The door of a tool server that accepts the permits of one sidecar, and, unless it
+    counts none, each once.
+    """
     with PermitRedeemer(target) as redeemer, Sidecars([redeemer]) as sidecars:
         verifier = PermitVerifier(sidecars, issuer="agent-pdp", audience="tools")
-        yield PermitDoor(verifier, sidecars, only_tenant=only_tenant)
+        yield PermitDoor(verifier, sidecars if counts else None, only_tenant=only_tenant)
 
 
 @contextmanager

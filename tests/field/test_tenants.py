@@ -203,7 +203,7 @@ def test_fastmcp_a_cache_by_name_and_arguments_is_refused(sidecar: SidecarProces
     server: fastmcp.FastMCP[Any] = fastmcp.FastMCP(
         "orders", strict_input_validation=True, middleware=[ResponseCachingMiddleware()]
     )
-    with door_of(sidecar.target) as door, pytest.raises(ValueError, match="one tenant.s results"):
+    with door_of(sidecar.target) as door, pytest.raises(ValueError, match="one tenant's results"):
         fastmcp_door.protect(server, door)
 
 

@@ -48,6 +48,9 @@ def serve(
     # Read when gRPC is imported. Its handlers would otherwise run in each OPA that is begun
     # while calls are under way, before that becomes OPA, and crash it now and then.
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+    # Also read then. Below errors it writes what a peer says of itself, line ends included, into
+    # the log: anybody could write lines of ours there.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
     # Compiling the policy takes about as long as importing the rest: both at once. Imports
     # of two threads slow each other down, so what compiles is imported first.

@@ -117,7 +117,20 @@ def memory_mib(pid: int) -> dict[str, float]:
         "rss": round(kib["Rss"] / 1024, 1),
         "pss": round(kib["Pss"] / 1024, 1),
         "anonymous": round(kib["Anonymous"] / 1024, 1),
+        "files": round(memory_files(pid) / 1024 / 1024, 1),
     }
+
+
+def memory_files(pid: int) -> int:
+    """Bytes in files that have no name (memfd): not resident where no page of theirs is
+    mapped yet, and memory all the same.
+    """
+    total = 0
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if str(descriptor.readlink()).startswith("/memfd:"):
+                total += descriptor.stat().st_blocks * 512
+    return total
 
 
 def cpu_seconds(pid: int) -> float:
@@ -291,7 +304,7 @@ def show(measured: dict) -> None:
 def shown(memory: dict[str, float]) -> str:
     return (
         f"RSS {memory['rss']:6.1f} MiB   PSS {memory['pss']:6.1f}"
-        f"   anonymous {memory['anonymous']:6.1f}"
+        f"   anonymous {memory['anonymous']:6.1f}   memory files {memory['files']:6.1f}"
     )
 
 

@@ -35,6 +35,7 @@ from pdp.budget.ledger import Ledger
 from pdp.budget.sqlite import SqliteLedger
 from pdp.canonical import JsonObject
 from pdp.config import Config
+from pdp.free_memory import give_back_memory
 from pdp.permit.issuer import PermitIssuer
 from pdp.permit.ring import LiveKeys
 from pdp.permit.uses import PermitUses, UsedPermits
@@ -361,6 +362,7 @@ def _leave_to_refcounts() -> None:
     gc.freeze()
     gc.set_threshold(*_GC_THRESHOLDS)
     gc.enable()
+    give_back_memory()
 
 
 _GC_THRESHOLDS: Final = (5_000, 10, 20)

@@ -1,0 +1,26 @@
+"""Memory that nobody needs any more goes back to the machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pdp.free_memory import give_back_memory
+
+MIB = 1024 * 1024
+
+
+def resident_bytes() -> int:
+    fields = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_what_is_free_between_what_is_not_is_given_back() -> None:
+    # Larger than what Python has arenas of its own for, smaller than what malloc maps.
+    blocks = [bytes(10_000) for _ in range(10_000)]
+    kept = blocks[::1000]
+    del blocks
+    before = resident_bytes()
+    give_back_memory()
+    assert before - resident_bytes() > 50 * MIB
+    assert kept == [bytes(10_000)] * 10

@@ -1,7 +1,7 @@
 """What a reload costs the calls that are under way: latency with and without reloads in
 the same run, and what memory it leaves behind.
 
-Run: python bench/bench_reload.py [reloads] [--same-rules]
+Run: python bench/bench_reload.py [reloads] [--same-rules] [--output json]
 
 Each reload changes the data and, unless --same-rules is given, the rules too, so that
 machine code is made anew.
@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from pdp.api.v1 import authorization_pb2
 from pdp.policy.archive import Files, pack, read_archive
@@ -60,7 +61,7 @@ def resident_mib(pid: int) -> float:
     raise RuntimeError("no VmRSS")
 
 
-def main(reloads: int, *, same_rules: bool) -> None:
+def main(reloads: int, *, same_rules: bool, as_json: bool) -> None:
     issuer = TokenIssuer()
     token = issuer.token("tenant_acme", "alice", roles=["support_agent"], scopes=["orders:read"])
     with contextlib.ExitStack() as stack:
@@ -109,21 +110,52 @@ def main(reloads: int, *, same_rules: bool) -> None:
                 print(f"  {number} reloads, {memory[-1]:.0f} MiB", file=sys.stderr)
         ended.set()
         thread.join()
-        for under_reload, name in ((False, "quiet"), (True, "while a bundle is taken up")):
-            cuts = statistics.quantiles(times[under_reload], n=1000)
-            print(
-                f"{name:27} {len(times[under_reload]):7} calls   p50 {cuts[499]:6.2f} ms"
-                f"   p99 {cuts[989]:6.2f}   p99.9 {cuts[998]:6.2f}   max {max(times[under_reload]):6.2f}"
-            )
         settled = memory[len(memory) // 4 :]
         slope = statistics.linear_regression(range(len(settled)), settled).slope
+        found = {
+            "reloads": reloads,
+            "revisions": len(revisions),
+            "first_mib": round(memory[0]),
+            "last_mib": round(memory[-1]),
+            "kib_per_reload": round(slope * 1024, 1),
+            "quiet": measured(times[False]),
+            "reload": measured(times[True]),
+        }
+        if as_json:
+            print(json.dumps(found, indent=1))
+        else:
+            show(found)
+
+
+def measured(times_ms: list[float]) -> dict[str, float]:
+    cuts = statistics.quantiles(times_ms, n=1000, method="inclusive")
+    return {
+        "calls": len(times_ms),
+        "p50_ms": round(cuts[499], 3),
+        "p99_ms": round(cuts[989], 3),
+        "p999_ms": round(cuts[998], 3),
+        "max_ms": round(max(times_ms), 3),
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    for key, name in (("quiet", "quiet"), ("reload", "while a bundle is taken up")):
+        each = found[key]
         print(
-            f"{reloads} reloads, {len(revisions)} revisions seen by calls, none failed;"
-            f" resident {memory[0]:.0f} -> {memory[-1]:.0f} MiB,"
-            f" slope {slope * 1024:.1f} KiB per reload after the first quarter"
+            f"{name:27} {each['calls']:7} calls   p50 {each['p50_ms']:6.2f} ms"
+            f"   p99 {each['p99_ms']:6.2f}   p99.9 {each['p999_ms']:6.2f}   max {each['max_ms']:6.2f}"
         )
+    print(
+        f"{found['reloads']} reloads, {found['revisions']} revisions seen by calls, none failed;"
+        f" resident {found['first_mib']} -> {found['last_mib']} MiB,"
+        f" slope {found['kib_per_reload']} KiB per reload after the first quarter"
+    )
 
 
 if __name__ == "__main__":
     numbers = [int(argument) for argument in sys.argv[1:] if argument.isdigit()]
-    main(numbers[0] if numbers else 200, same_rules="--same-rules" in sys.argv)
+    main(
+        numbers[0] if numbers else 200,
+        same_rules="--same-rules" in sys.argv,
+        as_json="json" in sys.argv,
+    )

@@ -19,6 +19,7 @@ from typing import Any
 
 from bench.peers import servers
 from bench.peers.measure import FULL, QUICK, measure
+from bench.peers.physical import physical
 from bench.peers.servers import Server
 from bench.peers.systems import SYSTEMS
 from bench.peers.tenants import tokens
@@ -74,6 +75,8 @@ def main() -> int:
     results = machine() | {"quick": chosen.quick}
     with tempfile.TemporaryDirectory(prefix="pdp-peers-") as name:
         folder, issuer = Path(name), TokenIssuer()
+        results["physical_us"] = physical(folder)
+        show("what a decision can not do without")
         results |= measure(
             systems,
             every_server(folder, issuer),

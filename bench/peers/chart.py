@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Final
 
-_WIDTH: Final = 900
-_LABELS: Final = 400
+_WIDTH: Final = 1_000
+_LABELS: Final = 440
 _ROW: Final = 24
 _BAR: Final = 14
 _VALUES: Final = 150

@@ -47,7 +47,10 @@ FULL: Final = Plan(
     idle_seconds=10.0,
 )
 QUICK: Final = Plan(
-    levels=(Level(1, 4, 100), Level(32, 2, 160)), warm_up=100, starts=1, idle_seconds=1.0
+    levels=(Level(1, 4, 100), Level(8, 1, 160), Level(32, 1, 320), Level(128, 1, 384)),
+    warm_up=100,
+    starts=1,
+    idle_seconds=1.0,
 )
 
 

@@ -20,6 +20,7 @@ from bench.peers.systems import FLOOR, INSIDE, OURS, PEERS, STAGES
 DOCS: Final = Path(__file__).parents[2] / "docs"
 PAGE: Final = DOCS / "benchmarks.md"
 RESULTS: Final = DOCS / "benchmarks"
+PARTS: Final = ("peers", "footprint", "workload", "growth", "reload")
 NOT_MEASURED: Final = "Not measured yet.\n"
 
 _BLOCK: Final = re.compile(r"(<!-- table: ([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -33,16 +34,16 @@ class Results:
     footprint: Mapping[str, Any]
     workload: Mapping[str, Any]
     growth: Mapping[str, Any]
+    reload: Mapping[str, Any]
 
     def p50(self, system: str, callers: int = 1) -> float:
         return float(self.peers["systems"][system]["levels"][str(callers)]["p50_us"])
 
-    def ratio(self, system: str, other: str) -> float:
-        """Of what both take for one caller: the median of the turns, in each of which one
-        was asked right after the other.
-        """
+    def ratio(self, system: str, other: str, callers: int = 1) -> float:
+        """Of what both take: the median of the turns, in each of which both were asked."""
         first, second = (
-            self.peers["systems"][name]["levels"]["1"]["slice_p50_us"] for name in (system, other)
+            self.peers["systems"][name]["levels"][str(callers)]["slice_p50_us"]
+            for name in (system, other)
         )
         return median(one / two for one, two in zip(first, second, strict=True))
 
@@ -53,7 +54,7 @@ def read(folder: Path = RESULTS) -> Results:
         found: Mapping[str, Any] = json.loads(file.read_text("utf-8")) if file.exists() else {}
         return found
 
-    return Results(*(part(name) for name in ("peers", "footprint", "workload", "growth")))
+    return Results(*(part(name) for name in PARTS))
 
 
 def rendered(text: str, results: Results) -> str:
@@ -156,6 +157,16 @@ def targets(results: Results) -> list[Target]:
             reached=results.growth["flat"]["ratio"] if results.growth else None,
         ),
         Target(
+            what="a reload: more than without one, by the slowest call in a thousand",
+            most=5,
+            reached=(
+                results.reload["reload"]["p999_ms"] - results.reload["quiet"]["p999_ms"]
+                if results.reload
+                else None
+            ),
+            unit=" ms",
+        ),
+        Target(
             what="resident memory, 1,000 tenants, after the run: times Cerbos's",
             most=1.0,
             reached=servers["ours"]["resident_bytes"] / servers["cerbos"]["resident_bytes"],
@@ -175,8 +186,11 @@ def targets_table(results: Results) -> str:
     return _table(["what", "at most", "reached", ""], rows)
 
 
+_PLAIN: Final = "cerbos"
+"""What the others are held against."""
 _LATENCY_HEADS: Final = [
     "system",
+    "x Cerbos",
     "p50 us",
     "p95",
     "p99",
@@ -189,14 +203,15 @@ _LATENCY_HEADS: Final = [
 
 def _latency(results: Results, callers: int, *groups: str) -> str:
     rows = []
-    for system in results.peers["systems"].values():
+    for name, system in results.peers["systems"].items():
         found = system["levels"].get(str(callers))
         if system["group"] in groups and found:
             served = found["server_cpu_us"]
             rows.append(
                 [
                     system["title"],
-                    *(short(found[f"{name}_us"]) for name in ("p50", "p95", "p99", "p999")),
+                    short(results.ratio(name, _PLAIN, callers)),
+                    *(short(found[f"{share}_us"]) for share in ("p50", "p95", "p99", "p999")),
                     short(found["calls_per_second"]),
                     short(found["client_cpu_us"]),
                     "" if served is None else short(served),
@@ -225,6 +240,43 @@ def stages_table(results: Results) -> str:
         )
         before = p50
     return _table(["stage", "p50 us", "more", "CPU us: client", "server"], rows)
+
+
+def physical_table(results: Results) -> str:
+    """What can not be left out, and how much more is spent on it."""
+    parts = results.peers["physical_us"]
+    least = sum(parts.values())
+    rows = [[name, short(us)] for name, us in parts.items()]
+    rows.append(["**all of it**", f"**{short(least)}**"])
+    whole, exchange = results.p50("ours-stream"), results.p50("stage-empty")
+    rows += [
+        ["an empty exchange in Python's gRPC, in place of the bare socket", short(exchange)],
+        [
+            "the steps of a decision on a bare stream, beyond it",
+            short(results.p50("stage-hold") - exchange),
+        ],
+        ["the whole, through the stub", short(whole)],
+        ["the whole, times all that it can not do without", f"{short(whole / least)} x"],
+    ]
+    return _table(["what", "p50 us"], rows)
+
+
+def reload_table(results: Results) -> str:
+    found = results.reload
+    if not found:
+        return NOT_MEASURED
+    rows = [
+        [title, f"{found[name]['calls']:,}", *(f"{found[name][key]:.2f}" for key in _RELOAD_KEYS)]
+        for name, title in (
+            ("quiet", "no reload under way"),
+            ("reload", "while a bundle is taken up"),
+        )
+    ]
+    heads = ["calls", "number", "p50 ms", "p99", "p99.9", "slowest"]
+    return _table(heads, rows)
+
+
+_RELOAD_KEYS: Final = ("p50_ms", "p99_ms", "p999_ms", "max_ms")
 
 
 def throughput_table(results: Results) -> str:
@@ -311,10 +363,12 @@ TABLES: Final[Mapping[str, Callable[[Results], str]]] = {
     "one": lambda results: _latency(results, 1, FLOOR, OURS, PEERS),
     "inside": lambda results: _latency(results, 1, INSIDE),
     "stages": stages_table,
+    "physical": physical_table,
     "throughput": throughput_table,
     "many": lambda results: _latency(results, 128, FLOOR, OURS, PEERS),
     "servers": servers_table,
     "footprint": footprint_table,
+    "reload": reload_table,
     "workload": lambda results: _tables_of(results.workload),
     "growth": lambda results: _tables_of(results.growth),
 }

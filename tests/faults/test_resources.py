@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import os
@@ -18,6 +19,7 @@ from typing import Any, Final
 import grpc
 import pytest
 
+from pdp.api.v1 import authorization_pb2, authorization_pb2_grpc
 from pdp.testing import Caller, SidecarProcess, TokenIssuer, build_bundle, refusal_of
 from tests.e2e.operating import records, soon
 from tests.faults.agents import Agent, at_work, check_records, check_sums
@@ -180,3 +182,49 @@ def test_a_disk_that_fills_up_under_load_loses_nothing_and_calls_go_on_when_ther
         check_records(agents, sidecar)
         gaps = [record for record in records(sidecar) if record["action"] == "audit.gap"]
         assert (len(gaps) > 0) == (refusals()["audit_unavailable"] > 0)
+
+
+LARGEST_BYTES: Final = 4_000_000
+AT_ONCE: Final = 24
+
+
+@pytest.mark.slow
+def test_the_largest_messages_take_no_more_memory_than_a_few_times_what_is_sent_at_once(
+    tmp_path: Path, bundle: Path
+) -> None:
+    with SidecarProcess(tmp_path, issuer=ISSUER, bundle=bundle, config=CONFIG) as sidecar:
+        before = peak_bytes(sidecar)
+        refused = asyncio.run(_send_large_messages(sidecar.target, rounds=12))
+        grown = peak_bytes(sidecar) - before
+        assert refused <= {"INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"}
+        # Each is there as gRPC has read it and as it was parsed, and heaps have holes.
+        assert grown < 4.5 * AT_ONCE * LARGEST_BYTES
+        with Caller(sidecar.target, token=ISSUER.token("tenant_acme", "user-7")) as caller:
+            assert answer_of(caller) == "ok"
+
+
+def peak_bytes(sidecar: SidecarProcess) -> int:
+    status = Path(f"/proc/{process_of(sidecar)}/status").read_text(encoding="utf-8")
+    [kib] = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(kib) * 1024
+
+
+async def _send_large_messages(target: str, *, rounds: int) -> set[str]:
+    """From so many at once; how their calls ended."""
+    message = authorization_pb2.AuthorizeRequest(
+        request_id="large", arguments_json=b"x" * LARGEST_BYTES
+    )
+    ended: set[str] = set()
+    async with grpc.aio.insecure_channel(target) as channel:
+        ask: authorization_pb2_grpc.AuthorizationServiceAsyncStub
+        ask = authorization_pb2_grpc.AuthorizationServiceStub(channel)
+
+        async def send() -> None:
+            for _ in range(rounds):
+                try:
+                    await ask.Authorize(message, timeout=60)
+                except grpc.aio.AioRpcError as error:
+                    ended.add(error.code().name)
+
+        await asyncio.gather(*(send() for _ in range(AT_ONCE)))
+    return ended

@@ -296,7 +296,14 @@ async def _rule(policy: PolicyEngine, document: JsonObject, value: JsonValue) ->
     what it charges.
     """
     verdict = parse_verdict(value)
-    limits = await limits_for(policy, document) if verdict.charges else ()
+    limits: tuple[Limit, ...] = ()
+    if verdict.charges:
+        charged = {(charge.budget, charge.unit) for charge in verdict.charges}
+        limits = tuple(
+            limit
+            for limit in await limits_for(policy, document)
+            if (limit.budget, limit.unit) in charged
+        )
     return _Ruling(verdict, limits, policy.revision)
 
 

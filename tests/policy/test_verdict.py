@@ -21,9 +21,11 @@ from pdp.canonical import JsonObject, JsonValue
 from pdp.permit import claims
 from pdp.policy.engine import PolicyError
 from pdp.policy.verdict import (
+    MAX_KNOWN_LIMITS,
     MAX_USES,
     BudgetVerdict,
     Verdict,
+    _known_limits,
     parse_budget_verdict,
     parse_limits,
     parse_verdict,
@@ -462,3 +464,21 @@ def test_any_answer_is_a_sound_verdict_or_a_policy_error(answer: JsonValue) -> N
         except PolicyError:
             continue
         assert verdict.allow is (verdict.reason_code == "ok")
+
+
+def test_what_was_read_of_one_limit_is_not_taken_for_one_that_is_written_alike() -> None:
+    (first,) = parse_limits([{**LIMIT, "enforced": True}])
+    assert parse_limits([{**LIMIT, "enforced": True}]) == (first,)
+    for written in (1, 1.0, "true"):
+        with pytest.raises(PolicyError):
+            parse_limits([{**LIMIT, "enforced": written}])
+    (other,) = parse_limits([{**LIMIT, "enforced": False}])
+    assert first.enforced
+    assert not other.enforced
+
+
+def test_only_so_many_limits_are_remembered() -> None:
+    for number in range(MAX_KNOWN_LIMITS + 8):
+        (limit,) = parse_limits([{**LIMIT, "id": f"limit-{number}"}])
+        assert limit.id == f"limit-{number}"
+        assert len(_known_limits) <= MAX_KNOWN_LIMITS

@@ -9,7 +9,9 @@ docs/audit.md describes the format field by field.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -119,9 +121,12 @@ def seal(
         "time": b'"%s"' % _rfc3339(time_ns).encode("ascii"),
         "prev_hash": b'"%s"' % prev_hash.encode("ascii"),
     }
-    own_hash = _hash(members)
-    members["hash"] = b'"%s"' % own_hash.encode("ascii")
-    return _join(members) + b"\n", own_hash
+    names = sorted(members)
+    written = [_member(name, members[name]) for name in names]
+    own_hash = hashlib.sha256(HASH_PREFIX + b"{%s}" % b",".join(written)).hexdigest()
+    # In its place among them, which is the order of RFC 8785.
+    written.insert(bisect.bisect(names, "hash"), b'"hash":"%s"' % own_hash.encode("ascii"))
+    return b"{%s}\n" % b",".join(written), own_hash
 
 
 def read_link(line: bytes) -> Link:
@@ -197,9 +202,11 @@ def _check_bytes(record: JsonObject, line: bytes) -> Link:
 
 def _join(members: Mapping[str, bytes]) -> bytes:
     # Field names are ASCII without escapes, so this is the order of RFC 8785.
-    return b"{%s}" % b",".join(
-        b'"%s":%s' % (name.encode("ascii"), members[name]) for name in sorted(members)
-    )
+    return b"{%s}" % b",".join(_member(name, members[name]) for name in sorted(members))
+
+
+def _member(name: str, value: bytes) -> bytes:
+    return b'"%s":%s' % (name.encode("ascii"), value)
 
 
 def _hash(members: Mapping[str, bytes]) -> str:
@@ -209,11 +216,16 @@ def _hash(members: Mapping[str, bytes]) -> str:
 def _encode_readable(value: JsonValue) -> bytes:
     """RFC 8785 bytes. Raises JsonError when they could not be read back."""
     encoded = _encode_value(value)
-    if isinstance(value, dict | list):
+    if isinstance(value, dict | list) and not _is_flat(value):
         # Some floats turn into integers that no reader accepts. The brackets stand
         # for the record around the value, which is a level of nesting too.
         parse(b"[%s]" % encoded, max_bytes=MAX_LINE_BYTES)
     return encoded
+
+
+def _is_flat(value: JsonObject | list[JsonValue]) -> bool:
+    """Whether it holds nothing but text, which is always read back."""
+    return all(type(item) is str for item in (value.values() if type(value) is dict else value))
 
 
 def _encode_value(value: JsonValue) -> bytes:
@@ -229,8 +241,13 @@ def _encode_value(value: JsonValue) -> bytes:
 
 def _rfc3339(time_ns: int) -> str:
     seconds, nanoseconds = divmod(time_ns, 1_000_000_000)
-    whole = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
-    return f"{whole}.{nanoseconds // 1000:06d}Z"
+    return f"{_whole_seconds(seconds)}.{nanoseconds // 1000:06d}Z"
+
+
+@functools.lru_cache(maxsize=1)
+def _whole_seconds(seconds: int) -> str:
+    """Many records are of the same second."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def _integer(value: JsonValue) -> int:

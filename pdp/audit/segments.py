@@ -100,7 +100,10 @@ class SegmentWriter:
             while rest:
                 rest = rest[os.write(descriptor, rest) :]
         except OSError:
-            self._take_back(descriptor)
+            # A disk that takes no bytes, such as one that became read-only, may not let
+            # any be cut off either; and there are none.
+            if len(rest) < len(lines):
+                self._take_back(descriptor)
             raise
         if sync:
             try:

@@ -282,6 +282,31 @@ def test_a_full_disk_refuses_takes_back_and_recovers_by_itself(
     ]
 
 
+def test_a_disk_that_takes_nothing_and_gives_nothing_back_does_not_close_the_log(
+    directory: Path, record: MakeRecord, open_log: OpenLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a file system that became read-only does."""
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(audit_log, "RETRY_INTERVAL_SECONDS", 0.01)
+
+    async def run() -> None:
+        log = open_log(directory)
+        with monkeypatch.context() as read_only:
+            read_only.setattr(os, "write", refuse)
+            read_only.setattr(os, "ftruncate", refuse)
+            with pytest.raises(AuditError):
+                await log.append(record())
+        await until_health_is(log, healthy=True)
+        await log.append(record())
+        await log.close()
+
+    asyncio.run(run())
+    assert verify(directory).is_intact
+
+
 def test_a_log_that_failed_off_the_event_loop_recovers_by_itself_too(
     directory: Path, record: MakeRecord, open_log: OpenLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:

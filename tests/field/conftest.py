@@ -13,7 +13,8 @@ from tests.field.world import prepared
 
 @pytest.fixture(scope="session")
 def sidecar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SidecarProcess]:
-    with prepared(tmp_path_factory.mktemp("field")) as sidecar:
+    audit = {"record_policy_input": True}  # so that a candidate can be asked the same
+    with prepared(tmp_path_factory.mktemp("field"), audit=audit) as sidecar:
         yield sidecar
 
 

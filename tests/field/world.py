@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any, Final
 
 from pdp.api.v1 import budget_pb2, common_pb2
 from pdp.client import PermitDenied
-from pdp.testing import Caller, SidecarProcess, TokenIssuer, build_bundle
+from pdp.policy.archive import pack, read_archive
+from pdp.testing import Caller, SidecarProcess, TokenIssuer
 
 ROOT: Final = Path(__file__).parents[2]
-OPA: Final = ROOT / ".tools" / "opa"
+STARTER: Final = read_archive((ROOT / "policies/bundle.tar.gz").read_bytes(), place="starter")
 IDP: Final = TokenIssuer()
 MANY: Final = 1_000
 """Calls at the same time, in the stories about bursts."""
@@ -37,23 +37,41 @@ _LIMITS: Final[dict[str, list[dict[str, Any]]]] = {
 }
 
 
-def write_policy(folder: Path) -> Path:
-    """The sources of the starter policy with these tenants besides its own."""
-    shutil.copytree(ROOT / "policies", folder, ignore=shutil.ignore_patterns("*.tar.gz"))
-    file = folder / "tenants" / "data.json"
-    tenants = json.loads(file.read_text(encoding="utf-8"))
+def write_bundle(path: Path, *, release: int = 1, change: Callable[[Any], object] = id) -> str:
+    """Put the starter policy there, with these tenants besides its own and whatever is changed
+    in its data; its revision.
+    """
+    data = json.loads(STARTER["data.json"])
     for name, limits in _LIMITS.items():
-        tenants[name] = {**tenants["tenant_acme"], "limits": limits}
-    file.write_text(json.dumps(tenants), encoding="utf-8")
-    return folder
+        data["tenants"][name] = {**data["tenants"]["tenant_acme"], "limits": limits}
+    change(data)
+    revision = f"field-{release}"
+    manifest = json.loads(STARTER[".manifest"])
+    manifest |= {"revision": revision, "metadata": {"pdp": {"sequence": release}}}
+    files = {".manifest": json.dumps(manifest).encode(), "data.json": json.dumps(data).encode()}
+    draft = path.with_suffix(".draft")
+    draft.write_bytes(pack({**STARTER, **files}))
+    draft.replace(path)
+    return revision
 
 
 def prepared(folder: Path, **config: Any) -> SidecarProcess:
-    """A sidecar under that policy, in which no rate stands in a story's way."""
-    bundle = build_bundle(write_policy(folder / "policy"), folder / "bundle.tar.gz", opa=OPA)
+    """A sidecar under that policy, in which no rate stands in a story's way. It follows
+    ``folder / "bundle.tar.gz"``.
+    """
+    bundle = folder / "bundle.tar.gz"
+    write_bundle(bundle)
     tenants = {"calls_per_second": 100_000, "burst": 100_000, "max_concurrent_calls": MANY}
-    limits = {"max_concurrent_calls": MANY, "max_concurrent_streams": 1_024, "tenants": tenants}
-    return SidecarProcess(folder, issuer=IDP, bundle=bundle, config={"limits": limits, **config})
+    sections: dict[str, Any] = {
+        "limits": {
+            "max_concurrent_calls": MANY,
+            "max_concurrent_streams": 1_024,
+            "tenants": tenants,
+        },
+        "policy": {"bundles": {"main": {"path": str(bundle), "poll_seconds": 0.1}}},
+        **config,
+    }
+    return SidecarProcess(folder, issuer=IDP, bundle=bundle, config=sections)
 
 
 def token(

@@ -8,6 +8,7 @@ more to import than the whole stub; the signature itself is pyca/cryptography's.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Final
 
@@ -33,9 +34,14 @@ def sign(payload: JsonObject, *, key: Ed25519PrivateKey, kid: str, kind: str = T
     and key give the same token, which is how a repeated question gets its first answer
     again.
     """
-    header: JsonObject = {"alg": ALGORITHM, "kid": kid, "typ": kind}
-    signed = ".".join(base64url.encode(canonical_bytes(part)) for part in (header, payload))
-    return signed + "." + base64url.encode(key.sign(signed.encode("ascii")))
+    signed = f"{_header(kid, kind)}.{base64url.encode(canonical_bytes(payload))}"
+    return f"{signed}.{base64url.encode(key.sign(signed.encode('ascii')))}"
+
+
+@functools.lru_cache(maxsize=16)
+def _header(kid: str, kind: str) -> str:
+    """The first segment, which is the same for all that a key signs."""
+    return base64url.encode(canonical_bytes({"alg": ALGORITHM, "kid": kid, "typ": kind}))
 
 
 def verify(

@@ -101,6 +101,13 @@ def serve_once(config_file: Path, **changes: str) -> subprocess.CompletedProcess
 # Start
 
 
+def test_grpc_has_the_settings_that_it_is_given(running: SidecarProcess) -> None:
+    # What it does not know it names in the log, and goes on without: slower.
+    log = running.log.read_text(encoding="utf-8")
+    assert "serving on" in log
+    assert "xperiment" not in log
+
+
 def test_the_socket_and_the_state_are_closed_to_others(running: SidecarProcess) -> None:
     assert stat.S_IMODE(running.socket.stat().st_mode) == 0o660
     assert stat.S_IMODE(running.state.stat().st_mode) == 0o700

@@ -120,7 +120,8 @@ def _asks(pod: JsonObject) -> bool:
 
 def _merged(theirs: list[JsonObject], ours: list[JsonValue], same: str) -> list[JsonValue]:
     """Ours in the place of what is the same by that key."""
-    taken = {_object(each).get(same) for each in ours}
+    # No set: theirs may be no text, and what the API server makes of that is its affair.
+    taken = [_object(each).get(same) for each in ours]
     return [*(each for each in theirs if each.get(same) not in taken), *ours]
 
 

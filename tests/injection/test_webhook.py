@@ -84,6 +84,13 @@ def test_what_a_pod_has_stays_unless_it_is_ours(file: Path) -> None:
     assert spec["securityContext"] == chosen
 
 
+@pytest.mark.parametrize("name", ([], {}, None, 1))
+def test_names_that_are_no_text_stay_for_the_api_server_to_refuse(file: Path, name: object) -> None:
+    theirs = {"name": "agent", "env": [{"name": name}]}
+    spec = applied(pod(containers=[theirs]), file)["spec"]
+    assert spec["containers"][0]["env"] == [{"name": name}, *WANTED["env"]]
+
+
 def test_a_pod_that_does_not_ask_or_has_it_stays_as_it_is(file: Path) -> None:
     injection = Injection.from_file(file)
     assert patch(pod(label="disabled"), injection) == []

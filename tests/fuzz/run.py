@@ -31,6 +31,7 @@ SUMMARY: Final = WORK / "summary.json"
 MAX_INPUT_BYTES: Final = 4096
 HANG_SECONDS: Final = 30
 """Of the clock, after which libFuzzer takes an input for one that never ends."""
+MERGE_SECONDS: Final = 600
 MAX_RESIDENT_MEGABYTES: Final = 1024
 _PROGRESS: Final = re.compile(r"#(\d+)\s.*cov: (\d+) ft: (\d+) corp: (\d+)")
 _DONE: Final = re.compile(r"Done (\d+) runs")
@@ -74,6 +75,7 @@ def fuzz(target: str, seconds: int) -> Result:
             str(own),
             *map(str, inputs),
             seconds=seconds + 4 * HANG_SECONDS,
+            temporary=directory,
         )
         broken = [path.read_bytes() for path in artifacts.iterdir()]
     kept = [_keep(found, content) for content in broken]
@@ -94,7 +96,15 @@ def merge(target: str) -> None:
     """Add to the corpus whatever reaches what nothing in it does."""
     corpus = contract.CORPUS / target
     corpus.mkdir(parents=True, exist_ok=True)
-    _worker(target, "-merge=1", str(corpus), str(WORK / target), seconds=600)
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as directory:
+        _worker(
+            target,
+            "-merge=1",
+            str(corpus),
+            str(WORK / target),
+            seconds=MERGE_SECONDS,
+            temporary=directory,
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -131,11 +141,14 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
-def _worker(target: str, *arguments: str, seconds: int) -> str:
-    """What it prints. libFuzzer ends a process as it likes, so it gets one of its own."""
+def _worker(target: str, *arguments: str, seconds: int, temporary: str) -> str:
+    """What it prints. libFuzzer ends a process as it likes, so it gets one of its own, and a
+    folder for what it would leave behind.
+    """
     ended = subprocess.run(
         [sys.executable, "-m", "tests.fuzz.worker", target, *arguments],
         cwd=ROOT,
+        env={**os.environ, "TMPDIR": temporary},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         timeout=seconds,

@@ -6,6 +6,7 @@ coverage of pdp grows. Its arguments are passed on.
 
 from __future__ import annotations
 
+import shlex
 import sys
 
 import atheris  # type: ignore[import-untyped]
@@ -21,7 +22,9 @@ def main() -> None:
     def one_input(data: bytes) -> None:
         contract.run(target, data)
 
-    atheris.Setup([sys.argv[0], *arguments], one_input)
+    # libFuzzer runs this again by a shell, for each part of a merge.
+    again = f"{shlex.quote(sys.executable)} -m tests.fuzz.worker {name}"
+    atheris.Setup([again, *arguments], one_input)
     atheris.Fuzz()
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum, auto
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 from weakref import WeakValueDictionary
@@ -49,6 +49,9 @@ MAX_WAITING_PER_WORKER: Final = 512
 MAX_WAIT_SECONDS: Final = 1.0
 """Longest wait for a worker. Past it, and past the deadline on top, an answer comes
 even if the deadline inside the sandbox should fail."""
+HELP_AFTER_SECONDS: Final = 0.005
+"""How long one question may keep the first worker before others help. Where none does, one
+thread alone is faster: two hand Python's lock to and fro, and take a third more time."""
 _NICENESS: Final = 10
 _log: Final = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -199,7 +202,8 @@ class WasmEvaluator:
 
 
 class WasmEngine:
-    """Evaluates one bundle on worker threads, each evaluation within a deadline.
+    """Evaluates one bundle on worker threads, each evaluation within a deadline. The first
+    takes what comes; the others help while one question keeps it for long.
 
     ``compiled`` is what :func:`compile_wasm` gave for the same Wasm. It runs as it is,
     outside of any sandbox, so it must never come from a bundle.
@@ -242,9 +246,13 @@ class WasmEngine:
                 image = image or evaluator.image()
                 evaluators.append(evaluator)
             undo.pop_all()
+        self._help_wanted = threading.Semaphore(0)
+        self._first_began_at: float | None = None
+        """When the first worker began with what it is at."""
+        first, *helpers = evaluators
         self._threads = [
-            threading.Thread(target=self._work, args=(evaluator,), name="policy", daemon=True)
-            for evaluator in evaluators
+            threading.Thread(target=target, args=(evaluator,), name="policy", daemon=True)
+            for target, evaluator in [(self._work, first), *((self._help, one) for one in helpers)]
         ]
         for thread in self._threads:
             thread.start()
@@ -262,27 +270,46 @@ class WasmEngine:
         if self._closed or not self._room.acquire(blocking=False):
             raise _unavailable()
         question = _Question(steps)
-        expiry = question.loop.call_later(self._longest_seconds, self._expire, question)
+        question.timer = question.loop.call_later(HELP_AFTER_SECONDS, self._look_after, question)
         self._questions.put(question)
+        self._call_for_help()
         try:
             result: _T = await question.answer
         except asyncio.CancelledError:
             self._take_back(question)
             raise
         finally:
-            expiry.cancel()
+            question.timer.cancel()
         return result
 
     async def close(self) -> None:
         """Finish what has begun, then let go of threads and memory."""
         self._closed = True
-        for _ in self._threads:
-            self._questions.put(None)
+        self._questions.put(None)
+        self._help_wanted.release(len(self._threads))
         await asyncio.to_thread(self._join)
 
     def _join(self) -> None:
         for thread in self._threads:
             thread.join()
+
+    def _call_for_help(self) -> bool:
+        """Wake another worker, where one question keeps the first for long."""
+        began_at = self._first_began_at
+        if began_at is None or time.monotonic() - began_at < HELP_AFTER_SECONDS:
+            return False
+        self._help_wanted.release()
+        return True
+
+    def _look_after(self, question: _Question) -> None:
+        """See to it that a question that waits is not forgotten behind a slow one."""
+        waited = time.monotonic() - question.asked_at
+        if waited >= self._longest_seconds:
+            self._expire(question)
+            return
+        helped = question.stage is not _Stage.WAITING or self._call_for_help()
+        rest = self._longest_seconds - waited if helped else HELP_AFTER_SECONDS
+        question.timer = question.loop.call_later(rest, self._look_after, question)
 
     def _expire(self, question: _Question) -> None:
         """Let its asker wait no longer for the policy."""
@@ -304,11 +331,26 @@ class WasmEngine:
     def _work(self, evaluator: WasmEvaluator) -> None:
         with evaluator:
             while (question := self._questions.get()) is not None:
-                steps = question.steps
-                if steps is not None and question.go_on(_Stage.WALKING):
-                    self._at_work.add(question)
-                    self._answer(question, steps, evaluator)
-                    self._at_work.discard(question)
+                self._first_began_at = time.monotonic()
+                self._take(question, evaluator)
+                self._first_began_at = None
+
+    def _help(self, evaluator: WasmEvaluator) -> None:
+        with evaluator:
+            while self._help_wanted.acquire() and not self._closed:
+                with contextlib.suppress(Empty):
+                    question = self._questions.get_nowait()
+                    if question is None:
+                        self._questions.put(None)  # the first worker's
+                    else:
+                        self._take(question, evaluator)
+
+    def _take(self, question: _Question, evaluator: WasmEvaluator) -> None:
+        steps = question.steps
+        if steps is not None and question.go_on(_Stage.WALKING):
+            self._at_work.add(question)
+            self._answer(question, steps, evaluator)
+            self._at_work.discard(question)
 
     def _answer(self, question: _Question, steps: _Steps, evaluator: WasmEvaluator) -> None:
         try:
@@ -339,12 +381,25 @@ class _Stage(Enum):
 class _Question:
     """What a worker is asked, and where its answer is awaited."""
 
-    __slots__ = ("_lock", "answer", "is_evaluated", "loop", "stage", "steps")
+    __slots__ = (
+        "_lock",
+        "answer",
+        "asked_at",
+        "is_evaluated",
+        "loop",
+        "stage",
+        "steps",
+        "timer",
+    )
+
+    timer: asyncio.TimerHandle
+    """For the next look after it."""
 
     def __init__(self, steps: _Steps) -> None:
         self.steps: _Steps | None = steps
         self.loop = asyncio.get_running_loop()
         self.answer: asyncio.Future[Any] = self.loop.create_future()
+        self.asked_at = time.monotonic()
         self.stage = _Stage.WAITING
         self.is_evaluated = False
         """Whether a worker is at it, also when the asker has left."""

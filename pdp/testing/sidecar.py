@@ -136,4 +136,8 @@ class SidecarProcess(Closing):
         self._sockets.cleanup()
 
     def __enter__(self) -> Self:
-        return self.start()
+        try:
+            return self.start()
+        except BaseException:
+            self.close()
+            raise

@@ -31,7 +31,10 @@ def door_of(
     """The door of a tool server that accepts the permits of one sidecar, and, unless it
     counts none, each once.
     """
-    with PermitRedeemer(target) as redeemer, Sidecars([redeemer]) as sidecars:
+    with (
+        PermitRedeemer(target, timeout_seconds=20) as redeemer,
+        Sidecars([redeemer]) as sidecars,
+    ):
         verifier = PermitVerifier(sidecars, issuer="agent-pdp", audience="tools")
         yield PermitDoor(verifier, sidecars if counts else None, only_tenant=only_tenant)
 

@@ -31,6 +31,8 @@ SUMMARY: Final = WORK / "summary.json"
 MAX_INPUT_BYTES: Final = 4096
 HANG_SECONDS: Final = 30
 """Of the clock, after which libFuzzer takes an input for one that never ends."""
+START_AND_END_SECONDS: Final = 240
+"""Most that a worker may take besides, on a busy machine."""
 MERGE_SECONDS: Final = 600
 MAX_RESIDENT_MEGABYTES: Final = 1024
 _PROGRESS: Final = re.compile(r"#(\d+)\s.*cov: (\d+) ft: (\d+) corp: (\d+)")
@@ -74,14 +76,16 @@ def fuzz(target: str, seconds: int) -> Result:
             "-print_final_stats=0",
             str(own),
             *map(str, inputs),
-            seconds=seconds + 4 * HANG_SECONDS,
+            seconds=seconds + START_AND_END_SECONDS,
             temporary=directory,
         )
         broken = [path.read_bytes() for path in artifacts.iterdir()]
     kept = [_keep(found, content) for content in broken]
     progress = _PROGRESS.findall(output) or [("0", "0", "0", "0")]
     ended = _DONE.search(output)
-    shown = str(kept[0].relative_to(ROOT)) if kept else "" if ended else "it ended early"
+    shown = (
+        str(kept[0].relative_to(ROOT)) if kept else "" if ended else "it did not come to its end"
+    )
     return Result(
         target=target,
         runs=int(ended[1] if ended else progress[-1][0]),
@@ -145,15 +149,18 @@ def _worker(target: str, *arguments: str, seconds: int, temporary: str) -> str:
     """What it prints. libFuzzer ends a process as it likes, so it gets one of its own, and a
     folder for what it would leave behind.
     """
-    ended = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz.worker", target, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "TMPDIR": temporary},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=seconds,
-        check=False,
-    )
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-m", "tests.fuzz.worker", target, *arguments],
+            cwd=ROOT,
+            env={**os.environ, "TMPDIR": temporary},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as late:
+        return (late.stdout or b"").decode("utf-8", "replace")
     return ended.stdout.decode("utf-8", "replace")
 
 

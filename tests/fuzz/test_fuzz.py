@@ -8,6 +8,6 @@ from tests.fuzz import run
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_while_of_fuzzing_breaks_nothing() -> None:
     assert run.main(["--seconds", "3"]) == 0

@@ -56,15 +56,15 @@ def check_refusals(heard: Heard) -> None:
 def check_recovered(usual: Heard, after: Heard) -> None:
     """As it was before, but for calls of the first moments."""
     assert len(after.refused_seconds) < 0.1 * len(after.allowed_seconds)
-    assert middle(after.allowed_seconds) < max(3 * middle(usual.allowed_seconds), 20.0)
+    assert middle(after.allowed_seconds) < max(3 * middle(usual.allowed_seconds), 50.0)
 
 
 @pytest.mark.slow
 def test_ten_times_the_rate_of_all_tenants_is_served_at_that_rate(
     tmp_path: Path, bundle: Path
 ) -> None:
-    rate = 10.0
-    limits: dict[str, Any] = {"tenants": {"calls_per_second": rate, "burst": 3}}
+    rate = 5.0
+    limits: dict[str, Any] = {"tenants": {"calls_per_second": rate, "burst": 2}}
     everybody = tokens(4)
     with SidecarProcess(
         tmp_path, issuer=ISSUER, bundle=bundle, config={"limits": limits}
@@ -82,7 +82,7 @@ def test_ten_times_the_rate_of_all_tenants_is_served_at_that_rate(
     check_recovered(usual, after)
     assert len(flooded.refused_seconds) > 5 * len(flooded.allowed_seconds)
     assert flooded.allowed_per_second > 0.6 * 4 * rate
-    assert middle(flooded.allowed_seconds) < max(5 * middle(usual.allowed_seconds), 30.0)
+    assert middle(flooded.allowed_seconds) < max(5 * middle(usual.allowed_seconds), 50.0)
     check_refusals(flooded)
 
 

@@ -11,6 +11,11 @@ from pdp.client import AsyncGuard, Guard, PermitDenied
 READ_TOOL = "orders.read"
 
 
+# Or what is called unary here would be asked over the stream, and nobody would know.
+assert callable(Connection._message)  # noqa: SLF001
+assert callable(AsyncConnection._message)  # noqa: SLF001
+
+
 class _Unary(Connection):
     """Makes every question a call."""
 

@@ -3,8 +3,9 @@
 Run by :mod:`bench.peers.servers`: ``python -m bench.peers.stages CONFIG ADDRESS``.
 
 Every stage is the product's own decision, in the rooms that ``pdp serve`` opens, but with
-those that a stage does not have yet put aside: a policy that allows all without a look, keys
-that sign nothing, a log and a ledger that keep nothing. It is reached over a bare stream,
+those that a stage does not have yet put aside: callers who are taken for whom they stand, a
+policy that allows all without a look, keys that sign nothing, a log and a ledger that keep
+nothing. It is reached over a bare stream,
 without the wire of the sidecar and without the stub: what these two cost is what lies between
 the last stage and the whole.
 """
@@ -28,7 +29,7 @@ from pdp.budget.ledger import Account, Charge, IdempotencyKey, Limit, Receipt
 from pdp.canonical import JsonObject, JsonValue
 from pdp.config import Config, load_config
 from pdp.decision import authorize
-from pdp.identity.resolver import Credentials
+from pdp.identity.resolver import Credentials, SingleTenant
 from pdp.permit.issuer import PermitIssuer
 from pdp.permit.ring import LiveKeys
 from pdp.policy.bundle import load_bundle
@@ -42,8 +43,9 @@ from pdp.server.trusted_keys import TrustedKeys
 from pdp.server.wire import QuestionReader, authorize_response
 
 SERVICE: Final = "bench.Stages"
-EMPTY, IDENTITY, REGO, PERMIT, AUDIT, HOLD = STAGES = (
+EMPTY, WALK, IDENTITY, REGO, PERMIT, AUDIT, HOLD = STAGES = (
     "Empty",
+    "Walk",
     "Identity",
     "Rego",
     "Permit",
@@ -103,6 +105,7 @@ class HoldsNothing:
 def rooms_of(stage: str, rooms: Rooms) -> Rooms:
     """The rooms as far as a stage has them."""
     lacks: dict[str, Any] = {
+        IDENTITY: {"identity": SingleTenant(actor="alice", roles=(), scopes=())},
         REGO: {"policy": AllowsAll()},
         PERMIT: {"permits": PermitIssuer(SignsNothing(), issuer=rooms.permits.issuer)},
         AUDIT: {"audit": KeepsNoRecord()},

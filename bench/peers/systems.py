@@ -62,6 +62,7 @@ SYSTEMS: Final = (
     _floor("empty-unary-async", "an empty call, async", "AsyncUnary"),
     _floor("empty-stream-async", "an empty exchange on an open stream, async", "AsyncEmpty"),
     _stage("empty", "an empty exchange on an open stream", "Empty"),
+    _stage("walk", "+ the question read, and a walk through empty rooms", "Walk"),
     _stage("identity", "+ identity", "Identity"),
     _stage("rego", "+ Rego", "Rego"),
     _stage("permit", "+ signed permit", "Permit"),

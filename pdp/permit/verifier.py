@@ -124,4 +124,6 @@ class PermitVerifier:
 
 
 def _equal(one: str, other: str) -> bool:
-    return hmac.compare_digest(one.encode("utf-8"), other.encode("utf-8"))
+    # What a call is for may hold what no permit can: a path of bytes that are no UTF-8.
+    texts = (text.encode("utf-8", "surrogatepass") for text in (one, other))
+    return hmac.compare_digest(*texts)

@@ -85,6 +85,11 @@ def test_its_repr_does_not_show_the_token() -> None:
     assert signed.token not in repr(signed)
 
 
+@pytest.mark.parametrize("asked", ("tool", "tenant"))
+def test_what_is_no_text_in_utf_8_is_refused_like_any_other(asked: str) -> None:
+    refused(token(), "permit_mismatch", **{asked: "orders.update\udcff"})
+
+
 def test_another_tool_is_refused() -> None:
     refused(token(), "permit_mismatch", tool="orders.delete")
 

@@ -81,10 +81,10 @@ def test_the_python_runs_from_the_token_to_the_tool(
         exec(tool_server, scope)  # noqa: S102 - the README's own code
         touched.append(scope["database"])
         with pytest.raises(PermitError) as caught:
-            exec(tool_server, {"token": permit, "databases": databases})  # noqa: S102
+            exec(tool_server, {"token": permit, "databases": databases})  # noqa: S102 - as above
         assert caught.value.reason_code == "permit_used"
         return {"id": order_id, "status": status}
 
     token = idp.token("tenant_acme", "user-7", roles=["support_agent"], scopes=["orders:write"])
-    exec(runtime, {"token": token, "orders_api": SimpleNamespace(update=serve)})  # noqa: S102
+    exec(runtime, {"token": token, "orders_api": SimpleNamespace(update=serve)})  # noqa: S102 - as above
     assert touched == ["acme.db"]

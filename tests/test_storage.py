@@ -262,7 +262,7 @@ def test_cancelled_operations_are_done_and_nobody_gets_the_answer_of_another(
     path: Path,
 ) -> None:
     async def scenario(writer: SqliteWriter) -> None:
-        dice = random.Random(4)  # noqa: S311 a repeatable choice
+        dice = random.Random(4)  # noqa: S311 - a repeatable choice
         started = []
         for number in range(2000):
             task = asyncio.create_task(writer.run(add(number)))

@@ -131,7 +131,7 @@ async def run(job: Job, told: Callable[[], Awaitable[str]], say: Callable[[Any],
     say("connected")
     await told()
     draw = random.Random(job.seed)  # noqa: S311 - traffic, and the same each time
-    draws = [random.Random(draw.random()) for _ in stubs]  # noqa: S311
+    draws = [random.Random(draw.random()) for _ in stubs]  # noqa: S311 - as above
     await asyncio.gather(*(stub.work(job, mine) for stub, mine in zip(stubs, draws, strict=True)))
     say(tally.to_json())
     await told()

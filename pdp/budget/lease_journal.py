@@ -199,7 +199,7 @@ class LeaseJournal:
     async def _select(self, where: str, values: tuple[int, ...]) -> list[LeaseRecord]:
         def operation(db: apsw.Connection) -> list[Any]:
             # What is inserted is one of this module's own clauses.
-            return db.execute(f"SELECT {_COLUMNS} FROM lease {where}", values).fetchall()  # noqa: S608
+            return db.execute(f"SELECT {_COLUMNS} FROM lease {where}", values).fetchall()  # noqa: S608 - our own names
 
         return [_record(row) for row in await self._run(operation)]
 

@@ -247,7 +247,7 @@ def _revocation(member: JsonValue) -> Revocation:
         raise ValueError("a tenant must be named, but not for a workload")
     at, until = member["at"], member["until"]
     assert isinstance(at, int)  # noqa: S101 - looked at above
-    assert isinstance(until, int)  # noqa: S101
+    assert isinstance(until, int)  # noqa: S101 - as above
     target = Target(kind=Kind(kind), tenant=str(member["tenant"]), name=str(member["name"]))
     return Revocation(
         target=target, by=str(member["by"]), reason=str(member["reason"]), at=at, until=until

@@ -663,7 +663,7 @@ asyncio.run(main())
 
 @pytest.mark.slow
 def test_twenty_kills_lose_no_acknowledged_record(directory: Path, open_log: OpenLog) -> None:
-    dice = random.Random(918)  # noqa: S311 a repeatable choice
+    dice = random.Random(918)  # noqa: S311 - a repeatable choice
     acknowledged = [
         receipt
         for kill in range(20)

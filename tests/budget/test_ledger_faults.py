@@ -91,7 +91,7 @@ def test_twenty_kills_lose_nothing_acknowledged_and_double_nothing(
     path = tmp_path / "ledger.sqlite"
     acknowledged: dict[tuple[str, str], str] = {}
     next_number = [0] * 8
-    dice = random.Random(918)  # noqa: S311 a repeatable choice
+    dice = random.Random(918)  # noqa: S311 - a repeatable choice
     for _ in range(20):
         for operation, name, answer_id in killed_while_working(
             path, durability, next_number, lines=dice.randrange(1, 1500)

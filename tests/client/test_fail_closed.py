@@ -521,7 +521,7 @@ def test_a_refusal_survives_pickling_and_copying() -> None:
     denied = PermitDenied(
         "rate_limited", "wait", tool="t", decision_id="d-1", retry_after_seconds=2.0
     )
-    for copied in (pickle.loads(pickle.dumps(denied)), copy.copy(denied)):  # noqa: S301
+    for copied in (pickle.loads(pickle.dumps(denied)), copy.copy(denied)):  # noqa: S301 - our own bytes
         assert str(copied) == str(denied) == "t did not run: wait (rate_limited)"
         assert (copied.tool, copied.decision_id) == ("t", "d-1")
         assert copied.retry_after_seconds == 2.0

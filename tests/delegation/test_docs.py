@@ -24,7 +24,7 @@ def test_every_example_runs(sidecar: SidecarProcess) -> None:
     for example in examples:
         # Blank lines before it, so that a failure names the page's own line.
         lines_before = text.count("\n", 0, example.start(1))
-        exec(compile("\n" * lines_before + example[1], PAGE, "exec"), names)  # noqa: S102
+        exec(compile("\n" * lines_before + example[1], PAGE, "exec"), names)  # noqa: S102 - the page's own code
     names["guard"].close()
 
 

@@ -90,7 +90,7 @@ class Callers:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._world = World(leased=plan.store == "leased")
-        self._dice = random.Random(f"{plan.seed}-{plan.process}-{plan.run}")  # noqa: S311
+        self._dice = random.Random(f"{plan.seed}-{plan.process}-{plan.run}")  # noqa: S311 - to be done again alike
         self._file = os.open(plan.history, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         self._attempts = 0
         self._keys = 0

@@ -249,7 +249,7 @@ def _stage(store: str, folder: Path, seed: int) -> Iterator[_Stage]:
             plans.append(
                 Plan(process=name, run=0, seed=seed, store=store, address=way, folder=str(folder))
             )
-        stage = _Stage(plans, random.Random(seed), redis, proxy)  # noqa: S311
+        stage = _Stage(plans, random.Random(seed), redis, proxy)  # noqa: S311 - to be done again alike
         stack.callback(stage.stop)
         yield stage
 

@@ -167,7 +167,7 @@ class _Crowd:
         """One after the other, each with a channel and a session of its own."""
         while not over.is_set():
             visit = self._begin_visit()
-            dice = random.Random(f"{self._seed}-{visit}")  # noqa: S311
+            dice = random.Random(f"{self._seed}-{visit}")  # noqa: S311 - to be done again alike
             agent = Agent(f"agent-{visit % 500}", f"tenant-{visit % 50}", self._issuer, dice)
             agent.meet(self._sidecar.target, str(uuid.uuid4()))
             self._visit(agent.act, over)

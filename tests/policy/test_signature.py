@@ -553,7 +553,7 @@ def test_a_signing_key_that_does_not_fit_is_refused(
 
 
 def test_a_short_rsa_key_is_refused() -> None:
-    key = rsa.generate_private_key(public_exponent=65537, key_size=1024)  # noqa: S505
+    key = rsa.generate_private_key(public_exponent=65537, key_size=1024)  # noqa: S505 - which is to be refused
     with pytest.raises(BundleError, match="fewer than 2048 bits"):
         signed(key=key, algorithm="RS256")
 

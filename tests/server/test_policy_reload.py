@@ -101,7 +101,7 @@ def http_address(sidecar: SidecarProcess) -> str:
 
 
 def http(sidecar: SidecarProcess, path: str) -> str:
-    with urllib.request.urlopen(http_address(sidecar) + path, timeout=5) as response:  # noqa: S310
+    with urllib.request.urlopen(http_address(sidecar) + path, timeout=5) as response:  # noqa: S310 - loopback
         return str(response.read().decode())
 
 

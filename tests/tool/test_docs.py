@@ -31,7 +31,7 @@ def run(page: Path, names: dict[str, Any], **replaced: str) -> int:
     for example in examples:
         # Blank lines before it, so that a failure names the page's own line.
         lines_before = text.count("\n", 0, example.start(1))
-        exec(compile("\n" * lines_before + example[1], page, "exec"), names)  # noqa: S102
+        exec(compile("\n" * lines_before + example[1], page, "exec"), names)  # noqa: S102 - the page's own code
     return len(examples)
 
 

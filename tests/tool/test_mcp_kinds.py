@@ -112,7 +112,7 @@ def post(url: str, message: str) -> str:
     }
     asked = urllib.request.Request(url, message.encode(), headers)  # noqa: S310 - loopback
     try:
-        with urllib.request.urlopen(asked, timeout=20) as answer:  # noqa: S310
+        with urllib.request.urlopen(asked, timeout=20) as answer:  # noqa: S310 - as above
             return str(answer.read(), "utf-8")
     except urllib.error.HTTPError as error:
         with error:

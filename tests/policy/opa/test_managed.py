@@ -392,7 +392,7 @@ asyncio.run(main())
         sidecar.kill()
     asyncio.run(_until_gone(pid))
     for leftover in temporary.glob("pdp-opa-*"):
-        subprocess.run(["rm", "-r", leftover], check=True)  # noqa: S607
+        subprocess.run(["rm", "-r", leftover], check=True)  # noqa: S607 - the system's
 
 
 async def _until_gone(pid: int) -> None:

@@ -7,7 +7,7 @@ OPA := .tools/opa
 REDIS := .tools/redis-server
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-kubernetes image sbom check check-history check-kills soak fmt proto policies docs chart lock bench bench-parts bench-budget bench-scale fuzz clean
+.PHONY: help demo test test-slow test-kubernetes image sbom check check-history check-kills soak fmt proto policies docs chart lock bench bench-parts bench-budget bench-scale fuzz audit clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -63,6 +63,10 @@ check: .venv/dev $(OPA) .tools/regal ## Lint, types, and that everything generat
 	$(OPA) test --bundle policies
 	$(PY) scripts/build_policies.py --check
 	$(PY) scripts/generate_chart_schema.py --check
+	.venv/bin/zizmor --offline --quiet --no-progress .github/workflows
+
+audit: .venv/dev ## Look up what is pinned in the database of known weaknesses, which needs the network
+	@$(PY) scripts/audit_dependencies.py
 
 fmt: .venv/dev $(OPA) ## Format Python, proto and Rego
 	.venv/bin/ruff check --fix --quiet . || true

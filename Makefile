@@ -150,7 +150,7 @@ $(REDIS) .tools/etcd: scripts/install_package.py | .venv/bin/python
 # The peers' clients and libraries, apart from ours.
 .tools/peers: requirements/peers.txt | .venv/bin/python
 	$(PYTHON) -m venv $@
-	$@/bin/pip --disable-pip-version-check --quiet install --require-hashes -r $<
+	$@/bin/pip --disable-pip-version-check --quiet install --require-hashes -r $< || { rm -rf $@; exit 1; }
 	@touch $@
 
 # OPA, Regal and the other commands written in Go are built from their Go modules once (minutes), unless they are on PATH.

@@ -52,7 +52,10 @@ class _Section(BaseModel):
 
 
 def _expand_user(path: Path) -> Path:
-    return path.expanduser()
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError("begins with the home directory of a user who is not known") from None
 
 
 def _address(value: str) -> str:

@@ -112,13 +112,13 @@ class Target:
     def row(self) -> list[str]:
         if self.reached is None:
             return [self.what, f"{short(self.most)}{self.unit}", "", "not measured"]
-        off = self.reached / self.most - 1
+        off = abs(self.reached / self.most - 1)
         verdict = "met" if self.met else "**missed**"
         return [
             self.what,
             f"{short(self.most)}{self.unit}",
             f"{short(self.reached)}{self.unit}",
-            f"{verdict}, by {abs(off):.0%}",
+            f"{verdict}, by {off:.0%}" if off >= 0.01 else f"{verdict}, by less than 1%",
         ]
 
 
@@ -157,10 +157,10 @@ def targets(results: Results) -> list[Target]:
             reached=results.growth["flat"]["ratio"] if results.growth else None,
         ),
         Target(
-            what="a reload: more than without one, by the slowest call in a thousand",
+            what="a reload: its slowest call, beyond the slowest without one",
             most=5,
             reached=(
-                results.reload["reload"]["p999_ms"] - results.reload["quiet"]["p999_ms"]
+                results.reload["reload"]["max_ms"] - results.reload["quiet"]["max_ms"]
                 if results.reload
                 else None
             ),

@@ -7,7 +7,7 @@ OPA := .tools/opa
 REDIS := .tools/redis-server
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-kubernetes image sbom check check-history check-kills soak fmt proto policies docs chart lock bench bench-parts bench-budget bench-scale fuzz audit clean
+.PHONY: help demo test test-slow test-kubernetes image sbom check check-history check-kills soak fmt proto policies docs chart lock bench bench-parts bench-budget bench-scale bench-smoke fuzz audit clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -109,6 +109,9 @@ bench-parts: .venv/dev $(OPA) ## Measure single parts: imports, ledger, rooms, w
 	$(PY) bench/bench_policy.py
 	$(PY) bench/bench_matrix.py
 	$(PY) bench/bench_neighbours.py
+
+bench-smoke: .venv/dev ## Fail where a decision's cost is more than a fifth above the recorded one (half a minute, when nothing else runs)
+	$(PY) -m bench.smoke
 
 bench-budget: .venv/dev $(REDIS) ## Measure every store of budgets, and what check-then-record lets through
 	$(PY) bench/bench_budget.py

@@ -96,7 +96,8 @@ bench: .venv/dev $(OPA) .tools/cerbos .tools/peers ## Measure beside the peers, 
 	$(PY) -m bench.peers --out docs/benchmarks/peers.json
 	$(PY) bench/bench_footprint.py --output json >dist/footprint.json
 	$(PY) bench/bench_reload.py 60 --output json >dist/reload.json
-	mv dist/footprint.json dist/reload.json docs/benchmarks/
+	$(PY) -m bench.workload --output json >dist/workload.json
+	mv dist/footprint.json dist/reload.json dist/workload.json docs/benchmarks/
 	$(PY) -m bench.peers.page
 
 bench-parts: .venv/dev $(OPA) ## Measure single parts: imports, ledger, rooms, wire, permits, policy, a neighbour's flood

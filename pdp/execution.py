@@ -86,7 +86,7 @@ async def redeem(rooms: Rooms, redemption: Redemption) -> Redeemed:
         request_id=redemption.idempotency_key,
         trace_id=redemption.trace_id,
     ):
-        return await _redeem(rooms, permit, redemption)
+        return await rooms.off_loop(_redeem(rooms, permit, redemption))
 
 
 async def _redeem(rooms: Rooms, permit: Permit, redemption: Redemption) -> Redeemed:
@@ -162,7 +162,7 @@ async def report(rooms: Rooms, report: Report) -> Reported:
         request_id=permit.transaction,
         trace_id=report.trace_id,
     ):
-        return await _report(rooms, permit, report)
+        return await rooms.off_loop(_report(rooms, permit, report))
 
 
 async def _report(rooms: Rooms, permit: Permit, report: Report) -> Reported:

@@ -7,9 +7,9 @@ import hashlib
 import hmac
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final, TypeVar
 
 from pdp.admission import Admission, AdmissionError, Lane
 from pdp.audit.record import AuditLog, AuditRecord, Outcome
@@ -17,6 +17,7 @@ from pdp.budget.ledger import Account, Charge, Ledger, Limit, LimitState, Receip
 from pdp.canonical import JsonObject
 from pdp.identity.resolver import Credentials, IdentityError, IdentityResolver
 from pdp.identity.subject import Subject
+from pdp.off_loop import DiskThread
 from pdp.permit.issuer import PermitIssuer
 from pdp.permit.uses import UsedPermits
 from pdp.permit.verifier import PermitVerifier
@@ -25,6 +26,8 @@ from pdp.policy.verdict import parse_limits
 from pdp.reason import ReasonCode
 from pdp.revocation.revocations import Kind, RevocationError, Revocations
 from pdp.strangers import Strangers
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,14 +66,24 @@ class Rooms:
     permit_ttl_seconds: int
     hold_ttl_seconds: int
     delegation: DelegationTerms = DelegationTerms()
-    may_leave_loop: bool = False
-    """Whether ledger, permit uses and audit log wait for nothing but a disk, and not for
-    long: a decision may then do all that follows its policy on the policy's thread."""
+    disk: DiskThread | None = None
+    """Set where ledger, permit uses and audit log wait for nothing but a disk, and not for
+    long: what is done with them then leaves the event loop once, for this thread, or for the
+    policy's where that is asked before."""
     records_policy_input: bool = False
     """Whether a decision's record holds what the policy was asked, raw arguments included."""
     clock: Callable[[], float] = time.time
     """Unix seconds."""
     new_id: Callable[[], str] = lambda: str(uuid.uuid4())
+
+    @property
+    def may_leave_loop(self) -> bool:
+        """Whether what follows the policy's answer may be done on the policy's thread."""
+        return self.disk is not None
+
+    async def off_loop(self, steps: Coroutine[Any, Any, _T]) -> _T:
+        """Do steps that need no policy, off the event loop where they may leave it."""
+        return await (steps if self.disk is None else self.disk.run(steps))
 
     def arguments_digest(self, tenant: str, arguments_sha256: str) -> str:
         """HMAC-SHA256 of an arguments' digest under the tenant's own key, so that

@@ -36,6 +36,7 @@ from pdp.budget.sqlite import SqliteLedger
 from pdp.canonical import JsonObject
 from pdp.config import Config
 from pdp.free_memory import give_back_memory
+from pdp.off_loop import DiskThread
 from pdp.permit.issuer import PermitIssuer
 from pdp.permit.ring import LiveKeys
 from pdp.permit.uses import PermitUses, UsedPermits
@@ -110,6 +111,14 @@ async def open_rooms(
         ledger, permit_uses, revocation_store, budget_id = await _open_budget(
             config, digest_key, stack
         )
+        disk = None
+        # Where each commit waits for the disk, many are to wait for it together.
+        if config.budget.store == "sqlite" and Durability.POWER not in {
+            config.budget.durability,
+            config.audit.durability,
+        }:
+            disk = DiskThread()
+            stack.push_async_callback(disk.close)
         revocations = Revocations(revocation_store)
         await revocations.look()
         heard = partial(record_revocation, audit)
@@ -147,9 +156,7 @@ async def open_rooms(
             permit_ttl_seconds=config.permit.ttl_seconds,
             hold_ttl_seconds=config.budget.hold_ttl_seconds,
             delegation=delegation_terms(config),
-            # Where each commit waits for the disk, many are to wait for it together.
-            may_leave_loop=config.budget.store == "sqlite"
-            and {config.budget.durability, config.audit.durability} == {Durability.PROCESS},
+            disk=disk,
             records_policy_input=config.audit.record_policy_input,
         )
 

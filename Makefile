@@ -91,13 +91,14 @@ chart: .venv/dev ## Generate the schema of the chart's values
 lock: .venv/dev ## Pin every dependency with its hashes
 	scripts/lock.sh
 
-bench: .venv/dev $(OPA) .tools/cerbos .tools/peers ## Measure beside the peers, and write docs/benchmarks.md anew (15 minutes, on a quiet machine)
+bench: .venv/dev $(OPA) $(REDIS) .tools/cerbos .tools/peers ## Measure beside the peers, and write docs/benchmarks.md anew (15 minutes, on a quiet machine)
 	@mkdir -p dist
 	$(PY) -m bench.peers --out docs/benchmarks/peers.json
 	$(PY) bench/bench_footprint.py --output json >dist/footprint.json
 	$(PY) bench/bench_reload.py 60 --output json >dist/reload.json
 	$(PY) -m bench.workload --output json >dist/workload.json
-	mv dist/footprint.json dist/reload.json dist/workload.json docs/benchmarks/
+	$(PY) -m bench.growth --output json >dist/growth.json
+	mv dist/footprint.json dist/reload.json dist/workload.json dist/growth.json docs/benchmarks/
 	$(PY) -m bench.peers.page
 
 bench-parts: .venv/dev $(OPA) ## Measure single parts: imports, ledger, rooms, wire, permits, policy, a neighbour's flood

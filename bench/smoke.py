@@ -219,9 +219,11 @@ def measure(plan: Plan, *, environment: Mapping[str, str] | None = None) -> Rati
         issuer = TokenIssuer()
         token = issuer.token(tenant(0), "alice", roles=[ROLE], scopes=SCOPES)
         floor = _floor(folder / "floor")
-        sidecar = stack.enter_context(_sidecar(folder / "sidecar", issuer, environment or {}))
+        bundle = write_bundle(folder / "bundle.tar.gz", reusable_reads=True)
+        sidecar = stack.enter_context(
+            serving(folder / "sidecar", issuer, bundle, environment=environment)
+        )
         stack.callback(floor.stop)
-        stack.callback(sidecar.stop)
         start = _start_ratio(floor, sidecar, plan.starts)
         calls = Calls(floor, sidecar, token)
         stack.callback(calls.close)
@@ -248,19 +250,34 @@ def _floor(folder: Path) -> Server:
 
 
 @contextlib.contextmanager
-def _sidecar(folder: Path, issuer: TokenIssuer, environment: Mapping[str, str]) -> Iterator[Server]:
-    folder.mkdir()
-    bundle = write_bundle(folder / "bundle.tar.gz", reusable_reads=True)
+def serving(
+    folder: Path,
+    issuer: TokenIssuer,
+    bundle: Path,
+    *,
+    config: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Server]:
+    """A sidecar that can be started and stopped, with no limits on rates. ``config`` takes the
+    place of whole sections.
+    """
+    folder.mkdir(exist_ok=True)
     with contextlib.closing(
-        SidecarProcess(folder, issuer=issuer, bundle=bundle, config={"limits": NO_RATE})
+        SidecarProcess(
+            folder, issuer=issuer, bundle=bundle, config={"limits": NO_RATE, **(config or {})}
+        )
     ) as configured:
-        yield Server(
+        sidecar = Server(
             [sys.executable, "-m", "pdp", "serve", "--config", configured.config_file],
             ready=healthy(configured.target),
             where={"target": configured.target},
             folder=folder,
-            environment={**_WITH_BYTECODE, **environment},
+            environment={**_WITH_BYTECODE, **(environment or {})},
         )
+        try:
+            yield sidecar
+        finally:
+            sidecar.stop()
 
 
 def _start_ratio(floor: Server, sidecar: Server, starts: int) -> float:

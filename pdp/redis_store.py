@@ -72,6 +72,9 @@ _MOMENTARY: Final = (
     AskError,
 )
 """What may be over in a moment: a restart, a failover, slots on the move."""
+_UNREADABLE: Final = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What comes of a reply of another shape than was asked for: of what is no Redis, or has keys
+that others have written."""
 _KEY_PREFIX: Final = "pdp:"
 _IDENTITY: Final = _KEY_PREFIX + "ledger"
 
@@ -184,10 +187,10 @@ class RedisStore:
     async def complete(
         self, operation: Callable[[], Awaitable[T]], *, seconds: float | None = None
     ) -> T:
-        """Run what calls :meth:`run`, within the configured time, or ``seconds``; cancelling
-        the awaiting task does not stop it. Raises StorageError: the store did not answer,
-        or refused; whether anything was done is unknown, and the same operation can be
-        tried again.
+        """Run what calls :meth:`run` and reads the reply, within the configured time, or
+        ``seconds``; cancelling the awaiting task does not stop it. Raises StorageError: the
+        store did not answer, refused, or answered what can not be read; whether anything was
+        done is unknown, and the same operation can be tried again.
         """
         if self._closed:
             raise StorageError("The store is closed; nothing was done.")
@@ -259,6 +262,8 @@ class RedisStore:
         except (RedisError, RedisClusterException, OSError) as error:
             # Its text may quote keys, addresses and names of users.
             raise self._failed(type(error).__name__) from None
+        except _UNREADABLE as error:
+            raise self._failed(f"a reply can not be read: {type(error).__name__}") from None
         self._works()
         return result
 

@@ -7,7 +7,9 @@ import json
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
+from pdp.budget.bounds import check_charges, check_limits
 from pdp.budget.ledger import (
+    MAX_AMOUNT,
     Account,
     AccountState,
     Charge,
@@ -223,11 +225,13 @@ def parts_json(charges: Sequence[Charge], limits: Sequence[Limit], places: Seque
 
 
 def decode_parts(text: str) -> list[Part]:
-    """The parts again."""
-    return [
+    """The parts again. Raises ValueError and others for what is none."""
+    parts = [
         Part(Charge(budget, unit, amount), [Place(*place) for place in places])
         for budget, unit, amount, places in json.loads(text or "[]")
     ]
+    check_charges([part.charge for part in parts], least=0)
+    return parts
 
 
 def _compact(value: Any) -> str:  # noqa: ANN401 - any JSON
@@ -259,7 +263,7 @@ class Answer(NamedTuple):
 
 
 def decode_answer(reply: Sequence[str], asked: str, note: str) -> Answer:
-    """What the reply says. Raises LedgerError."""
+    """What the reply says. Raises LedgerError, and ValueError and others for what is none."""
     kind, *rest = reply
     if kind == "error":
         raise LedgerError(rest[0], MESSAGES[rest[0]])
@@ -268,22 +272,26 @@ def decode_answer(reply: Sequence[str], asked: str, note: str) -> Answer:
         own, note, asked, shown, outcome = rest
         # An answer to this very operation, whose reply was lost, is no earlier one.
         replayed = own == "0"
-    else:
+    elif kind == "done":
         outcome, shown = rest
+    else:
+        raise ValueError("a reply of no known kind")
     head, *sections = (section.split() for section in outcome.split("|"))
     expires_at, over_hold, late, refused, retry_after = head
-    taken_id, charges = json.loads(asked)
+    taken_id, fields = json.loads(asked)
+    charges = tuple(Charge(*each) for each in fields)
+    check_charges(charges, least=0)
     return Answer(
         replayed,
         note,
-        taken_id,
-        tuple(Charge(*each) for each in charges),
+        str(taken_id),
+        charges,
         shown,
-        int(expires_at),
+        _number(expires_at),
         over_hold == "1",
         late == "1",
-        int(refused),
-        _number(retry_after),
+        _number(refused),
+        _number_or_none(retry_after),
         sections,
     )
 
@@ -293,7 +301,7 @@ def taken_receipt(answer: Answer, applied: Sequence[Limit]) -> Receipt:
     states, over, warnings = answer.sections
     refused_by = None
     if answer.refused:
-        limit = limit_from_json(answer.shown)
+        limit = _limit_in(answer.shown)
         refused_by = decode_state(limit, states[4 * answer.refused - 4 : 4 * answer.refused])
     if answer.replayed:
         states, over, warnings = [], [], []
@@ -307,10 +315,11 @@ def taken_receipt(answer: Answer, applied: Sequence[Limit]) -> Receipt:
         refused_by=refused_by,
         retry_after_seconds=answer.retry_after_seconds,
         shadow_refusals=tuple(
-            decode_state(applied[int(number) - 1], words) for number, *words in _in_groups(over, 5)
+            decode_state(applied[_number(number) - 1], words)
+            for number, *words in _in_groups(over, 5)
         ),
         warnings=tuple(
-            Warned(limit_id=applied[int(number) - 1].id, percent=int(percent))
+            Warned(limit_id=applied[_number(number) - 1].id, percent=_number(percent))
             for number, percent in _in_groups(warnings, 2)
         ),
     )
@@ -322,7 +331,7 @@ def ended_receipt(answer: Answer) -> Receipt:
     charges = answer.charges
     if amounts:
         charges = tuple(
-            Charge(charge.budget, charge.unit, int(amount))
+            Charge(charge.budget, charge.unit, _number(amount))
             for charge, amount in zip(charges, amounts, strict=True)
             if amount != "-"
         )
@@ -339,7 +348,7 @@ def ended_receipt(answer: Answer) -> Receipt:
 def granted_receipt(answer: Answer) -> Receipt:
     """The receipt for a grant."""
     (state,) = answer.sections
-    limits = () if answer.replayed else (decode_state(limit_from_json(answer.shown), state),)
+    limits = () if answer.replayed else (decode_state(_limit_in(answer.shown), state),)
     return Receipt(replayed=answer.replayed, note=answer.note, limits=limits)
 
 
@@ -356,17 +365,17 @@ def decode_state(limit: Limit, words: Sequence[str]) -> LimitState:
     spent, held, resets_at, granted = words
     return LimitState(
         limit=limit,
-        spent=int(spent),
-        held=int(held),
-        resets_at=_number(resets_at),
-        granted=int(granted),
+        spent=_number(spent),
+        held=_number(held),
+        resets_at=_number_or_none(resets_at),
+        granted=_number(granted, least=-MAX_AMOUNT),
     )
 
 
 def order_of_account(name: str) -> tuple[str, str, int, str]:
     """By limit, whose spend counts, and start."""
     limit_id, _, _, _, counts_for, _, starts_at = names_in_key(name)
-    return limit_id, counts_for, int(starts_at), name
+    return limit_id, counts_for, _number(starts_at), name
 
 
 def ends_at_of(name: str, score: str) -> str:
@@ -376,14 +385,14 @@ def ends_at_of(name: str, score: str) -> str:
 
 def decode_account(name: str, limit_json: str, state: str) -> AccountState:
     """An account."""
-    limit = limit_from_json(limit_json)
+    limit = _limit_in(limit_json)
     found = decode_state(limit, state.split())
     *_, counts_for, _, starts_at = names_in_key(name)
     return AccountState(
         id=name,
         limit=limit,
         counts_for=counts_for,
-        starts_at=int(starts_at),
+        starts_at=_number(starts_at),
         spent=found.spent,
         held=found.held,
         granted=found.granted,
@@ -401,14 +410,14 @@ def decode_hold(key: str, fields: Sequence[str]) -> HoldState | None:
     if not made_at:
         return None
     charges = [part.charge for part in decode_parts(parts)]
-    numbers = [int(number) for number in progress.split()] or [0] * (3 * len(charges))
+    numbers = [_number(number) for number in progress.split()] or [0] * (3 * len(charges))
     return HoldState(
         id=names_in_key(key)[-1],
         operation=operation,
         actor=actor,
         tool=tool,
-        made_at=int(made_at),
-        expires_at=int(expires_at),
+        made_at=_number(made_at),
+        expires_at=_number(expires_at),
         state=state,
         parts=tuple(
             PartState(charge=charge, settled=settled, refunded=refunded)
@@ -427,5 +436,18 @@ def _in_groups(words: Sequence[str], size: int) -> list[Sequence[str]]:
     return [words[at : at + size] for at in range(0, len(words), size)]
 
 
-def _number(text: str) -> int | None:
-    return None if text == "-" else int(text)
+def _limit_in(text: str) -> Limit:
+    limit = limit_from_json(text)
+    check_limits([limit])
+    return limit
+
+
+def _number(text: str, *, least: int = 0) -> int:
+    number = int(text)
+    if not least <= number <= MAX_AMOUNT:
+        raise ValueError("a number that no script counts to")
+    return number
+
+
+def _number_or_none(text: str) -> int | None:
+    return None if text == "-" else _number(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -16,6 +16,7 @@ _T = TypeVar("_T")
 
 _USE: Final = Script(Path(__file__).parent / "scripts" / "use.lua")
 _IS_CLOSED: Final = Script(Path(__file__).parent / "scripts" / "is_closed.lua")
+_IS_CLOSED_ANSWERS: Final[Mapping[str, bool]] = {"0": False, "1": True}
 
 
 class RedisPermitUses:
@@ -26,14 +27,14 @@ class RedisPermitUses:
 
     async def redeem(self, permit: Permit, *, key: str) -> Use:
         """See UsedPermits.redeem."""
-        answer, redeemed = await self._use(permit, key)
+        answer, redeemed = await self._use(permit, key, {"redeemed", "again", "used"})
         if answer == "used":
             raise permit_used()
         return Use(replayed=answer == "again", uses_left=permit.max_uses - redeemed)
 
     async def close_permit(self, permit: Permit) -> int:
         """See UsedPermits.close_permit."""
-        _, redeemed = await self._use(permit, "")
+        _, redeemed = await self._use(permit, "", {"closed"})
         return redeemed
 
     async def is_closed(self, permit: Permit) -> bool:
@@ -42,11 +43,11 @@ class RedisPermitUses:
 
         async def operation() -> bool:
             (answer,) = await self._store.run(_IS_CLOSED, [_key(permit)], arguments)
-            return answer == "1"
+            return _IS_CLOSED_ANSWERS[answer]
 
         return await self._complete(operation)
 
-    async def _use(self, permit: Permit, key: str) -> tuple[str, int]:
+    async def _use(self, permit: Permit, key: str, expected: Collection[str]) -> tuple[str, int]:
         arguments = [
             uuid.uuid4().hex,
             key,
@@ -57,6 +58,8 @@ class RedisPermitUses:
 
         async def operation() -> tuple[str, int]:
             answer, redeemed = await self._store.run(_USE, [_key(permit)], arguments)
+            if answer not in expected or int(redeemed) < 0:
+                raise ValueError("not an answer of the script's")
             return answer, int(redeemed)
 
         return await self._complete(operation)

@@ -31,25 +31,32 @@ class RedisRevocations:
 
     async def version(self) -> str:
         """See RevocationStore.version."""
-        found = await self._complete(lambda: self._store.command(KEY, "GET", VERSION_KEY))
-        return found.decode() if found is not None else "0"
+
+        async def version() -> str:
+            found = await self._store.command(KEY, "GET", VERSION_KEY)
+            return found.decode() if found is not None else "0"
+
+        return await self._complete(version)
 
     async def read(self) -> Known:
         """See RevocationStore.read."""
-        members = await self._complete(lambda: self._store.command(KEY, "HVALS", KEY))
-        known: dict[Target, Revocation] = {}
-        try:
-            for member in members:
-                known |= from_json(member)
-        except ValueError as error:
-            raise RevocationError(f"A revocation in the shared store {error}.") from None
-        return known
+
+        async def read() -> Known:
+            known: dict[Target, Revocation] = {}
+            for member in await self._store.command(KEY, "HVALS", KEY):
+                try:
+                    known |= from_json(member)
+                except ValueError as error:
+                    raise RevocationError(f"A revocation in the shared store {error}.") from None
+            return known
+
+        return await self._complete(read)
 
     async def add(self, revocation: Revocation) -> None:
         """See RevocationStore.add."""
 
         async def add() -> None:
-            if await self._store.command(KEY, "HLEN", KEY) >= MAX_REVOCATIONS:
+            if int(await self._store.command(KEY, "HLEN", KEY)) >= MAX_REVOCATIONS:
                 raise RevocationError(
                     f"There are {MAX_REVOCATIONS} revocations already: lift some first."
                 )
@@ -65,7 +72,7 @@ class RedisRevocations:
         """See RevocationStore.lift."""
 
         async def lift() -> bool:
-            lifted: int = await self._store.command(KEY, "HDEL", KEY, _field(target))
+            lifted = int(await self._store.command(KEY, "HDEL", KEY, _field(target)))
             await self._store.command(KEY, "INCR", VERSION_KEY)
             return lifted == 1
 

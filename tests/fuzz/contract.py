@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import resource
+import selectors
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
@@ -86,3 +88,35 @@ def at_once(coroutine: Coroutine[object, None, T]) -> T:
         return cast("T", end.value)
     coroutine.close()
     raise AssertionError("it waited for something")
+
+
+def skipping_time(coroutine: Coroutine[object, None, T]) -> T:
+    """The result of a coroutine on a loop whose clock leaps to whatever is waited for. Not for
+    what waits for threads or others, as deadlines then pass at once.
+    """
+    with asyncio.Runner(loop_factory=_LeapingLoop) as runner:
+        return runner.run(coroutine)
+
+
+class _LeapingLoop(asyncio.SelectorEventLoop):
+    def __init__(self) -> None:
+        self._leapt = 0.0
+        super().__init__(_LeapingSelector(self._leap))
+
+    def time(self) -> float:
+        return super().time() + self._leapt
+
+    def _leap(self, seconds: float) -> None:
+        self._leapt += seconds
+
+
+class _LeapingSelector(selectors.SelectSelector):
+    def __init__(self, leap: Callable[[float], None]) -> None:
+        super().__init__()
+        self._leap = leap
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout:
+            self._leap(timeout)
+            timeout = 0.0
+        return super().select(timeout)

@@ -209,9 +209,7 @@ class _Logged(logging.Handler):
 
 async def _answer(asked: Asked, replies: Sequence[tuple[JsonValue, int, bytes]]) -> object:
     pending = [functools.partial(_resp, *reply) for reply in replies]
-    pool = ConnectionPool(
-        _Answering, protocol=2, pending=pending, socket_timeout=None, lib_name="", lib_version=""
-    )
+    pool = ConnectionPool(_Answering, protocol=2, pending=pending, socket_timeout=None)
     settings = RedisSettings(addresses=["localhost:6379"], tls=False)
     store = RedisStore(settings, _PoolSender(pool))
     try:

@@ -141,7 +141,8 @@ class WasmEvaluator:
 
     def recover(self) -> None:
         """After a failure: do now what the next evaluation would have to do first."""
-        with contextlib.suppress(BundleError):
+        # Whatever it is, the next evaluation meets it, and says so to whoever asks.
+        with contextlib.suppress(Exception):
             self._loaded()
 
     def close(self) -> None:
@@ -304,21 +305,29 @@ class WasmEngine:
     def _look_after(self, question: _Question) -> None:
         """See to it that a question that waits is not forgotten behind a slow one."""
         waited = time.monotonic() - question.asked_at
-        if waited >= self._longest_seconds:
-            self._expire(question)
+        left = self._longest_seconds - waited
+        if left <= 0 and self._expire(question):
             return
-        helped = question.stage is not _Stage.WAITING or self._call_for_help()
-        rest = self._longest_seconds - waited if helped else HELP_AFTER_SECONDS
-        question.timer = question.loop.call_later(rest, self._look_after, question)
+        pause = HELP_AFTER_SECONDS
+        if question.stage is not _Stage.WAITING or self._call_for_help():
+            # Another look all the same: the help may have gone to one that waits longer.
+            pause = waited
+        if left > 0:
+            pause = min(pause, left)
+        question.timer = question.loop.call_later(pause, self._look_after, question)
 
-    def _expire(self, question: _Question) -> None:
-        """Let its asker wait no longer for the policy."""
+    def _expire(self, question: _Question) -> bool:
+        """Let its asker wait no longer, if it is the policy that it waits for."""
         if not any(one.is_evaluated for one in tuple(self._at_work)):
-            return  # what holds up the threads is a disk, which is nothing to tell of a policy
+            # What holds up the threads is a disk, which is nothing to tell of a policy.
+            return False
         if self._take_back(question):
             question.refuse(_unavailable())
         elif question.leave(_Stage.EVALUATING):
             question.refuse(_too_slow())
+        else:
+            return False
+        return True
 
     def _take_back(self, question: _Question) -> bool:
         """Whether no worker has begun with it; then none will."""

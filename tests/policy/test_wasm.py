@@ -229,6 +229,78 @@ def test_a_runaway_is_cut_at_its_deadline_while_another_is_served(bundle: Bundle
     run(engine, use)
 
 
+def test_nobody_who_waits_behind_a_slow_question_is_forgotten_there(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wasm, "HELP_AFTER_SECONDS", 0.1)
+    engine = started(bundle, workers=2)
+    first_ends, slow_ends = threading.Event(), threading.Event()
+
+    async def first(_engine: PolicyEngine) -> None:
+        first_ends.wait(30)
+
+    async def slow(_engine: PolicyEngine) -> None:
+        slow_ends.wait(30)
+
+    async def use() -> None:
+        tasks = [asyncio.create_task(engine.walk(steps)) for steps in (first, slow)]
+        early = asyncio.create_task(ask(engine, "echo", 1))
+        await asyncio.sleep(0.05)
+        first_ends.set()
+        # Sees before the one that waits longer how slow it is, and its help goes to that one.
+        late = asyncio.create_task(ask(engine, "echo", 2))
+        _, forgotten = await asyncio.wait({early, late}, timeout=5)
+        slow_ends.set()
+        await asyncio.gather(*tasks)
+        assert not forgotten
+
+    run(engine, use)
+
+
+def test_a_wait_for_a_worker_ends_also_where_nothing_was_evaluated_when_it_was_too_long(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wasm, "MAX_WAIT_SECONDS", 0.05)
+    engine = started(bundle, deadline_ms=50, workers=1)
+    now = time.monotonic()
+    monkeypatch.setattr(EPOCHS, "_clock", lambda: now)
+    disk = threading.Event()
+
+    async def steps(at_hand: PolicyEngine) -> JsonValue:
+        disk.wait(30)
+        return await ask(at_hand, "runaway")
+
+    async def use() -> None:
+        held_up = asyncio.create_task(reason_of(engine.walk(steps)))
+        behind = asyncio.create_task(reason_of(ask(engine, "echo", 1)))
+        await asyncio.sleep(0.3)
+        disk.set()
+        done, _ = await asyncio.wait({held_up, behind}, timeout=5)
+        monkeypatch.undo()
+        assert {task.result() for task in done} == {"policy_timeout", "policy_unavailable"}
+
+    run(engine, use)
+
+
+def test_a_worker_outlives_whatever_fails_while_it_recovers(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = started(bundle, deadline_ms=50, workers=1)
+    load = wasm.Instance
+
+    def fail(*_: object, **__: object) -> wasm.Instance:
+        raise MemoryError
+
+    async def use() -> None:
+        monkeypatch.setattr(wasm, "Instance", fail)
+        assert await reason_of(ask(engine, "runaway")) == "policy_timeout"
+        assert await reason_of(ask(engine, "echo", 1)) == "policy_error"
+        monkeypatch.setattr(wasm, "Instance", load)
+        assert await asyncio.wait_for(ask(engine, "echo", 2), 5) == 2
+
+    run(engine, use)
+
+
 def test_workers_serve_on_after_every_one_of_them_was_cut(bundle: Bundle) -> None:
     engine = started(bundle, deadline_ms=50, workers=2)
 

@@ -22,7 +22,7 @@ import contextlib
 import random
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
@@ -170,17 +170,11 @@ class Admission:
         """Calls that were let in, and have not ended."""
         return sum(lane.under_way for lane in self._lanes.values())
 
-    @contextlib.asynccontextmanager
-    async def admitted(self, tenant: str, lane: Lane) -> AsyncIterator[None]:
+    def admitted(self, tenant: str, lane: Lane) -> contextlib.AbstractAsyncContextManager[None]:
         """Let a call of a verified tenant in, when it is its turn, and hold its place
         for as long as the context lasts. Raises AdmissionError.
         """
-        own = self._lanes[lane]
-        place = await own.enter(tenant)
-        try:
-            yield
-        finally:
-            own.leave(place)
+        return _Place(self._lanes[lane], tenant)
 
     async def hold_back(self, error: AdmissionError) -> None:
         """Wait before the refusal is answered, for no longer than there is no use in
@@ -225,6 +219,24 @@ class Admission:
         for each in (task, *self._parts.get(task, ())):
             if each in self._waiting_tasks:
                 each.cancel()
+
+
+class _Place(contextlib.AbstractAsyncContextManager[None]):
+    """One in a lane, for a call of a tenant."""
+
+    __slots__ = ("_held_by", "_lane", "_tenant")
+
+    _held_by: _Tenant
+
+    def __init__(self, lane: _Lane, tenant: str) -> None:
+        self._lane = lane
+        self._tenant = tenant
+
+    async def __aenter__(self) -> None:
+        self._held_by = await self._lane.enter(self._tenant)
+
+    async def __aexit__(self, *failure: object) -> None:
+        self._lane.leave(self._held_by)
 
 
 def _running() -> asyncio.Task[object]:

@@ -7,8 +7,9 @@ import hashlib
 import hmac
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any, Final, TypeVar
 
 from pdp.admission import Admission, AdmissionError, Lane
@@ -233,8 +234,7 @@ def admitted_as(
     )
 
 
-@contextlib.asynccontextmanager
-async def admitted(
+def admitted(
     rooms: Rooms,
     lane: Lane,
     *,
@@ -244,34 +244,61 @@ async def admitted(
     identity: JsonObject | None = None,
     request_id: str | None = None,
     trace_id: str | None = None,
-) -> AsyncIterator[None]:
+) -> contextlib.AbstractAsyncContextManager[None]:
     """Isolate, first half: wait for the tenant's turn, and hold a place while the
     context lasts. A call that is one too many is put on record as far as such records
     are bounded, then raised as AdmissionError; where it can not be put on record,
     AuditError.
     """
-    async with contextlib.AsyncExitStack() as place:
-        try:
-            await place.enter_async_context(rooms.admission.admitted(tenant, lane))
-        except AdmissionError as error:
-            if error.unrecorded is not None:
-                await rooms.audit.append(
-                    AuditRecord(
-                        type="decision",
-                        tenant_id=tenant,
-                        actor_id=actor,
-                        identity=identity,
-                        action=action,
-                        outcome=Outcome.DENIED,
-                        reason_code=error.reason_code,
-                        request_id=request_id,
-                        trace_id=trace_id,
-                        detail={"unrecorded": error.unrecorded} if error.unrecorded else None,
-                    )
+
+    async def refused(error: AdmissionError) -> None:
+        if error.unrecorded is not None:
+            await rooms.audit.append(
+                AuditRecord(
+                    type="decision",
+                    tenant_id=tenant,
+                    actor_id=actor,
+                    identity=identity,
+                    action=action,
+                    outcome=Outcome.DENIED,
+                    reason_code=error.reason_code,
+                    request_id=request_id,
+                    trace_id=trace_id,
+                    detail={"unrecorded": error.unrecorded} if error.unrecorded else None,
                 )
-            await rooms.admission.hold_back(error)
+            )
+        await rooms.admission.hold_back(error)
+
+    return _Admitted(rooms.admission.admitted(tenant, lane), refused)
+
+
+class _Admitted(contextlib.AbstractAsyncContextManager[None]):
+    """Written out: as generators, with a stack of contexts, it cost each call twice as much."""
+
+    __slots__ = ("_place", "_refused")
+
+    def __init__(
+        self,
+        place: contextlib.AbstractAsyncContextManager[None],
+        refused: Callable[[AdmissionError], Awaitable[None]],
+    ) -> None:
+        self._place = place
+        self._refused = refused
+
+    async def __aenter__(self) -> None:
+        try:
+            await self._place.__aenter__()
+        except AdmissionError as error:
+            await self._refused(error)
             raise
-        yield
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._place.__aexit__(kind, error, traceback)
 
 
 def isolate(subject: Subject, *, tool: str) -> Account:

@@ -207,7 +207,9 @@ async def _decide(rooms: Rooms, subject: Subject, asked: Asked, watch: StepWatch
         )
         audit = await rooms.audit.append(_record(rooms, question, answer, document))
         watch.done("audit")
-        return _Outcome(answer, audit, failure)
+        # Its traceback knows frames that know this outcome: both would hold the whole
+        # message until garbage is collected.
+        return _Outcome(answer, audit, failure.with_traceback(None))
 
     try:
         _check_sender(rooms, subject)
@@ -225,7 +227,10 @@ async def _decide(rooms: Rooms, subject: Subject, asked: Asked, watch: StepWatch
     if failure is not None and (
         isinstance(failure, IdentityError) or failure.reason_code in _ERRORS_IN_ASKING
     ):
-        raise failure
+        try:
+            raise failure
+        finally:
+            del outcome, failure  # as its traceback knows this frame too
     return Recorded(answer=outcome.answer, receipt=outcome.audit, step_seconds=watch.seconds)
 
 

@@ -322,7 +322,10 @@ async def _spend_as(
         )
     )
     if failure is not None:
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # whose traceback knows this frame: see decision
     assert result is not None  # noqa: S101 - no failure means a result
     return Spent(result=result, receipt=receipt, decision_id=decision_id, policy_revision=revision)
 
@@ -531,7 +534,10 @@ async def _end_as(
         )
     )
     if failure is not None:
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # whose traceback knows this frame: see decision
     assert result is not None  # noqa: S101 - no failure means a result
     return Spent(result=result, receipt=receipt)
 

@@ -99,7 +99,10 @@ class SqliteWriter:
         loop = running_loop()
         job = self._run_here(operation) if loop is None else await self._queue_up(operation, loop)
         if job.error is not None:
-            raise job.error
+            try:
+                raise job.error
+            finally:
+                del job  # which its traceback would keep until garbage is collected
         result: T = job.result
         return result
 
@@ -139,24 +142,28 @@ class SqliteWriter:
     def _work(self) -> None:
         closing = False
         while not closing:
-            job = self._queue.get()
-            jobs: list[_QueuedJob] = []
-            while job is not None:
-                jobs.append(job)
-                if len(jobs) == MAX_BATCH:
-                    break
-                try:
-                    job = self._queue.get_nowait()
-                except queue.Empty:
-                    break
-            else:
-                closing = True
+            jobs, closing = self._take()
             if jobs:
                 with self._committing:
                     self._commit(jobs)
                 _answer(jobs)
+            del jobs  # they are not to outlive their callers while this thread waits
         with self._committing:
             self._let_go()
+
+    def _take(self) -> tuple[list[_QueuedJob], bool]:
+        """What waits, and whether it is the last."""
+        jobs: list[_QueuedJob] = []
+        job = self._queue.get()
+        while job is not None:
+            jobs.append(job)
+            if len(jobs) == MAX_BATCH:
+                return jobs, False
+            try:
+                job = self._queue.get_nowait()
+            except queue.Empty:
+                return jobs, False
+        return jobs, True
 
     def _let_go(self) -> None:
         try:
@@ -199,6 +206,9 @@ class SqliteWriter:
     def _fail(self, job: _Job, error: BaseException) -> None:
         job.result = None
         job.error = error
+        if isinstance(error, PdpError | apsw.Error):
+            # Its frames know the job: both would stay until garbage is collected.
+            error.with_traceback(None)
         if isinstance(error, apsw.Error):
             self._note_health(error)
             job.error = StorageError("The store could not take the operation; nothing was done.")

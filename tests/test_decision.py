@@ -7,8 +7,11 @@ tests/server runs the same steps against the real ones.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import itertools
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +57,12 @@ SUBJECT = Subject(
 )
 CREDENTIALS = Credentials(bearer="token")
 ARGUMENTS: JsonObject = {"order_id": "918"}
+
+
+class Arguments(dict[str, JsonValue]):
+    """Arguments that can be found out to be gone."""
+
+
 QUESTION = decision.Question(
     request_id="request-1",
     tool="orders.update",
@@ -205,10 +214,8 @@ class Audit:
     async def close(self) -> None: ...
 
 
-async def ask(
-    directory: Path, steps: Steps, *questions: decision.Question
-) -> list[decision.Recorded | Exception]:
-    """Ask one after the other, in rooms that are opened for it."""
+@contextlib.asynccontextmanager
+async def opened(directory: Path, steps: Steps) -> AsyncIterator[Rooms]:
     ids = itertools.count(1)
     ledger = Ledger(
         directory / "ledger.db",
@@ -221,7 +228,7 @@ async def ask(
     issuer.steps = steps
     uses = Uses(directory / "permits.db", durability=Durability.PROCESS, clock=lambda: NOW)
     uses.steps = steps
-    rooms = Rooms(
+    yield Rooms(
         identity=Identity(steps),
         admission=Admission(
             max_concurrent_calls=1,
@@ -248,14 +255,21 @@ async def ask(
         clock=lambda: NOW,
         new_id=lambda: f"id-{next(ids)}",
     )
-    answers: list[decision.Recorded | Exception] = []
-    for question in questions:
-        try:
-            answers.append(await decision.authorize(rooms, CREDENTIALS, unread(question)))
-        except Exception as error:  # noqa: BLE001 - the answer of this question
-            answers.append(error)
     await ledger.close()
     await uses.close()
+
+
+async def ask(
+    directory: Path, steps: Steps, *questions: decision.Question
+) -> list[decision.Recorded | Exception]:
+    """Ask one after the other, in rooms that are opened for it."""
+    answers: list[decision.Recorded | Exception] = []
+    async with opened(directory, steps) as rooms:
+        for question in questions:
+            try:
+                answers.append(await decision.authorize(rooms, CREDENTIALS, unread(question)))
+            except Exception as error:  # noqa: BLE001 - the answer of this question
+                answers.append(error)
     return answers
 
 
@@ -375,6 +389,38 @@ def test_a_ledger_that_fails_is_an_error_on_record_and_signs_nothing(tmp_path: P
     assert error.reason_code == "budget_unavailable"
     assert steps.done[-2:] == ["hold", "record"]
     assert steps.records[0].reason_code == "budget_unavailable"
+
+
+def test_nothing_is_kept_of_a_question_that_was_refused_with_an_error(tmp_path: Path) -> None:
+    async def play() -> None:
+        steps = Steps()
+        async with opened(tmp_path, steps) as rooms:
+            for other in (False, True):
+                arguments = Arguments(ARGUMENTS)
+                kept = weakref.ref(arguments)
+                asked = unread(
+                    replace(
+                        QUESTION,
+                        arguments=arguments,
+                        arguments_sha256=sha256_hex({"other": other}),
+                    )
+                )
+                del arguments
+                with contextlib.suppress(LedgerError):
+                    recorded = await decision.authorize(rooms, CREDENTIALS, asked)
+                    assert recorded.answer.permit is not None
+                    assert not other
+                del asked
+                steps.documents.clear()
+                await rooms.ledger.tenants(most=1)  # its thread has let go of it by then
+                assert kept() is None
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(play())
+    finally:
+        gc.enable()
 
 
 def test_without_a_record_there_is_no_answer(tmp_path: Path) -> None:

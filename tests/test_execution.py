@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import tempfile
 import uuid
 from collections.abc import Awaitable, Callable
@@ -268,6 +270,23 @@ def test_a_report_whose_record_was_lost_settles_once(tmp_path: Path) -> None:
         assert (record.outcome, record.replayed) == (Outcome.EXECUTED, True)
 
     play(tmp_path, act)
+
+
+def test_nothing_is_kept_of_a_report_that_is_not_taken_in(tmp_path: Path) -> None:
+    async def act(scene: Scene) -> None:
+        await scene.reported()
+        with contextlib.suppress(PermitError):
+            await scene.reported(executed=False)
+        await scene.ledger.tenants(most=1)  # its thread has let go of it by then
+        assert scene.audit.records[-1].reason_code == "outcome_already_reported"
+        assert not any(isinstance(kept, execution.Report) for kept in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        play(tmp_path, act)
+    finally:
+        gc.enable()
 
 
 def test_a_permit_that_can_not_be_closed_leaves_its_hold(tmp_path: Path) -> None:

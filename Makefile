@@ -7,7 +7,7 @@ OPA := .tools/opa
 REDIS := .tools/redis-server
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-kubernetes image sbom check check-history check-kills soak fmt proto policies docs chart lock bench bench-parts bench-budget bench-scale bench-smoke fuzz audit clean
+.PHONY: help demo test test-slow test-kubernetes image sbom check check-history check-kills reliability soak fmt proto policies docs chart lock bench bench-parts bench-budget bench-scale bench-smoke fuzz audit clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -39,6 +39,9 @@ check-history: .venv/dev $(OPA) .tools/toxiproxy-server $(REDIS) ## Break every 
 	@$(PY) -m tests.faults.rounds --seconds $(SECONDS) --seed $(SEED)
 
 MINUTES ?= 30
+reliability: .venv/dev $(OPA) .tools/toxiproxy-server $(REDIS) ## Break whatever a decision needs in every way, and write docs/reliability.md anew (2 minutes); as root
+	$(PY) -m tests.faults.matrix
+
 soak: .venv/dev $(OPA) ## Load a sidecar for MINUTES=30, and see whether what it holds grows: dist/soak.json
 	@mkdir -p dist
 	@$(PY) -m tests.faults.soak --minutes $(MINUTES) --seed $(SEED) --out dist/soak.json

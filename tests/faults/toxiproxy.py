@@ -61,6 +61,10 @@ class Toxiproxy:
         """Close every connection, and take none, until :meth:`heal`."""
         self._ask("POST", f"/proxies/{name}", {"enabled": False})
 
+    def lead(self, name: str, upstream: str) -> None:
+        """Close every connection; from here on the way leads to that address."""
+        self._ask("POST", f"/proxies/{name}", {"upstream": upstream, "enabled": True})
+
     def heal(self) -> None:
         """Every proxy lets everything through again."""
         self._ask("POST", "/reset")

@@ -235,7 +235,8 @@ class _Answering(AbstractConnection):
     def repr_pieces(self) -> Any:
         return []
 
-    async def on_connect(self) -> None:
+    async def on_connect_check_health(self, check_health: bool = True) -> None:  # noqa: FBT001, FBT002 - the base's
+        """Nobody is greeted."""
         self._parser.on_connect(self)  # type: ignore[no-untyped-call]
 
     async def send_packed_command(self, command: Any, *_: Any, **__: Any) -> None:

@@ -97,6 +97,7 @@ class ChainedAuditLog:
                 detail: JsonObject = {"version": pdp.__version__}
                 if end.torn_bytes:
                     detail["torn_bytes"] = end.torn_bytes
+                self._segments.sync()  # before the start is written: see recovery
                 self._extend([self._encode_own(START, detail=detail)])
                 self._segments.sync()
                 self._unsynced.clear()
@@ -108,7 +109,8 @@ class ChainedAuditLog:
             on_failure.pop_all()
         if end.torn_bytes:
             _log.warning(
-                "audit: cut %d bytes of a torn write off the log; they were never acknowledged",
+                "audit: cut %d bytes off the log, of records that were not on disk yet; they lie"
+                " beside it",
                 end.torn_bytes,
             )
         self._syncer = threading.Thread(

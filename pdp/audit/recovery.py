@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from pdp.audit.chain import BrokenRecordError, Link, Problem, check_follows, read_link
+from pdp.audit.chain import (
+    MAX_LINE_BYTES,
+    START,
+    BrokenRecordError,
+    Link,
+    Problem,
+    check_follows,
+    read_link,
+)
 from pdp.audit.record import AuditError
 from pdp.audit.segments import Segment, end_of_last_line, list_segments
 from pdp.private_files import sync_directory
@@ -75,7 +83,9 @@ def _read_end(segment: Segment) -> tuple[int, Link | None, int]:
     """
     with segment.path.open("rb") as file:
         file_size = file.seek(0, os.SEEK_END)
-        whole = end_of_last_line(segment.path, _find_hole(file, file_size))
+        hole = _find_hole(file, file_size)
+        _check_unsynced(segment, file, hole)
+        whole = end_of_last_line(segment.path, hole)
         start = max(0, whole - CHECKED_BYTES)
         file.seek(start)
         lines = file.read(whole - start).splitlines(keepends=True)
@@ -112,6 +122,20 @@ def _find_hole(file: BinaryIO, size: int) -> int:
         if found >= 0:
             return offset + found
     return size
+
+
+def _check_unsynced(segment: Segment, file: BinaryIO, hole: int) -> None:
+    """Check that what follows the hole may not have been synced. An epoch begins after all
+    before it was, so zeros there are no loss of power. Raises AuditError.
+    """
+    file.seek(hole)
+    while line := file.readline(MAX_LINE_BYTES):
+        try:
+            link = read_link(line[:-1])
+        except BrokenRecordError:
+            continue
+        if link.type == START:
+            raise _broken(segment, f"before record {link.sequence} stand zeros")
 
 
 def _cut(path: Path, size: int, *, epoch: int) -> None:

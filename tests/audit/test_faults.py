@@ -102,6 +102,23 @@ def test_records_after_a_page_that_never_reached_the_disk_are_cut_off_with_it(
     assert torn == written[whole:lost_at] + bytes(hole) + written[lost_at + hole :]
 
 
+def test_zeros_before_the_start_of_a_later_epoch_are_no_loss_of_power(
+    directory: Path, record: MakeRecord, write_log: WriteLog, open_log: OpenLog
+) -> None:
+    write_log(directory, [record(request_id=f"r{number}") for number in range(5)])
+    write_log(directory, [record(request_id="later")])
+    segment = directory / FIRST_SEGMENT
+    written = segment.read_bytes()
+    damaged = written.replace(b'"r2"', b'"\x002"')
+    segment.write_bytes(damaged)
+
+    with pytest.raises(AuditError, match="is broken: before record 8 stand zeros"):
+        open_log(directory)
+
+    assert segment.read_bytes() == damaged
+    assert names_in(directory) == [FIRST_SEGMENT]
+
+
 def test_a_log_whose_first_record_was_torn_begins_anew(directory: Path, open_log: OpenLog) -> None:
     directory.mkdir()
     (directory / FIRST_SEGMENT).write_bytes(b'{"action":"audit.st')

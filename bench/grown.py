@@ -29,6 +29,11 @@ def tenant(number: int) -> str:
     return f"tenant_{number:06}"
 
 
+def blocked_order(number: int) -> str:
+    """Which order the rule of that number forbids."""
+    return f"{900_000_000_000 + number}"
+
+
 def write_bundle(
     file: Path,
     *,
@@ -41,8 +46,8 @@ def write_bundle(
     """A bundle in ``file``.
 
     ``tools`` are all on each tenant's allowlist; the first two are ours to call. Each of
-    ``rules`` is one more in Rego that is asked before a call is allowed, about a tool of its
-    own, as a policy has that grew over years; the bundle is built anew then, which needs opa.
+    ``rules`` is one more in Rego that is asked before a call is allowed, and forbids one order;
+    the bundle is built anew then, which needs opa.
     With ``reusable_reads`` one permit is good for a thousand reads. ``longest_text`` lets
     the read take a text of so many characters.
     """
@@ -92,8 +97,8 @@ def _built_with(rules: int) -> dict[str, bytes]:
     files["pdp/authz/authz.rego"] = authz.replace(_LAST_RUNG, _LONGER)
     texts = [
         f'blocked contains "rule_{number}" if {{\n'
-        f'\tinput.action.name == "tool_{number:04}"\n'
-        f"\tinput.action.properties.arguments.amount > {number}\n}}\n"
+        f'\tinput.action.name in {{"{READ}", "{WRITE}"}}\n'
+        f'\tinput.action.properties.arguments.order_id == "{blocked_order(number)}"\n}}\n'
         for number in range(rules)
     ]
     files["pdp/grown/grown.rego"] = ("package pdp.grown\n\n" + "\n".join(texts)).encode()

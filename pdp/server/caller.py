@@ -15,6 +15,12 @@ from pdp.identity.resolver import Credentials, Peer
 from pdp.server import wire
 
 _SERVER_NAME: Final = "ssl_requested_server_name"
+_MALFORMED: Final = (
+    ValueError,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
 
 
 class Context(Protocol):
@@ -79,7 +85,7 @@ def _names_in(der: bytes) -> tuple[tuple[str, ...], tuple[str, ...]]:
             tuple(names.get_values_for_type(x509.UniformResourceIdentifier)),
             tuple(names.get_values_for_type(x509.DNSName)),
         )
-    except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+    except _MALFORMED:
         return (), ()
 
 

@@ -77,5 +77,7 @@ def call(name: str, arguments: Sequence[bytes], evaluation: Evaluation) -> bytes
         return dump(builtin(*map(parse, arguments)))
     except UndefinedError:
         return None
+    except UnicodeEncodeError:
+        raise BuiltinError(f"{name} was given a string that is not UTF-8") from None
     except (RecursionError, MemoryError):
         raise BuiltinError(f"{name} was asked for more than the host gives") from None

@@ -29,6 +29,8 @@ LONGEST_PAUSE_SECONDS: Final = 2.0
 every sidecar at the same moment."""
 STALE_SECONDS: Final = 10.0
 """For how long what was read last counts where the store can not be read."""
+PATIENCE_SECONDS: Final = 2.0
+"""How long a look may take before the store counts as one that can not be read."""
 
 _log: Final = logging.getLogger(__name__)
 
@@ -160,6 +162,7 @@ class Revocations:
 
     async def look(self, heard: Heard | None = None) -> None:
         """Take up what the store says, if it has changed. Raises RevocationError."""
+        began_at = self._monotonic()
         version = await self._store.version()
         if version != self._version:
             before, self._known = self._known, await self._store.read()
@@ -173,7 +176,7 @@ class Revocations:
                     await heard(before[target], False)
                 for revocation in revoked:
                     await heard(revocation, True)
-        self._seen_at = self._monotonic()
+        self._seen_at = began_at
         if self._failing:
             _log.warning("revocations can be read again")
         self._failing = False
@@ -184,17 +187,31 @@ class Revocations:
 
     async def keep_looking(self, heard: Heard | None = None) -> None:
         """Look twice a second, and less often while the store can not be read."""
-        while True:
-            await asyncio.sleep(self._pause())
-            try:
-                await self.look(heard)
-            except Exception as error:  # noqa: BLE001 - whatever it is, they grow stale
-                if not self._failing:
-                    told = error.message if isinstance(error, PdpError) else type(error).__name__
-                    _log.error("revocations can not be read: %s", told)
-                self._failing = True
-                if self._stale:
-                    self.tell()  # nobody is known not to be revoked
+        looking: asyncio.Task[None] | None = None
+        try:
+            while True:
+                await asyncio.sleep(self._pause())
+                # A read that hangs may hold a thread: there is one at most.
+                looking = looking or asyncio.create_task(self.look(heard))
+                await asyncio.wait((looking,), timeout=PATIENCE_SECONDS)
+                if not looking.done():
+                    self._fail("the store takes too long")
+                    continue
+                error, looking = looking.exception(), None
+                if error is not None:  # whatever it is, they grow stale
+                    self._fail(
+                        error.message if isinstance(error, PdpError) else type(error).__name__
+                    )
+        finally:
+            if looking is not None:
+                looking.cancel()
+
+    def _fail(self, told: str) -> None:
+        if not self._failing:
+            _log.error("revocations can not be read: %s", told)
+        self._failing = True
+        if self._stale:
+            self.tell()  # nobody is known not to be revoked
 
     def tell(self) -> None:
         """Have whoever waits look again who may still act."""

@@ -94,3 +94,41 @@ def test_that_it_can_not_be_told_any_more_who_is_revoked_is_told(tmp_path: Path)
         looking.cancel()
 
     asyncio.run(run())
+
+
+class Stuck(RevocationFile):
+    """A store on a disk that hangs, and comes back."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.asked = 0
+        self.comes_back = asyncio.Event()
+
+    async def version(self) -> str:
+        self.asked += 1
+        await self.comes_back.wait()
+        return await super().version()
+
+
+def test_a_store_that_never_answers_is_asked_once_and_is_one_that_can_not_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pdp.revocation.revocations.PATIENCE_SECONDS", 0.05)
+
+    async def run() -> None:
+        store = Stuck(tmp_path / "revocations.json")
+        revocations = Revocations(store, stale_seconds=0)
+        looking = asyncio.create_task(revocations.keep_looking())
+        for _ in range(2):
+            await revocations.changed_from(revocations.generation)
+            with pytest.raises(RevocationError):
+                revocations.find(tenant="acme", actor="alice")
+        assert store.asked == 1
+        await store.add(ALICE)
+        store.comes_back.set()
+        while revocations._failing:
+            await revocations.changed_from(revocations.generation)
+        assert revocations.find(tenant="acme", actor="alice") == ALICE
+        looking.cancel()
+
+    asyncio.run(run())

@@ -94,7 +94,7 @@ chart: .venv/dev ## Generate the schema of the chart's values
 lock: .venv/dev ## Pin every dependency with its hashes
 	scripts/lock.sh
 
-bench: .venv/dev $(OPA) $(REDIS) .tools/cerbos .tools/peers ## Measure beside the peers, and write docs/benchmarks.md anew (15 minutes, on a quiet machine)
+bench: .venv/dev $(OPA) $(REDIS) .tools/cerbos .tools/peers ## Measure beside the peers, and write docs/benchmarks.md anew (half an hour, on a quiet machine)
 	@mkdir -p dist
 	$(PY) -m bench.peers --out docs/benchmarks/peers.json
 	$(PY) bench/bench_footprint.py --output json >dist/footprint.json

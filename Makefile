@@ -21,7 +21,8 @@ test: .venv/dev $(OPA) .tools/regal .tools/opa-cases .tools/jose $(REDIS) ## Set
 	@.venv/bin/pytest -m "not slow and not kubernetes" $(WORKERS) --cov --cov-report=term
 
 test-slow: .venv/dev $(OPA) .tools/opa-cases .tools/crane .tools/toxiproxy-server $(REDIS) ## The suites that take longer: kill loops, long property tests
-	@.venv/bin/pytest -m slow $(WORKERS)
+	@.venv/bin/pytest -m "slow and not alone" $(WORKERS)
+	@.venv/bin/pytest -m alone
 
 KUBERNETES := .tools/helm .tools/kubectl .tools/kube-apiserver .tools/etcd .tools/podmonitors.yaml
 test-kubernetes: .venv/dev $(OPA) $(KUBERNETES) image ## Image and chart at a real API server (which takes minutes to build, once); as root

@@ -60,6 +60,7 @@ def check_recovered(usual: Heard, after: Heard) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_ten_times_the_rate_of_all_tenants_is_served_at_that_rate(
     tmp_path: Path, bundle: Path
 ) -> None:
@@ -87,6 +88,7 @@ def test_ten_times_the_rate_of_all_tenants_is_served_at_that_rate(
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_ten_times_the_callers_that_there_are_places_for_do_not_bring_it_down(
     tmp_path: Path, bundle: Path
 ) -> None:

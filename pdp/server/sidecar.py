@@ -35,7 +35,7 @@ from pdp.budget.ledger import Ledger
 from pdp.budget.sqlite import SqliteLedger
 from pdp.canonical import JsonObject
 from pdp.config import Config
-from pdp.free_memory import give_back_memory
+from pdp.free_memory import give_back_memory, keep_giving_back_memory
 from pdp.off_loop import DiskThread
 from pdp.permit.issuer import PermitIssuer
 from pdp.permit.ring import LiveKeys
@@ -291,7 +291,7 @@ async def serve(config: Config, *, loaded: Future[Loaded], started: Callable[[st
         await readiness.look()
         looking = asyncio.create_task(readiness.keep_looking())
         stack.callback(looking.cancel)
-        _leave_to_refcounts()
+        _keep_memory_low(stack)
         for server in servers:
             await server.start()
             stack.push_async_callback(server.stop, None)
@@ -358,8 +358,10 @@ def _add_services(
     )
 
 
-def _leave_to_refcounts() -> None:
-    """Collect garbage less often, and never in what is there from the start: a look
+def _keep_memory_low(stack: contextlib.AsyncExitStack) -> None:
+    """Give back what the start took and, from now on, what calls take.
+
+    Collect garbage less often, and never in what is there from the start: a look
     through all of it stops every call for 50 to 100 ms, and took place every few
     seconds under load. What a call leaves in cycles is young, and is still found.
 
@@ -370,6 +372,7 @@ def _leave_to_refcounts() -> None:
     gc.set_threshold(*_GC_THRESHOLDS)
     gc.enable()
     give_back_memory()
+    stack.callback(asyncio.create_task(keep_giving_back_memory()).cancel)
 
 
 _GC_THRESHOLDS: Final = (5_000, 10, 20)

@@ -108,7 +108,7 @@ class WasmEvaluator:
             encoded = _ENCODER.encode(document).encode()
             if len(encoded) > MAX_DOCUMENT_BYTES:
                 raise RunError("the question is larger than it may be")
-            results = self._results(entrypoint, encoded)
+            values = self._values(entrypoint, encoded)
         except DeadlineError:
             raise _too_slow() from None
         except RunError as error:
@@ -116,9 +116,9 @@ class WasmEvaluator:
         except Exception as error:  # noqa: BLE001 - whatever it is, it is a denial
             # The error's text may quote what the policy was asked; it stays here.
             raise _failed() from RunError(type(error).__name__)
-        if not results:
+        if not values:
             raise PolicyError(ReasonCode.POLICY_UNDEFINED, "The policy gives no answer.")
-        return results[0]["result"]
+        return values[0]
 
     def set_data(self, data: bytes) -> None:
         """Evaluate with another data document. Raises BundleError."""
@@ -162,7 +162,7 @@ class WasmEvaluator:
     ) -> None:
         self.close()
 
-    def _results(self, entrypoint: str, document: bytes) -> list[dict[str, JsonValue]]:
+    def _values(self, entrypoint: str, document: bytes) -> list[JsonValue]:
         """At most one; none where the rule is not there, or has no value."""
         instance = self._loaded()
         number = instance.entrypoints.get(entrypoint)
@@ -175,8 +175,7 @@ class WasmEvaluator:
             # Whatever it was has left the memory in any state.
             self.close()
             raise
-        results: list[dict[str, JsonValue]] = _DECODER.decode(said.decode())
-        return results
+        return [result["result"] for result in _DECODER.decode(said.decode())]
 
     def _lend(self) -> Callable[[str, Sequence[bytes]], bytes | None]:
         evaluation = builtins.Evaluation(now_ns=self._clock_ns())
@@ -343,6 +342,7 @@ class WasmEngine:
                 self._first_began_at = time.monotonic()
                 self._take(question, evaluator)
                 self._first_began_at = None
+                del question  # its arguments are not to stay while this thread waits
 
     def _help(self, evaluator: WasmEvaluator) -> None:
         with evaluator:
@@ -353,6 +353,7 @@ class WasmEngine:
                         self._questions.put(None)  # the first worker's
                     else:
                         self._take(question, evaluator)
+                    del question
 
     def _take(self, question: _Question, evaluator: WasmEvaluator) -> None:
         steps = question.steps

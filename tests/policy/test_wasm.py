@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import subprocess
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ import wasmtime
 
 from pdp.canonical import MAX_DEPTH, MAX_SAFE_INTEGER, JsonObject, JsonValue
 from pdp.policy import wasm
-from pdp.policy.abi import EPOCHS, Program
+from pdp.policy.abi import EPOCHS, Instance, Program
 from pdp.policy.bundle import Bundle, load_bundle
 from pdp.policy.engine import BundleError, Entrypoint, PolicyEngine, PolicyError
 from pdp.policy.wasm import MAX_WAITING_PER_WORKER, WasmEngine, WasmEvaluator, compile_wasm
@@ -286,16 +288,15 @@ def test_a_worker_outlives_whatever_fails_while_it_recovers(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = started(bundle, deadline_ms=50, workers=1)
-    load = wasm.Instance
 
-    def fail(*_: object, **__: object) -> wasm.Instance:
+    def fail(*_: object, **__: object) -> Instance:
         raise MemoryError
 
     async def use() -> None:
         monkeypatch.setattr(wasm, "Instance", fail)
         assert await reason_of(ask(engine, "runaway")) == "policy_timeout"
         assert await reason_of(ask(engine, "echo", 1)) == "policy_error"
-        monkeypatch.setattr(wasm, "Instance", load)
+        monkeypatch.setattr(wasm, "Instance", Instance)
         assert await asyncio.wait_for(ask(engine, "echo", 2), 5) == 2
 
     run(engine, use)
@@ -439,6 +440,37 @@ def test_steps_go_on_where_the_policy_was_evaluated(bundle: Bundle) -> None:
         with pytest.raises(RuntimeError, match="off it"):
             await engine.walk(wait)
         assert await ask(engine, "echo", 3) == 3
+
+    run(engine, use)
+
+
+@pytest.mark.parametrize("fails", (False, True))
+def test_a_worker_keeps_nothing_of_what_it_was_asked(bundle: Bundle, *, fails: bool) -> None:
+    class Message:
+        pass
+
+    engine = started(bundle)
+
+    async def ask_once(message: Message) -> None:
+        async def steps(_engine: PolicyEngine) -> int:
+            if fails:
+                raise KeyError(id(message))
+            return id(message)
+
+        with pytest.raises(KeyError) if fails else contextlib.nullcontext():
+            await engine.walk(steps)
+
+    async def use() -> None:
+        message = Message()
+        kept = weakref.ref(message)
+        await ask_once(message)
+        del message
+        for _ in range(100):  # the worker answers just before it lets go
+            gc.collect()
+            if kept() is None:
+                break
+            await asyncio.sleep(0.05)
+        assert kept() is None
 
     run(engine, use)
 

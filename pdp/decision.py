@@ -28,7 +28,7 @@ from pdp.identity.resolver import Credentials, IdentityError
 from pdp.identity.subject import Subject
 from pdp.narrowing import NotDelegated, check_delegated, limits_within
 from pdp.permit.claims import Permit, PermitError
-from pdp.policy.engine import Entrypoint, PolicyEngine, PolicyError, WalkedEngine
+from pdp.policy.engine import Entrypoint, PolicyEngine, PolicyError
 from pdp.policy.question import authorize_input
 from pdp.policy.verdict import Verdict, parse_verdict
 from pdp.reason import ReasonCode
@@ -216,10 +216,7 @@ async def _decide(rooms: Rooms, subject: Subject, asked: Asked, watch: StepWatch
         check_delegated(subject, tool=question.tool, arguments=question.arguments)
         with rooms.policy.pin() as policy:
             revision = policy.revision
-            if rooms.may_leave_loop and isinstance(policy, WalkedEngine):
-                outcome = await policy.walk(with_policy)
-            else:
-                outcome = await with_policy(policy)
+            outcome = await rooms.with_policy(policy, with_policy)
     except _REFUSALS as error:
         outcome = await recorded(error, revision)
 

@@ -22,7 +22,7 @@ from pdp.off_loop import DiskThread
 from pdp.permit.issuer import PermitIssuer
 from pdp.permit.uses import UsedPermits
 from pdp.permit.verifier import PermitVerifier
-from pdp.policy.engine import ActivePolicy, Entrypoint, PolicyEngine
+from pdp.policy.engine import ActivePolicy, Entrypoint, PolicyEngine, WalkedEngine
 from pdp.policy.verdict import parse_limits
 from pdp.reason import ReasonCode
 from pdp.revocation.revocations import Kind, RevocationError, Revocations
@@ -77,10 +77,15 @@ class Rooms:
     """Unix seconds."""
     new_id: Callable[[], str] = lambda: str(uuid.uuid4())
 
-    @property
-    def may_leave_loop(self) -> bool:
-        """Whether what follows the policy's answer may be done on the policy's thread."""
-        return self.disk is not None
+    async def with_policy(
+        self, policy: PolicyEngine, steps: Callable[[PolicyEngine], Coroutine[Any, Any, _T]]
+    ) -> _T:
+        """Do steps that ask the policy, on the policy's thread where they may leave the
+        event loop. Raises what they raise, and PolicyError.
+        """
+        if self.disk is not None and isinstance(policy, WalkedEngine):
+            return await policy.walk(steps)
+        return await steps(policy)
 
     async def off_loop(self, steps: Coroutine[Any, Any, _T]) -> _T:
         """Do steps that need no policy, off the event loop where they may leave it."""

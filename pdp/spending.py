@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Final
 
 from pdp.admission import Lane
 from pdp.audit.record import AuditReceipt, AuditRecord, Outcome
@@ -263,71 +264,106 @@ async def _spend_as(
     post: _Post,
     hold_id: str,
 ) -> Spent:
-    decision_id, revision = rooms.new_id(), rooms.policy.revision
-    charges: tuple[Charge, ...] = spend.charges
-    pricing: JsonObject = {}
-    result: Receipt | None = None
-    failure: PdpError | None = None
+    attempt = _Attempt(rooms.new_id(), rooms.policy.revision, spend.charges)
+
+    async def with_policy(policy: PolicyEngine) -> Spent | _Refusal:
+        try:
+            document = _document(
+                rooms,
+                subject,
+                operation,
+                charges=spend.charges,
+                usage=spend.usage,
+                tool=spend.tool,
+                request_id=spend.idempotency_key,
+            )
+            ruling = await _rule(policy, document, spend, operation)
+            attempt.charges, attempt.pricing = ruling.charges, ruling.pricing
+            key = IdempotencyKey(
+                operation=operation,
+                key=spend.idempotency_key,
+                content_sha256=sha256_hex(_content(subject, spend, hold_id)),
+                note=json.dumps([attempt.decision_id, attempt.policy_revision, ruling.pricing]),
+            )
+            account = isolate(subject, tool=spend.tool)
+            result = await post(account, key, _within(rooms, subject, account, ruling))
+            attempt.posted(result)
+        except _REFUSALS as error:
+            return await recorded(error)
+        return await recorded(None)
+
+    async def recorded(failure: _Refusal | None) -> Spent | _Refusal:
+        result = attempt.result
+        receipt = await rooms.audit.append(
+            AuditRecord(
+                type="budget",
+                tenant_id=subject.tenant,
+                actor_id=subject.actor,
+                identity=identity_json(subject),
+                action=f"budget.{operation}",
+                outcome=outcome if failure is None else Outcome.DENIED,
+                reason_code=ReasonCode.OK if failure is None else failure.reason_code,
+                decision_id=attempt.decision_id,
+                request_id=spend.idempotency_key,
+                trace_id=spend.trace_id,
+                policy_revision=attempt.policy_revision,
+                hold_id=hold_id or (result.id if result else "") or None,
+                charges=charges_json(attempt.charges) or None,
+                limit_id=result.refused_by.limit.id if result and result.refused_by else None,
+                detail=_detail(spend, attempt.pricing, result) or None,
+                replayed=(result.replayed or None) if result else None,
+            )
+        )
+        if failure is not None:
+            return failure.with_traceback(None)  # which knows this frame: see decision
+        assert result is not None  # noqa: S101 - no failure means a result
+        return Spent(
+            result=result,
+            receipt=receipt,
+            decision_id=attempt.decision_id,
+            policy_revision=attempt.policy_revision,
+        )
+
     try:
         _check_delegated(subject, spend, operation)
-        document = _document(
-            rooms,
-            subject,
-            operation,
-            charges=charges,
-            usage=spend.usage,
-            tool=spend.tool,
-            request_id=spend.idempotency_key,
-        )
         with rooms.policy.pin() as policy:
-            revision = policy.revision
-            ruling = await _rule(policy, document, spend, operation)
-        charges, pricing = ruling.charges, ruling.pricing
-        key = IdempotencyKey(
-            operation=operation,
-            key=spend.idempotency_key,
-            content_sha256=sha256_hex(_content(subject, spend, hold_id)),
-            note=json.dumps([decision_id, revision, pricing]),
-        )
-        account = isolate(subject, tool=spend.tool)
-        result = await post(account, key, _within(rooms, subject, account, ruling))
-        decision_id, revision, pricing = json.loads(result.note)
-        charges = result.charges or charges
+            attempt.policy_revision = policy.revision
+            spent = await rooms.with_policy(policy, with_policy)
+    except (NotDelegated, PolicyError) as error:
+        spent = await recorded(error)
+    try:
+        if isinstance(spent, Spent):
+            return spent
+        raise spent
+    finally:
+        del spent
+
+
+_Refusal = NotDelegated | PolicyError | LedgerError | SpendingError
+_REFUSALS: Final = (NotDelegated, PolicyError, LedgerError, SpendingError)
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """How far a spend has come."""
+
+    decision_id: str
+    policy_revision: str
+    charges: tuple[Charge, ...]
+    pricing: JsonObject = field(default_factory=dict)
+    result: Receipt | None = None
+
+    def posted(self, result: Receipt) -> None:
+        """The ledger has answered. Raises SpendingError where a limit refused."""
+        self.result = result
+        self.decision_id, self.policy_revision, self.pricing = json.loads(result.note)
+        self.charges = result.charges or self.charges
         if result.refused_by is not None:
             raise SpendingError(
                 refusal_code(result.refused_by),
                 refused_by=result.refused_by,
                 retry_after_seconds=result.retry_after_seconds,
             )
-    except (NotDelegated, PolicyError, LedgerError, SpendingError) as error:
-        failure = error
-    receipt = await rooms.audit.append(
-        AuditRecord(
-            type="budget",
-            tenant_id=subject.tenant,
-            actor_id=subject.actor,
-            identity=identity_json(subject),
-            action=f"budget.{operation}",
-            outcome=outcome if failure is None else Outcome.DENIED,
-            reason_code=ReasonCode.OK if failure is None else failure.reason_code,
-            decision_id=decision_id,
-            request_id=spend.idempotency_key,
-            trace_id=spend.trace_id,
-            policy_revision=revision,
-            hold_id=hold_id or (result.id if result else "") or None,
-            charges=charges_json(charges) or None,
-            limit_id=result.refused_by.limit.id if result and result.refused_by else None,
-            detail=_detail(spend, pricing, result) or None,
-            replayed=(result.replayed or None) if result else None,
-        )
-    )
-    if failure is not None:
-        try:
-            raise failure
-        finally:
-            del failure  # whose traceback knows this frame: see decision
-    assert result is not None  # noqa: S101 - no failure means a result
-    return Spent(result=result, receipt=receipt, decision_id=decision_id, policy_revision=revision)
 
 
 async def _rule(
@@ -488,7 +524,8 @@ async def _end(
         request_id=end.idempotency_key,
         trace_id=end.trace_id,
     ):
-        return await _end_as(rooms, subject, end, operation, outcome, post)
+        steps = _end_as(rooms, subject, end, operation, outcome, post)
+        return await (steps if end.quantities else rooms.off_loop(steps))
 
 
 async def _end_as(

@@ -177,6 +177,8 @@ class Revocations:
                 for revocation in revoked:
                     await heard(revocation, True)
         self._seen_at = began_at
+        if self._monotonic() - began_at > PATIENCE_SECONDS:
+            return  # what it has read may be old by now: the next look tells
         if self._failing:
             _log.warning("revocations can be read again")
         self._failing = False

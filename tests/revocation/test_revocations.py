@@ -237,6 +237,42 @@ def test_a_store_that_fails_in_a_way_nobody_thought_of_lets_nobody_act_either(
     assert "a secret" not in caplog.text
 
 
+def test_a_look_that_took_longer_than_what_it_read_counts_lets_nobody_act(tmp_path: Path) -> None:
+    now, takes = 0.0, 0.0
+
+    class Slow(RevocationFile):
+        async def version(self) -> str:
+            nonlocal now
+            now += takes
+            if takes > 30:
+                raise RevocationError("It can not be read.")
+            return await super().version()
+
+    revocations = Revocations(
+        Slow(tmp_path / "revocations.json"), monotonic=lambda: now, draw=lambda: 0.0
+    )
+
+    async def run() -> None:
+        nonlocal takes
+        await revocations.look()
+        takes = 31.0
+        looking = asyncio.create_task(revocations.keep_looking())
+        for _ in range(500):
+            if revocations._failing:
+                break
+            await asyncio.sleep(0.01)
+        looking.cancel()
+        takes = 11.0
+        await revocations.look()
+        with pytest.raises(RevocationError):
+            revocations.find(tenant="acme", actor="alice")
+        takes = 0.0
+        await revocations.look()
+        assert revocations.find(tenant="acme", actor="alice") is None
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(
     "text",
     (

@@ -323,13 +323,16 @@ def judge(
         say(f"attempt {len(attempts)}: worse in {', '.join(failed)}; once more")
 
 
-def recording(attempts: Sequence[Ratios]) -> dict[str, Any]:
-    """What is written down: of each ratio the median, and how far attempts lay apart."""
+def recording(attempts: Sequence[Ratios], *, load_average: float) -> dict[str, Any]:
+    """What is written down: of each ratio the median, and how far attempts lay apart; and
+    how busy the machine was before.
+    """
     ratios = {name: [each[name] for each in attempts] for name in attempts[0]}
     return {
         "measured_on": dt.datetime.now(dt.UTC).date().isoformat(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()},"
         f" Python {platform.python_version()}",
+        "load_average": round(load_average, 2),
         "attempts": len(attempts),
         "ratios": {name: round(statistics.median(each), 3) for name, each in ratios.items()},
         "lowest": {name: round(min(each), 3) for name, each in ratios.items()},
@@ -342,11 +345,14 @@ def _say(line: str) -> None:
 
 
 def _record(file: Path) -> None:
-    attempts = []
+    load_average, attempts = os.getloadavg()[0], []
     for number in range(RECORDING):
         attempts.append(measure(USUAL))
         _say(f"attempt {number + 1} of {RECORDING}")
-    file.write_text(json.dumps(recording(attempts), indent=2) + "\n", encoding="utf-8")
+    file.write_text(
+        json.dumps(recording(attempts, load_average=load_average), indent=2) + "\n",
+        encoding="utf-8",
+    )
     _say(f"written to {file}")
 
 
@@ -370,6 +376,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _record(chosen.recorded)
         return 0
     recorded = json.loads(chosen.recorded.read_text("utf-8"))["ratios"]
+    _say(f"the load average is {os.getloadavg()[0]:.1f} before: ratios are for a quiet machine")
     found, failed = judge(recorded, lambda: measure(USUAL), _say)
     if chosen.output == "json":
         print(json.dumps({"ratios": found, "recorded": recorded, "worse": failed}, indent=2))

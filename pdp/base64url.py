@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import binascii
+from typing import Final
+
+_TO_URL: Final = bytes.maketrans(b"+/", b"-_")
+_FROM_URL: Final = bytes.maketrans(b"-_", b"+/")
 
 
 def encode(data: bytes) -> str:
     """The text of these bytes."""
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
+    text = binascii.b2a_base64(data, newline=False).rstrip(b"=")
+    return text.translate(_TO_URL).decode("ascii")
 
 
 def decode(text: str) -> bytes:
@@ -17,9 +21,10 @@ def decode(text: str) -> bytes:
     Padding, other alphabets and stray bits are refused, so that a signed token
     can not be rewritten into another text that still verifies.
     """
+    padded = text + "=" * (-len(text) % 4)
     try:
-        data = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
-    except (binascii.Error, ValueError):
+        data = binascii.a2b_base64(padded.encode("ascii").translate(_FROM_URL), strict_mode=True)
+    except ValueError:
         raise ValueError("is not base64url") from None
     if encode(data) != text:
         raise ValueError("is not base64url")

@@ -57,13 +57,7 @@ def verify(
     segments = token.split(".")
     if len(segments) != 3:  # noqa: PLR2004 - RFC 7515 7.1
         raise JwsError("is not a compact JWS")
-    header = _object(segments[0])
-    if header.keys() != {"alg", "kid", "typ"}:
-        raise JwsError("has other header members than alg, kid and typ")
-    if header["alg"] != ALGORITHM or header["typ"] != kind:
-        raise JwsError(f"is not of algorithm {ALGORITHM} and type {kind}")
-    kid = header["kid"]
-    key = find_key(kid) if isinstance(kid, str) else None
+    key = find_key(_kid(segments[0], kind))
     if key is None:
         raise JwsError("is signed by an unknown key")
     try:
@@ -71,6 +65,20 @@ def verify(
     except (InvalidSignature, ValueError):
         raise JwsError("has a wrong signature") from None
     return _object(segments[1])
+
+
+@functools.lru_cache(maxsize=16)
+def _kid(header: str, kind: str) -> str:
+    """The key id in a header segment in which nothing else is chosen. Raises JwsError."""
+    members = _object(header)
+    if members.keys() != {"alg", "kid", "typ"}:
+        raise JwsError("has other header members than alg, kid and typ")
+    if members["alg"] != ALGORITHM or members["typ"] != kind:
+        raise JwsError(f"is not of algorithm {ALGORITHM} and type {kind}")
+    kid = members["kid"]
+    if not isinstance(kid, str):
+        raise JwsError("is signed by an unknown key")
+    return kid
 
 
 def key_id(token: str) -> str:

@@ -740,7 +740,8 @@ class Policy(_Section):
     evaluation_timeout_ms: Annotated[int, Field(ge=10, le=10_000)] = 200
     """Longest time for one evaluation; past it the answer is a denial."""
     workers: Annotated[int, Field(ge=1, le=64)] = 2
-    """Evaluations that run at the same time."""
+    """Evaluations that run at the same time at most. The first worker takes all that comes;
+    the others help while one question keeps it for more than 5 ms."""
     max_memory_mib: Annotated[int, Field(ge=8, le=4_096)] = 512
     """Most memory of one worker: the bundle's data and what an evaluation needs. It is
     a bound, not a reservation; the default has room for some 10,000 tenants."""

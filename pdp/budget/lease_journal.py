@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar
 
 import apsw
 
+from pdp.budget.bounds import check_account, check_charges, check_limits
 from pdp.budget.ledger import Account, Charge, LedgerError, Limit
 from pdp.budget.receipt_json import limit_from_json, limit_to_json
 from pdp.reason import ReasonCode
@@ -201,7 +202,14 @@ class LeaseJournal:
             # What is inserted is one of this module's own clauses.
             return db.execute(f"SELECT {_COLUMNS} FROM lease {where}", values).fetchall()  # noqa: S608 - our own names
 
-        return [_record(row) for row in await self._run(operation)]
+        rows = await self._run(operation)
+        try:
+            return [_record(row) for row in rows]
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
+            raise LedgerError(
+                ReasonCode.BUDGET_UNAVAILABLE,
+                "A lease in lease-journal.db can not be read: restore the file.",
+            ) from None
 
     async def _execute(self, statement: str, values: tuple[str | int, ...]) -> None:
         def operation(db: apsw.Connection) -> None:
@@ -217,16 +225,24 @@ class LeaseJournal:
 
 
 def _record(row: tuple[Any, ...]) -> LeaseRecord:
+    """Raises ValueError and others for what this module has not written."""
     name, account, charge, limits, ttl, asked_at, hold_id, is_over, reported, reports, report = row
+    lent_to = Account(**json.loads(account))
+    check_account(lent_to)
+    drawn = Charge(*json.loads(charge))
+    check_charges([drawn], least=1)
+    counted_under = tuple(limit_from_json(each) for each in json.loads(limits))
+    check_limits(counted_under)
     unsent = None
     if report is not None:
         kind, amount, is_final = json.loads(report)
-        unsent = Report(ReportKind(kind), amount, is_final)
+        unsent = Report(ReportKind(kind), amount, bool(is_final))
+        check_charges([replace(drawn, amount=amount)], least=0)
     return LeaseRecord(
         name=name,
-        account=Account(**json.loads(account)),
-        charge=Charge(*json.loads(charge)),
-        limits=tuple(limit_from_json(each) for each in json.loads(limits)),
+        account=lent_to,
+        charge=drawn,
+        limits=counted_under,
         ttl_seconds=ttl,
         asked_at=asked_at,
         hold_id=hold_id,

@@ -636,9 +636,14 @@ async def open_leased(
     except StorageError:
         await local.close()
         raise
-    return await LeasedLedger.open(
-        shared=shared, local=local, journal=journal, terms=terms, holder=holder
-    )
+    try:
+        return await LeasedLedger.open(
+            shared=shared, local=local, journal=journal, terms=terms, holder=holder
+        )
+    except LedgerError as error:
+        await journal.close()
+        await local.close()
+        raise StorageError(error.message) from error
 
 
 def _is_exact(first: Receipt) -> bool:

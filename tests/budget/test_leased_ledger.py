@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import apsw
 import pytest
 
 from pdp.budget.lease_pool import LeaseTerms
+from pdp.budget.leased_ledger import open_leased
 from pdp.budget.ledger import LedgerError, Limit, OnExpiry, Warned, Window
 from pdp.budget.local_ledger import is_local
 from pdp.config import OnOutage
+from pdp.storage import Durability, StorageError
 from tests.budget.leasing import Town
 from tests.budget.teller import ALICE, BOB, MALLORY, OTHER, calls, limit, money, rate
 
@@ -575,3 +579,20 @@ def test_old_leases_are_forgotten(town: Town) -> None:
     one.tend()
     assert town.do(one.journal.asked_before(int(town.now), 10)) == []
     assert town.do(one.local.accounts("acme", most=10)) == ()
+
+
+def test_a_journal_that_can_not_be_read_keeps_the_ledger_closed(town: Town) -> None:
+    one = town.sidecar()
+    one.warm_up(MANY)
+    town.do(one.journal.close())
+    town.do(one.local.close())
+    with contextlib.closing(apsw.Connection(str(one.folder / "lease-journal.db"))) as journal:
+        journal.execute("UPDATE lease SET charge = '[]'")
+    opened = open_leased(
+        town.shared, one.folder, durability=Durability.PROCESS, terms=one.terms, holder="again"
+    )
+    with pytest.raises(StorageError, match="A lease in lease-journal"):
+        town.do(opened)
+    one.folder = one.folder.with_name("another")
+    one.folder.mkdir()
+    one.open()

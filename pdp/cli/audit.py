@@ -269,8 +269,9 @@ def _report_lines(report: VerifyReport) -> Iterator[str]:
         yield "receipt: its record is there"
     if report.torn_bytes:
         yield (
-            f"torn tail: {report.torn_bytes} bytes of a write that did not end. They were never"
-            " acknowledged; the next start of the sidecar cuts them off and keeps them."
+            f"torn tail: {report.torn_bytes} bytes of a write that did not end, never"
+            " acknowledged unless power was lost under durability process; the next start of the"
+            " sidecar cuts them off and keeps them."
         )
     yield (
         "closed: the last epoch ended cleanly"

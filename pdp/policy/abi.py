@@ -6,6 +6,7 @@ https://www.openpolicyagent.org/docs/wasm says what the exports and imports do.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import json
 import math
@@ -393,7 +394,7 @@ class Image:
         self.heap = heap
         """Where what is above them begins."""
         try:
-            self._file = os.memfd_create("policy", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            self._file = _memory_file()
             weakref.finalize(self, os.close, self._file)
             for start in range(0, size, _COPIED_BYTES):
                 length = min(_COPIED_BYTES, size - start)
@@ -412,6 +413,21 @@ class Image:
             raise RunError(_STARVED)
 
 
+def _memory_file() -> int:
+    """A file that lies in memory, and is no program to a machine that asks for that
+    (vm.memfd_noexec). Raises OSError.
+    """
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        return os.memfd_create("policy", flags | _MFD_NOEXEC_SEAL)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.memfd_create("policy", flags)
+
+
+_MFD_NOEXEC_SEAL: Final = 0x8
+"""Of Linux 6.3 and later; Python does not name it."""
 _COPIED_BYTES: Final = 16 * _PAGE_BYTES
 """At a time: what is there twice meanwhile."""
 _SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL

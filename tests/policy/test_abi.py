@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import threading
@@ -417,6 +418,30 @@ def test_an_image_is_bound_by_the_memory_of_the_instance(
     image = Instance(roomy_program, data=roomy.data, memory_max_bytes=512 * MIB).into_image()
     with pytest.raises(RunError, match="more memory"):
         Instance(roomy_program, data=image, memory_max_bytes=8 * MIB)
+
+
+@pytest.mark.parametrize("knows", (True, False))
+def test_an_image_is_a_file_that_nobody_can_change_or_run(
+    policy: Bundle, monkeypatch: pytest.MonkeyPatch, *, knows: bool
+) -> None:
+    create = os.memfd_create
+
+    def create_as_the_kernel(name: str, flags: int) -> int:
+        if flags & 0x8 and not knows:
+            raise OSError(errno.EINVAL, "an older Linux")
+        return create(name, flags)
+
+    monkeypatch.setattr(os, "memfd_create", create_as_the_kernel)
+    assert policy.wasm is not None
+    instance = Instance(Program.compile(policy.wasm), data=policy.data, memory_max_bytes=512 * MIB)
+    image = instance.into_image()
+    with pytest.raises(PermissionError):
+        os.pwrite(image._file, b"x", 0)
+    with pytest.raises(PermissionError):
+        os.ftruncate(image._file, 0)
+    linux = tuple(int(part) for part in os.uname().release.split(".")[:2])
+    if knows and linux >= (6, 3):
+        assert os.fstat(image._file).st_mode & 0o111 == 0
 
 
 def test_an_image_that_nobody_needs_is_let_go_of(policy: Bundle) -> None:

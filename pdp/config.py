@@ -60,7 +60,9 @@ def _expand_user(path: Path) -> Path:
 
 def _address(value: str) -> str:
     host, separator, port = value.rpartition(":")
-    if not separator or not host or not port.isdecimal() or int(port) > 65535:  # noqa: PLR2004
+    if not separator or not port.isdecimal() or int(port) > 65535:  # noqa: PLR2004
+        host = ""
+    if not re.fullmatch(r"[^\s@/]+", host):  # no scheme, and no password either
         raise ValueError("must be HOST:PORT, for example 127.0.0.1:8443 or [::1]:8443")
     return value
 
@@ -1207,14 +1209,21 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[_Path, int]]:
         document = loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{path}:{line}: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, RecursionError):
+        raise ConfigError(f"{path}:{line}: {_problem(error)}") from None
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError):
+        # PyYAML raises AttributeError at "!!timestamp x".
         raise ConfigError(f"{path}: is not YAML") from None
     finally:
         loader.dispose()
     if not isinstance(document, dict):
         raise ConfigError(f"{path}:1: expected keys such as identity and policy at the top level")
     return document, loader.lines
+
+
+def _problem(error: yaml.MarkedYAMLError) -> str:
+    """What YAML stumbles over, without the text that stands there, which may be a secret."""
+    said, named = _YAML_NAME.subn(r"\1", error.problem or "it is not YAML")
+    return f"{said}: put a value that begins with *, & or ! in quotes" if named else said
 
 
 def _overlay(document: dict[str, Any], environment: Mapping[str, str]) -> dict[_Path, str]:
@@ -1226,7 +1235,7 @@ def _overlay(document: dict[str, Any], environment: Mapping[str, str]) -> dict[_
         path = tuple(part.lower() for part in name.removeprefix(ENVIRONMENT_PREFIX).split("__"))
         try:
             value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError):
+        except (yaml.YAMLError, ValueError, AttributeError, RecursionError):
             raise ConfigError(f"{name}: its value is not YAML") from None
         target: Any = document
         for part in path[:-1]:
@@ -1259,6 +1268,10 @@ def _explain(
         return f"{place}: {key}: unknown key{hint}"
     if fault["type"] == "missing":
         return f"{place}: {key}: is required"
+    if fault["type"] == "union_tag_invalid":
+        # pydantic's own text repeats what stands there, which may be a secret.
+        expected = fault["ctx"]
+        message = f"{expected['discriminator']} should be one of {expected['expected_tags']}"
     return f"{place}: {key}: {message[:1].lower()}{message[1:]}"
 
 
@@ -1278,6 +1291,8 @@ def _place(
     return f"{path}:1"
 
 
+_YAML_NAME: Final = re.compile(r"(alias|anchor|tag|tag handle) '.*?'(?=;|$)")
+"""Where PyYAML repeats a name out of the text: how a value reads that begins with *, & or !."""
 _WORDS_OR_SECTIONS: Final[dict[str | int, str]] = {
     "literal['embedded']": "OpaEngine",
     "literal['sqlite']": "function-after[_one_place(), RedisSettings]",

@@ -112,10 +112,7 @@ def test_what_kubernetes_sets_for_a_service_named_pdp_is_passed_over(tmp_path: P
         ),
         (
             GOOD.replace("mode: jwt", "mode: trust_me"),
-            (
-                "pdp.yaml:2: identity: input tag 'trust_me' found using 'mode' does not match any of"
-                " the expected tags: 'jwt', 'single_tenant'"
-            ),
+            "pdp.yaml:2: identity: 'mode' should be one of 'jwt', 'single_tenant'",
         ),
         (
             GOOD.replace("  bundle: /etc/pdp/bundle.tar.gz", "  {}"),
@@ -190,6 +187,8 @@ def test_what_kubernetes_sets_for_a_service_named_pdp_is_passed_over(tmp_path: P
             "state_dir: begins with the home directory",
         ),
         ("a: \0\n", "pdp.yaml: is not YAML"),
+        ("a: !!timestamp x\n", "pdp.yaml: is not YAML"),
+        ("a: !b\n", "the tag: put a value that begins with *, & or ! in quotes"),
         ("a: !!python/object:os.system {}\n", "could not determine a constructor"),
     ),
 )
@@ -218,7 +217,30 @@ def test_single_tenant_mode_is_only_for_this_machine(tmp_path: Path) -> None:
     assert "must be loopback" in fault
 
 
-@pytest.mark.parametrize("text", ("{", "2001-99-99", "[" * 2_000))
+@pytest.mark.parametrize(
+    "line",
+    (
+        "permit: {key_file: !s3cret-word}",
+        "permit: {key_file: !s3cret!word}",
+        "permit: {key_file: !<s3cret-word> x}",
+        "permit: {key_file: *s3cret-word}",
+        "permit: {key_file: &s3cret-word x, issuer: &s3cret-word y}",
+        "budget: {durability: s3cret-word}",
+        "budget: {store: s3cret-word}",
+        "budget: {store: {addresses: ['u:s3cret-word@redis.example:6379']}}",
+        "delegation: {max_depth: s3cret-word}",
+    ),
+)
+def test_what_stands_where_it_is_wrong_is_not_repeated(tmp_path: Path, line: str) -> None:
+    """It may be a password that was put into the wrong place, or not in quotes."""
+    found = faults(tmp_path, f"{GOOD}{line}\n")
+    assert found
+    assert "s3cret" not in " ".join(found)
+    mode = faults(tmp_path, GOOD.replace("mode: jwt", "mode: s3cret-word"))
+    assert "s3cret" not in " ".join(mode)
+
+
+@pytest.mark.parametrize("text", ("{", "!!timestamp x", "2001-99-99", "[" * 2_000))
 def test_a_variable_that_is_no_yaml_is_named(tmp_path: Path, text: str) -> None:
     (fault,) = faults(tmp_path, GOOD, {"PDP_STATE_DIR": text})
     assert fault == "PDP_STATE_DIR: its value is not YAML"

@@ -55,7 +55,7 @@ def token(**changes: object) -> str:
 
 
 class Sidecar:
-    """It, and a channel to it. What it logs as an error, or puts on record, is kept."""
+    """It, and channels to it. What it logs as an error, or puts on record, is kept."""
 
     def __init__(self, directory: Path) -> None:
         (directory / "jwks.json").write_bytes(jose.JWKS)
@@ -78,6 +78,7 @@ class Sidecar:
         self.channel = grpc.insecure_channel(
             f"unix://{socket}", options=[("grpc.max_receive_message_length", -1)]
         )
+        self.operators = grpc.insecure_channel(f"unix://{directory}/state/admin/pdp.sock")
         self._read_to = 0
 
     def new_records(self) -> bytes:
@@ -105,6 +106,7 @@ class Sidecar:
 
     def close(self) -> None:
         self.channel.close()
+        self.operators.close()
         self._loop.stop_serving()
         self._thread.join(30)
         logging.getLogger("pdp").removeHandler(self.errors)

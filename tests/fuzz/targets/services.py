@@ -60,6 +60,12 @@ USUAL: Final[Mapping[str, Sequence[Any]]] = {
     "seconds": [5, 0, -1, 2**62],
     "nanos": [0, -1, 2**31 - 1],
     "outcome": [1, 2, 0, 99, -1],
+    "tenant_id": [TENANT, "tenant_other", "", "*"],
+    "operator": ["sre", "", "a b"],
+    "reason": ["because", "", "\u202e"],
+    "limit_id": ["daily", "", "x" * 300],
+    "counts_for": ["", "user-7", "\0"],
+    "window": ["day", "", "year"],
 }  # fmt: skip
 """What may stand in a field of that name; the first is sound."""
 EXPECTED: Final = frozenset(grpc.StatusCode) - {
@@ -90,13 +96,14 @@ def one_input(data: bytes) -> bool:
     if method.client_streaming:
         taken = _stream(call, choices)
     else:
-        taken = _unary(call, _message(method.input_type, choices), method, metadata)
+        taken = asked(call, message_of(method.input_type, choices), method, metadata)
     assert SECRET.encode() not in running.new_records(), "a raw argument is on record"
     assert not running.errors.seen, running.errors.seen
     return taken
 
 
-def _unary(call: Any, request: bytes, method: MethodDescriptor, metadata: Any) -> bool:
+def asked(call: Any, request: bytes, method: MethodDescriptor, metadata: Any = None) -> bool:
+    """Whether a call that asks once is answered, and as it should be."""
     try:
         response = call(request, timeout=SECONDS, metadata=metadata)
     except grpc.RpcError as error:
@@ -192,7 +199,8 @@ def _all_in(message: Message) -> Iterator[Message]:
                 yield from _all_in(each)
 
 
-def _message(kind: Descriptor, choices: Choices) -> bytes:
+def message_of(kind: Descriptor, choices: Choices) -> bytes:
+    """A message, soundly made where nothing else was chosen."""
     return _spoiled(_built(kind, choices).SerializeToString(), choices)
 
 

@@ -1,6 +1,6 @@
 """Fuzz the targets for a while, as many at once as there are processors.
 
-    python -m tests.fuzz.run --seconds 60 [--merge] [TARGET ...]
+    python -m tests.fuzz.run --seconds 60 [--shared] [--merge] [TARGET ...]
 
 Begins with the samples, the corpus and what was found before; new inputs are kept in
 .fuzz/TARGET for the next time. What breaks something is put into tests/fuzz/found/TARGET, where
@@ -115,12 +115,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=int, default=60, help="for each target")
+    parser.add_argument("--shared", action="store_true", help="share the seconds among all")
     parser.add_argument("--merge", action="store_true", help="add to the corpus what is new")
     parser.add_argument("targets", nargs="*", metavar="TARGET", help="; ".join(contract.names()))
     asked = parser.parse_args(arguments)
     targets = asked.targets or contract.names()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(pool.map(lambda target: _shown(fuzz(target, asked.seconds)), targets))
+    at_once = os.cpu_count() or 1
+    seconds = asked.seconds
+    if asked.shared:
+        seconds = max(1, seconds * at_once // len(targets))
+    with ThreadPoolExecutor(at_once) as pool:
+        results = list(pool.map(lambda target: _shown(fuzz(target, seconds)), targets))
         if asked.merge:
             list(pool.map(merge, targets))
     SUMMARY.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")

@@ -247,8 +247,8 @@ def _set(message: Any, field: FieldDescriptor, choices: Choices, depth: int) -> 
             getattr(message, field.name).append(value)
         else:
             setattr(message, field.name, value)
-    except (TypeError, ValueError):
-        pass  # of another type than the field's
+    except (OverflowError, TypeError, ValueError):
+        pass  # no value of the field's type
 
 
 def _readable(kind: Descriptor, request: bytes) -> bool:

@@ -30,6 +30,7 @@ def one_input(data: bytes) -> bool:
     choices = Choices(data)
     method = choices.pick(METHODS)
     running = sidecar()
+    running.errors.seen.clear()  # see services
     call: Any = running.operators.unary_unary(
         f"/{method.containing_service.full_name}/{method.name}"
     )

@@ -89,6 +89,7 @@ def one_input(data: bytes) -> bool:
     method = choices.pick(METHODS)
     service = method.containing_service.full_name
     running = sidecar()
+    running.errors.seen.clear()  # other targets have the product log errors too
     channel: Any = running.channel
     kind = channel.stream_stream if method.client_streaming else channel.unary_unary
     call = kind(f"/{service}/{method.name}")

@@ -193,3 +193,88 @@ def test_one_operation_is_of_bounded_size() -> None:
         check_charges([replace(CHARGE, unit=f"u{n}") for n in range(MAX_CHARGES + 1)], least=1)
     with pytest.raises(ValueError, match="more than 64 limits"):
         check_limits([replace(LIMIT, id=f"l{n}") for n in range(MAX_LIMITS + 1)])
+
+
+LENGTHS: tuple[tuple[str, int, Callable[[str], None]], ...] = (
+    ("tenant", 128, lambda text: check_account(replace(ACCOUNT, tenant=text))),
+    ("actor", 255, lambda text: check_account(replace(ACCOUNT, actor=text))),
+    ("tool", 128, lambda text: check_account(replace(ACCOUNT, tool=text))),
+    ("organisation", 128, lambda text: check_account(replace(ACCOUNT, organisation=text))),
+    ("team", 128, lambda text: check_account(replace(ACCOUNT, team=text))),
+    ("session", 255, lambda text: check_account(replace(ACCOUNT, session=text))),
+    ("idempotency key", 255, lambda text: check_key(replace(KEY, key=text))),
+    ("budget", 64, lambda text: check_charges([replace(CHARGE, budget=text)], least=1)),
+    ("unit", 64, lambda text: check_charges([replace(CHARGE, unit=text)], least=1)),
+    ("limit id", 128, lambda text: check_limits([replace(LIMIT, id=text)])),
+    ("budget", 64, lambda text: check_limits([replace(LIMIT, budget=text)])),
+    ("unit", 64, lambda text: check_limits([replace(LIMIT, unit=text)])),
+    ("hold id", 255, check_hold_id),
+)
+
+
+@pytest.mark.parametrize(("name", "longest", "check"), LENGTHS)
+def test_a_name_is_refused_by_its_own_name_from_the_first_character_too_many(
+    name: str, longest: int, check: Callable[[str], None]
+) -> None:
+    check("x")
+    check("x" * longest)
+    with pytest.raises(ValueError, match=rf"^{name} is not 1 to {longest} printable characters$"):
+        check("x" * (longest + 1))
+
+
+AMOUNTS: tuple[tuple[str, int, int, Callable[[int], None]], ...] = (
+    ("amount", 1, MAX_AMOUNT, lambda n: check_charges([replace(CHARGE, amount=n)], least=1)),
+    ("limit", 0, MAX_AMOUNT, lambda n: check_limits([replace(LIMIT, limit=n)])),
+    ("seconds", 1, MAX_RATE_SECONDS, lambda n: check_limits([replace(RATE, seconds=n)])),
+    ("burst", 1, MAX_BUCKET // 7, lambda n: check_limits([replace(RATE, seconds=7, burst=n)])),
+    ("warn_at", 1, 100, lambda n: check_limits([replace(LIMIT, warn_at=(n,))])),
+    (
+        "until", 0, MAX_AMOUNT,
+        lambda n: check_limits([replace(LIMIT, window=Window.LIFETIME, until=n)]),
+    ),
+    ("ttl_seconds", 1, MAX_HOLD_SECONDS, check_ttl),
+    ("most", 1, 1000, check_most),
+    ("amount", -MAX_AMOUNT, MAX_AMOUNT, check_grant),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "least", "most", "check"), AMOUNTS)
+def test_a_number_is_refused_by_its_name_from_the_first_beyond_its_bounds(
+    name: str, least: int, most: int, check: Callable[[int], None]
+) -> None:
+    check(least)
+    check(most)
+    for beyond in (least - 1, most + 1):
+        with pytest.raises(
+            ValueError, match=rf"^{name} is not a whole number from {least} to {most}$"
+        ):
+            check(beyond)
+
+
+def test_an_end_is_for_lifetimes_alone() -> None:
+    for window in Window:
+        changed = replace(LIMIT, window=window, until=7)
+        if window is Window.ROLLING:
+            changed = replace(RATE, until=7)
+        if window is Window.LIFETIME:
+            check_limits([changed])
+        else:
+            with pytest.raises(ValueError, match=r"^until is for lifetimes$"):
+                check_limits([changed])
+
+
+def test_a_rate_of_nothing_is_none() -> None:
+    check_limits([replace(RATE, limit=1)])
+    with pytest.raises(ValueError, match=rf"^limit is not a whole number from 1 to {MAX_AMOUNT}$"):
+        check_limits([replace(RATE, limit=0)])
+
+
+def test_what_is_wrong_is_said_in_words() -> None:
+    for wrong, said in (
+        (replace(LIMIT, seconds=1), "seconds and burst are for rates"),
+        (replace(RATE, on_expiry=OnExpiry.CHARGE), "on_expiry is for limits that count spend"),
+        (replace(LIMIT, timezone="Nowhere"), "timezone is not one of the IANA database"),
+        (replace(LIMIT, warn_at=(2, 1)), "warn_at is not at most 8 percentages, ascending"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{said}$"):
+            check_limits([wrong])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import zoneinfo
+from dataclasses import replace
 from datetime import datetime
 from zoneinfo import ZoneInfo
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdp.budget.ledger import Limit, Scope, Window
+from pdp.budget.ledger import LedgerError, Limit, Scope, Window
 from pdp.budget.windows import is_timezone, window_bounds
 
 ZONES = sorted(zoneinfo.available_timezones() - {"localtime"})
@@ -97,6 +98,16 @@ def test_an_hour_begins_where_the_tenants_clocks_show_a_full_one() -> None:
 @pytest.mark.parametrize("window", (Window.LIFETIME, Window.ROLLING, Window.CONCURRENT))
 def test_what_is_no_calendar_window_never_ends(window: Window) -> None:
     assert window_bounds(limit(window), at("2026-11-24T10:30:59")) == (0, None)
+
+
+def test_a_lifetime_that_ends_is_one_window_until_then_and_none_after() -> None:
+    ends_at = at("2026-11-24T10:30:00")
+    lifetime = replace(limit(Window.LIFETIME), until=ends_at)
+    assert window_bounds(lifetime, ends_at - 0.001) == (0, ends_at)
+    for now in (ends_at, ends_at + 1):
+        with pytest.raises(LedgerError) as caught:
+            window_bounds(lifetime, now)
+        assert caught.value.reason_code == "account_not_found"
 
 
 def test_the_last_instant_of_a_day_is_of_that_day() -> None:

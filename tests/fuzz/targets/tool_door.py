@@ -25,7 +25,7 @@ CALL: Final[JsonValue] = {
 SHOWN_CERTIFICATE: Final = "A" * 43
 
 
-class _Door(PermitDoor):
+class SeenDoor(PermitDoor):
     """Waits for no thread, and has seen the certificate that the permit is bound to."""
 
     async def admit_async(self, permit: str, **call: Any) -> Any:
@@ -44,7 +44,7 @@ async def _application(scope: Any, receive: Any, send: Any) -> None:
 
 MIDDLEWARE: Final = PermitMiddleware(
     _application,
-    _Door(permit.VERIFIER, redeemer=None),
+    SeenDoor(permit.VERIFIER, redeemer=None),
     lambda scope, body: (scope["path"][1:], body),
     max_body_bytes=2_000,
 )

@@ -15,9 +15,10 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from pdp.permit import jws
 from pdp.permit.claims import PermitError
-from pdp.permit.keys import PermitKeySet
-from pdp.permit.ring import KeyRing, LiveKeys
+from pdp.permit.keys import MAX_KEYS, PermitKeySet
+from pdp.permit.ring import MAX_FILE_BYTES, KeyRing, LiveKeys
 
 
 @pytest.fixture
@@ -151,6 +152,45 @@ def test_a_key_that_has_signed_can_never_sign_again() -> None:
         rotated.without(new)
     with pytest.raises(PermitError, match="There is no key"):
         rotated.without("none")
+
+
+def test_the_keys_that_wait_their_turn_can_sign_after_others_have() -> None:
+    ring = KeyRing.generate().with_next().with_next()
+    first, second, third = kids(ring)
+    after = ring.signing_with(second).signing_with(third)
+    assert kids(after) == [third, second, first]
+    assert [key.private is not None for key in after.keys] == [True, False, False]
+    assert ring.signing_with(second).keys[2].private is not None
+
+
+def test_as_many_keys_as_may_be_are_read_and_no_more(file: Path) -> None:
+    ring = KeyRing.generate()
+    while len(ring.keys) < MAX_KEYS:
+        ring = ring.with_next()
+    ring.write(file)
+    assert kids(KeyRing.from_file(file)) == kids(ring)
+    ring.with_next().write(file)
+    with pytest.raises(PermitError, match=f"{file} holds more than {MAX_KEYS} keys"):
+        KeyRing.from_file(file)
+
+
+def test_a_file_is_read_up_to_its_bound(file: Path) -> None:
+    pem = KeyRing.generate().to_pem()
+    file.write_bytes(pem + b"#" * (MAX_FILE_BYTES - len(pem)))
+    file.chmod(0o600)
+    assert KeyRing.from_file(file).to_pem() == pem
+    file.write_bytes(pem + b"#" * (MAX_FILE_BYTES - len(pem) + 1))
+    with pytest.raises(PermitError, match=f"{file} is larger than {MAX_FILE_BYTES} bytes"):
+        KeyRing.from_file(file)
+
+
+def test_what_is_signed_verifies_by_the_key_and_type_that_it_says(file: Path) -> None:
+    keys = LiveKeys(file, make=True)
+    signed = keys.sign({"jti": "1"}, kind="delegation+jwt")
+    assert jws.verify(signed, find_key=keys.find, kind="delegation+jwt") == {"jti": "1"}
+    assert jws.verify(keys.sign({"jti": "2"}), find_key=keys.find) == {"jti": "2"}
+    with pytest.raises(jws.JwsError, match="type tool-permit"):
+        jws.verify(signed, find_key=keys.find)
 
 
 def test_what_is_written_is_read_again(file: Path) -> None:

@@ -155,6 +155,7 @@ def test_a_fault_in_the_guard_itself_blocks(sidecar: SidecarProcess) -> None:
     assert not ran
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ("sdk", "fastmcp"))
 def test_a_tool_server_whose_sidecar_is_away_lets_nobody_in(tmp_path: Path, kind: str) -> None:
     """Acceptance: every adapter blocks, those of tool servers too."""

@@ -118,6 +118,7 @@ def several(data: Any) -> None:
     data["tools"]["orders.read"]["permit"] = {"binds": ["tool"], "max_uses": 100}
 
 
+@pytest.mark.slow
 def test_agenta_4854_what_was_permitted_for_several_calls_ends_with_the_policy(
     tmp_path: Path,
 ) -> None:

@@ -19,8 +19,9 @@ from pdp.identity.resolver import Credentials, IdentityError
 from pdp.identity.subject import Delegation, Link, Subject
 from pdp.permit.claims import Permit
 from pdp.policy.engine import Entrypoint, PolicyError
+from pdp.policy.live import LivePolicy
 from pdp.reason import ReasonCode
-from tests.test_decision import ALLOWED, LIMITS, NOW, QUESTION, Steps, asked, opened
+from tests.test_decision import ALLOWED, LIMITS, NOW, QUESTION, Policy, Steps, asked, opened
 from tests.test_decision import unread as unread_of
 
 SUBJECT = Subject(
@@ -308,3 +309,75 @@ def test_without_a_record_there_is_no_answer_to_what_could_not_be_read(tmp_path:
     steps = Steps(failing={"record": AuditError(ReasonCode.AUDIT_UNAVAILABLE, "The disk is full.")})
     with pytest.raises(AuditError):
         asyncio.run(unread(tmp_path, steps))
+
+
+def test_what_the_policy_was_asked_is_on_record_where_it_failed(tmp_path: Path) -> None:
+    error = PolicyError(ReasonCode.POLICY_TIMEOUT, "It took too long.")
+    failing = Steps(
+        subject=SUBJECT, records_policy_input=True, failing={"pdp/authz/decision": error}
+    )
+    asked(tmp_path, failing, ASKED)
+    working = Steps(subject=SUBJECT, records_policy_input=True)
+    asked(tmp_path, working, replace(ASKED, request_id="request-2"))
+    shown: Any = working.records[0].input
+    shown["context"]["request_id"] = "request-1"
+    assert failing.records[0].input == shown
+
+
+def test_a_users_own_permit_stands_on_no_delegation_and_names_no_resource(tmp_path: Path) -> None:
+    user = replace(SUBJECT, delegation=None, token_id="token-1")
+    (recorded,) = asked(tmp_path, Steps(subject=user), replace(ASKED, resource=None))
+    permit = recorded.answer.permit
+    assert (permit.delegations, permit.agents, permit.resource) == ((), (), "")
+
+
+def test_an_agents_slice_is_a_limit_of_the_call(tmp_path: Path) -> None:
+    (first, last) = SUBJECT.delegation.links if SUBJECT.delegation else ()
+    assert SUBJECT.delegation is not None
+    sliced = replace(last, budget=(("tools", "calls", 1),))
+    delegation = replace(SUBJECT.delegation, links=(first, sliced))
+    steps = Steps(subject=replace(SUBJECT, delegation=delegation))
+    steps.answers[Entrypoint.BUDGET_LIMITS] = [{**LIMITS[0], "limit": 9}]  # type: ignore[dict-item]
+    recorded, refused = asked(tmp_path, steps, ASKED, replace(ASKED, request_id="request-2"))
+    assert recorded.answer.permit
+    assert refused.answer.reason_code == "tenant_budget_exceeded"
+    assert refused.answer.result.refused_by.limit.limit == 1
+
+
+def test_who_asks_is_found_out_by_what_was_shown(tmp_path: Path) -> None:
+    seen: list[Credentials] = []
+
+    class Identity:
+        async def resolve(self, credentials: Credentials) -> Subject:
+            seen.append(credentials)
+            return SUBJECT
+
+    shown = Credentials(bearer="the token")
+
+    async def scene() -> None:
+        async with opened(tmp_path, Steps()) as rooms:
+            await decision.authorize(replace(rooms, identity=Identity()), shown, unread_of(ASKED))
+
+    asyncio.run(scene())
+    assert seen == [shown]
+
+
+def test_where_no_thread_takes_the_policy_the_one_in_force_is_on_record(tmp_path: Path) -> None:
+    class Busy(Policy):
+        revision = "revision-2"
+
+        async def walk(self, steps: object) -> Any:
+            raise PolicyError(ReasonCode.POLICY_UNAVAILABLE, "Every thread is busy.")
+
+    steps = Steps(subject=SUBJECT)
+
+    async def scene() -> decision.Recorded:
+        async with opened(tmp_path, steps) as rooms:
+            disk: Any = object()  # whose threads are not come to
+            busy = replace(rooms, policy=LivePolicy(Busy(steps)), disk=disk)
+            return await decision.authorize(busy, Credentials(bearer="token"), unread_of(ASKED))
+
+    recorded = asyncio.run(scene())
+    assert recorded.answer.reason_code == "policy_unavailable"
+    assert recorded.answer.policy_revision == "revision-2"
+    assert steps.records[0].policy_revision == "revision-2"

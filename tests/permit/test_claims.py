@@ -70,13 +70,25 @@ def test_who_acts_now_is_outermost() -> None:
     assert permit(agents=("planner",)).to_claims()["act"] == {"sub": "planner"}
 
 
+def test_a_permit_that_is_bound_names_its_certificate_as_rfc_8705_says() -> None:
+    thumbprint = "A" * 43
+    bound = permit(certificate_sha256=thumbprint)
+    assert bound.to_claims()["cnf"] == {"x5t#S256": thumbprint}
+    assert read(bound) == bound
+    wrong: tuple[Any, ...]
+    wrong = ({}, {"x5t#S256": ""}, {"x5t#S256": "A" * 42}, {"x5t#s256": thumbprint}, None)
+    for each in wrong:
+        assert is_refused({**bound.to_claims(), "cnf": each})
+    assert "cnf" not in permit().to_claims()
+
+
 def test_a_scope_is_what_stands_between_single_spaces() -> None:
     assert read(permit(), scope="a b").scopes == ("a", "b")
     assert read(permit(), scope="a  b").scopes == ("a", "", "b")
     assert read(permit(), scope="a\tb").scopes == ("a\tb",)
 
 
-@pytest.mark.parametrize("uses", (1, MAX_USES))
+@pytest.mark.parametrize("uses", (1, 2, MAX_USES))
 def test_a_permit_for_several_calls_says_for_how_many(uses: int) -> None:
     several = permit(arguments_sha256="", resource="", max_uses=uses)
     assert read(several).max_uses == uses

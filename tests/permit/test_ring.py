@@ -126,6 +126,7 @@ def test_a_file_that_holds_no_keys_is_refused(file: Path, content: bytes, told: 
     with pytest.raises(PermitError) as caught:
         KeyRing.from_file(file)
     assert caught.value.reason_code == "permit_unavailable"
+    assert caught.value.message.startswith(f"The permit key {file} ")
     assert told in caught.value.message
     assert "AAAA" not in caught.value.message
 
@@ -202,6 +203,29 @@ def test_what_is_written_is_read_again(file: Path) -> None:
     assert read.to_pem() == rotated.to_pem()
     assert file.stat().st_mode & 0o777 == 0o600
     assert [path.name for path in file.parent.iterdir()] == [file.name]
+    assert rotated.to_pem() == b"".join(key.to_pem() for key in rotated.keys)
+
+
+def test_what_can_not_be_used_is_told_by_its_file(file: Path) -> None:
+    with pytest.raises(PermitError, match=rf"^The permit key {file} can not be read: No such"):
+        KeyRing.from_file(file)
+    ring = KeyRing.generate()
+    KeyRing((*ring.keys, *ring.keys)).write(file)
+    with pytest.raises(PermitError, match=rf"^The permit key {file} holds a key twice\.$"):
+        KeyRing.from_file(file)
+    file.chmod(0o644)
+    with pytest.raises(PermitError, match=rf"^The permit key {file} is open to others \(mode 0644"):
+        KeyRing.from_file(file)
+
+
+def test_which_key_signs_from_now_on_is_logged(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = LiveKeys(file, make=True)
+    ring = keys.ring.with_next()
+    ring.signing_with(kids(ring)[1]).write(file)
+    asyncio.run(keys.look())
+    assert f"permits are signed with key {kids(ring)[1]}" in caplog.messages
 
 
 def test_changed_keys_come_in_force_and_old_permits_still_verify(file: Path) -> None:

@@ -42,8 +42,10 @@ class Claimed:
         self._subject = subject
         self._last: Subject | None = None
 
-    def subject(self, *, route_tenant: str = "") -> Subject:
-        """The subject, on a call by the route of that tenant. Raises IdentityError."""
+    def subject(self, *, route_tenant: str) -> Subject:
+        """The subject, on a call by the route of that tenant, empty where there is none.
+        Raises IdentityError.
+        """
         actor = self._subject.keywords["actor"]
         tenant = self._rule.tenant_of(self._named, route_tenant=route_tenant, actor=actor)
         if self._last is None or self._last.tenant != tenant:

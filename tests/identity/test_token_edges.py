@@ -16,7 +16,7 @@ from pdp.identity.keys import MAX_KID_LENGTH, IssuerKey
 from pdp.identity.resolver import Credentials, IdentityError
 from pdp.identity.signature import MAX_TOKEN_LENGTH
 from pdp.identity.subject import Subject
-from pdp.identity.tenancy import Routes, Source, TenantRule, WorkloadRoute
+from pdp.identity.tenancy import Routes, Source, TenantRule, WorkloadRoute, agreed
 from pdp.identity.tokens import MAX_TIME, Issuer, TokenIdentity
 from pdp.testing import TokenIssuer
 
@@ -268,3 +268,16 @@ def test_an_issuer_without_organisations_is_held_to_its_tenants() -> None:
     fixed = mismatch(TenantRule(fixed="acme"), "globex", "")
     assert fixed is not None
     assert fixed.reason_code == "tenant_mismatch"
+
+
+def test_where_nobody_says_anything_there_is_no_tenant() -> None:
+    assert agreed(()) == ""
+    assert agreed((Source("listener", "acme"), Source("workload", "acme"))) == "acme"
+
+
+def test_only_so_many_workloads_are_remembered() -> None:
+    routes = Routes(workloads=[WorkloadRoute.of("spiffe://acme/{tenant}/agent", "")])
+    for number in range(1_100):
+        assert routes.sources(listener="", workload=f"spiffe://acme/t{number}/agent")
+    remembered: Any = routes._tenants_of
+    assert remembered.cache_info().currsize == 1_024

@@ -7,7 +7,7 @@ OPA := .tools/opa
 REDIS := .tools/redis-server
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-kubernetes image sbom check check-history check-kills reliability soak fmt proto policies docs chart lock bench bench-parts bench-budget bench-scale bench-smoke fuzz audit clean
+.PHONY: help demo test test-slow test-kubernetes image sbom check check-history check-kills reliability soak fmt proto policies docs chart lock bench bench-parts bench-budget bench-scale bench-smoke fuzz audit mutants clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -68,6 +68,10 @@ check: .venv/dev $(OPA) .tools/regal ## Lint, types, and that everything generat
 	$(PY) scripts/build_policies.py --check
 	$(PY) scripts/generate_chart_schema.py --check
 	.venv/bin/zizmor --offline --quiet --no-progress .github/workflows
+
+GROUP ?=
+mutants: .venv/dev $(OPA) ## Change what decides, bit by bit, and see whether the tests notice: GROUP=permit, or all (an hour)
+	@$(PY) scripts/mutants.py $(GROUP)
 
 audit: .venv/dev ## Look up what is pinned in the database of known weaknesses, which needs the network
 	@$(PY) scripts/audit_dependencies.py

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from pdp.budget.ledger import MAX_AMOUNT, OnExpiry, Receipt, Window
-from tests.budget.teller import ALICE, NOON, TEN, Teller, calls, limit, rate, refused
+from pdp.budget.ledger import MAX_AMOUNT, OnExpiry, Receipt, Scope, Window
+from tests.budget.teller import ALICE, DAY, NOON, TEN, Teller, calls, limit, rate, refused
 
 
 def told(receipt: Receipt) -> tuple[bool, str]:
@@ -162,3 +162,112 @@ def test_tenants_are_listed_up_to_their_bound(teller: Teller) -> None:
     assert set(teller.do(teller.ledger.tenants(most=10_000))) == {"acme", "globex", "initech"}
     with pytest.raises(ValueError, match="most is not a whole number from 1 to 10000"):
         teller.do(teller.ledger.tenants(most=10_001))
+
+
+def test_what_was_refunded_is_known_after_whatever_else_becomes_of_the_hold(
+    teller: Teller,
+) -> None:
+    hold = teller.reserve(calls(10))
+    teller.settle(hold.id, calls(4), final=False)
+    teller.refund(hold.id, calls(1))
+    assert teller.counts() == [(3, 6)]
+    teller.settle(hold.id, calls(2), final=False)
+    teller.expire(hold.id)
+    assert teller.counts() == [(5, 0)]
+    refused("refund_exceeds_spend", lambda: teller.refund(hold.id, calls(6)))
+    teller.refund(hold.id, calls(5))
+    assert teller.counts() == [(0, 0)]
+    teller.settle(hold.id, calls(1))
+    assert teller.counts() == [(1, 0)]
+
+
+def test_what_is_refunded_in_one_unit_is_no_refund_of_another(teller: Teller) -> None:
+    money = limit(10, name="money", unit="usd_micros")
+    charge = teller.charge(calls(2), replace(calls(3), unit="usd_micros"), limits=[TEN, money])
+    teller.refund(charge.id, replace(calls(3), unit="usd_micros"))
+    teller.refund(charge.id, calls(1))
+    assert (teller.counts(TEN), teller.counts(money)) == ([(1, 0)], [(0, 0)])
+
+
+def test_what_is_settled_after_an_operator_s_end_is_nothing_that_is_held(teller: Teller) -> None:
+    at_once = limit(3, name="at-once", window=Window.CONCURRENT)
+    hold = teller.reserve(calls(3), limits=[TEN, at_once])
+    teller.expire(hold.id)
+    teller.settle(hold.id, calls(2))
+    assert (teller.counts(TEN), teller.counts(at_once)) == ([(2, 0)], [(0, 0)])
+    assert teller.reserve(calls(3), limits=[TEN, at_once]).id
+
+
+def test_a_hold_that_an_operator_ended_is_cleared_away_like_any_other(teller: Teller) -> None:
+    hold = teller.reserve(calls(1))
+    teller.expire(hold.id)
+    teller.now += 2 * DAY
+    for _ in range(4):
+        teller.charge(calls(1))
+        teller.now += 2
+    assert teller.counts() == [(4, 0)]
+    refused("hold_not_found", lambda: teller.settle(hold.id))
+
+
+def test_a_rate_that_drains_for_days_is_not_forgotten_meanwhile(teller: Teller) -> None:
+    slow = rate(10, seconds=4 * DAY, burst=10)
+    teller.charge(calls(10), limits=[slow])
+    teller.now += DAY + 10
+    for _ in range(3):  # each clears a little away
+        teller.charge(calls(1))
+        teller.now += 2
+    assert teller.charge(calls(5), limits=[slow]).refused_by
+    assert teller.charge(calls(2), limits=[slow]).id
+
+
+def test_a_rate_of_another_time_is_another_rate(teller: Teller) -> None:
+    teller.charge(calls(5), limits=[rate(5, seconds=60)])
+    assert teller.charge(calls(1), limits=[rate(5, seconds=60)]).refused_by
+    assert teller.charge(calls(5), limits=[rate(5, seconds=3_600)]).id
+
+
+def test_the_wait_for_a_slow_rate_is_told_to_the_second(teller: Teller) -> None:
+    slow = rate(1, seconds=DAY)
+    teller.charge(calls(1), limits=[slow])
+    assert teller.charge(calls(1), limits=[slow]).retry_after_seconds == DAY
+
+
+def test_a_clock_that_is_set_back_stays_at_the_last_second_that_was_seen(teller: Teller) -> None:
+    for later in (1, 2):
+        unseen = limit(10, name=f"unseen-{later}")
+        teller.reserve(calls(1), limits=[unseen], ttl_seconds=1)
+        teller.now += 1
+        teller.charge(calls(1))  # elsewhere
+        teller.now -= 100
+        assert teller.counts(unseen) == [(0, 0)]
+        teller.reopen()
+        assert teller.counts(unseen) == [(0, 0)]
+        teller.now += 100
+
+
+def test_every_tenant_is_listed_however_its_name_begins(teller: Teller) -> None:
+    for name in ("0", "Acme", "ZZZZ", "acme"):
+        teller.charge(calls(1), account=replace(ALICE, tenant=name))
+    assert set(teller.do(teller.ledger.tenants(most=10))) == {"0", "Acme", "ZZZZ", "acme"}
+
+
+def test_a_hold_without_a_memo_has_none(teller: Teller) -> None:
+    reserved = teller.ledger.reserve(
+        ALICE, teller.key("reserve"), charges=[calls(1)], limits=[TEN], ttl_seconds=60
+    )
+    teller.do(reserved)
+    assert [hold.memo for hold in teller.holds()] == [""]
+
+
+def test_a_threshold_is_the_next_whole_amount_however_large() -> None:
+    assert limit(7, warn_at=(1, 50, 100)).warnings_at() == ((1, 1), (50, 4), (100, 7))
+    assert limit(1_000, warn_at=(50,)).warnings_at() == ((50, 500),)
+    reached_at = -(-MAX_AMOUNT * 99 // 100)
+    ((_, told_at),) = limit(MAX_AMOUNT, warn_at=(99,)).warnings_at()
+    assert (told_at, type(told_at)) == (reached_at, int)
+
+
+def test_what_organisations_share_is_no_tenant_s() -> None:
+    shared = limit(1, scope=Scope.ORGANISATION)
+    assert shared.shared_by(replace(ALICE, organisation="acme-inc")) == ""
+    assert shared.shared_by(ALICE) == TEN.shared_by(ALICE) == "acme"

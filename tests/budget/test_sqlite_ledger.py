@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from pdp.budget.bounds import MAX_HOLD_SECONDS
 from pdp.budget.ledger import Window
 from pdp.budget.sqlite import PRUNE_BATCH, SqliteLedger
+from pdp.budget.sqlite_schema import SCHEMA_VERSION
 from pdp.storage import Durability, StorageError
 from tests.budget.stores import SqliteStore
 from tests.budget.teller import DAY, NOON, Teller, calls, limit
@@ -67,3 +70,18 @@ def test_a_second_ledger_on_the_same_file_is_refused(teller: Teller) -> None:
     assert isinstance(teller.store, SqliteStore)
     with pytest.raises(StorageError, match="is in use"):
         SqliteLedger(teller.store.path, durability=Durability.PROCESS)
+
+
+def test_a_file_of_another_version_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path)
+    file = store.path
+    teller = Teller(store)
+    teller.charge(calls(1))
+    teller.close()
+    with contextlib.closing(sqlite3.connect(file)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION - 1}")
+    with pytest.raises(StorageError, match="use the sidecar that wrote it"):
+        SqliteLedger(file, durability=Durability.PROCESS)
+    with contextlib.closing(sqlite3.connect(file)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION - 1,)

@@ -331,13 +331,14 @@ def test_a_users_own_permit_stands_on_no_delegation_and_names_no_resource(tmp_pa
     assert (permit.delegations, permit.agents, permit.resource) == ((), (), "")
 
 
-def test_an_agents_slice_is_a_limit_of_the_call(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scope", ("tenant", "actor", "tool"))
+def test_an_agents_slice_is_a_limit_of_the_call(tmp_path: Path, scope: str) -> None:
     (first, last) = SUBJECT.delegation.links if SUBJECT.delegation else ()
     assert SUBJECT.delegation is not None
     sliced = replace(last, budget=(("tools", "calls", 1),))
     delegation = replace(SUBJECT.delegation, links=(first, sliced))
     steps = Steps(subject=replace(SUBJECT, delegation=delegation))
-    steps.answers[Entrypoint.BUDGET_LIMITS] = [{**LIMITS[0], "limit": 9}]  # type: ignore[dict-item]
+    steps.answers[Entrypoint.BUDGET_LIMITS] = [{**LIMITS[0], "limit": 9, "scope": scope}]  # type: ignore[dict-item]
     recorded, refused = asked(tmp_path, steps, ASKED, replace(ASKED, request_id="request-2"))
     assert recorded.answer.permit
     assert refused.answer.reason_code == "tenant_budget_exceeded"

@@ -1,4 +1,4 @@
-"""What mutation testing has found stands on its page."""
+"""What mutation testing has found stands on its page, and each of it is explained."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from pathlib import Path
 from scripts import mutants
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_nothing_that_went_unnoticed_is_left_unexplained() -> None:
+    _, left, of_nothing = mutants.page()
+    assert left == []
+    assert of_nothing == []
 
 
 def test_the_page_is_what_was_found() -> None:

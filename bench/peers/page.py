@@ -6,9 +6,8 @@ Run: python -m bench.peers.page   (writes the page and its plots anew)
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -16,6 +15,7 @@ from typing import Any, Final
 
 from bench.peers.chart import Bar, bars
 from bench.peers.systems import FLOOR, INSIDE, OURS, PEERS, STAGES
+from bench.scale.page import short, table
 
 DOCS: Final = Path(__file__).parents[2] / "docs"
 PAGE: Final = DOCS / "benchmarks.md"
@@ -65,19 +65,6 @@ def rendered(text: str, results: Results) -> str:
 def shown(text: str) -> list[str]:
     """Names of the tables on a page."""
     return [block[2] for block in _BLOCK.finditer(text)]
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
-def short(value: float) -> str:
-    """Three digits that count."""
-    if value == 0:
-        return "0"
-    digits = 2 - math.floor(math.log10(abs(value)))
-    return f"{round(value, digits):,.{max(0, digits)}f}"
 
 
 def megabytes(value: float) -> str:
@@ -183,7 +170,7 @@ def targets(results: Results) -> list[Target]:
 
 def targets_table(results: Results) -> str:
     rows = [target.row() for target in targets(results)]
-    return _table(["what", "at most", "reached", ""], rows)
+    return table(["what", "at most", "reached", ""], rows)
 
 
 _PLAIN: Final = "cerbos"
@@ -217,7 +204,7 @@ def _latency(results: Results, callers: int, *groups: str) -> str:
                     "" if served is None else short(served),
                 ]
             )
-    return _table(_LATENCY_HEADS, rows) if rows else NOT_MEASURED
+    return table(_LATENCY_HEADS, rows) if rows else NOT_MEASURED
 
 
 def stages_table(results: Results) -> str:
@@ -239,7 +226,7 @@ def stages_table(results: Results) -> str:
             ]
         )
         before = p50
-    return _table(["stage", "p50 us", "more", "CPU us: client", "server"], rows)
+    return table(["stage", "p50 us", "more", "CPU us: client", "server"], rows)
 
 
 def physical_table(results: Results) -> str:
@@ -258,7 +245,7 @@ def physical_table(results: Results) -> str:
         ["the whole, through the stub", short(whole)],
         ["the whole, times all that it can not do without", f"{short(whole / least)} x"],
     ]
-    return _table(["what", "p50 us"], rows)
+    return table(["what", "p50 us"], rows)
 
 
 def reload_table(results: Results) -> str:
@@ -273,7 +260,7 @@ def reload_table(results: Results) -> str:
         )
     ]
     heads = ["calls", "number", "p50 ms", "p99", "p99.9", "slowest"]
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 _RELOAD_KEYS: Final = ("p50_ms", "p99_ms", "p999_ms", "max_ms")
@@ -293,7 +280,7 @@ def throughput_table(results: Results) -> str:
                     else ""
                 )
             rows.append(row)
-    return _table(["calls/s (p50)", *(f"{level} callers" for level in levels)], rows)
+    return table(["calls/s (p50)", *(f"{level} callers" for level in levels)], rows)
 
 
 def servers_table(results: Results) -> str:
@@ -318,7 +305,7 @@ def servers_table(results: Results) -> str:
         for name, title in names.items()
         if name in found
     ]
-    return _table(
+    return table(
         ["server, 1,000 tenants", "start to ready", "resident after the run", "idle, of a core"],
         rows,
     )
@@ -345,7 +332,7 @@ def footprint_table(results: Results) -> str:
         [name, f"{seen['ready']['rss']:,.0f} MiB", f"{seen['after_calls']['rss']:,.0f} MiB"]
         for name, seen in found["calls"].items()
     ]
-    return _table(heads, rows) + "\n" + _table(["ours", "when ready", "after 1,000 calls"], calls)
+    return table(heads, rows) + "\n" + table(["ours", "when ready", "after 1,000 calls"], calls)
 
 
 def _tables_of(part: Mapping[str, Any]) -> str:
@@ -353,7 +340,7 @@ def _tables_of(part: Mapping[str, Any]) -> str:
     if not part:
         return NOT_MEASURED
     return "\n".join(
-        f"**{each['title']}**\n\n{_table(each['heads'], each['rows'])}" for each in part["tables"]
+        f"**{each['title']}**\n\n{table(each['heads'], each['rows'])}" for each in part["tables"]
     )
 
 

@@ -57,7 +57,7 @@ def shown(text: str) -> list[str]:
     return [block[2] for block in _BLOCK.finditer(text)]
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
@@ -137,7 +137,7 @@ def inputs_table(results: Results) -> str:
     for field in fields(Inputs):
         meaning, show = _OF_INPUTS[field.name]
         rows.append([f"`{field.name}`", meaning, show(getattr(results.inputs, field.name))])
-    return _table(["input", "what it is", "measured"], rows)
+    return table(["input", "what it is", "measured"], rows)
 
 
 def store_table(results: Results) -> str:
@@ -170,7 +170,7 @@ def store_table(results: Results) -> str:
         "cores of the store",
         "servers, half full",
     ]
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def fan_out_table(results: Results) -> str:
@@ -197,7 +197,7 @@ def fan_out_table(results: Results) -> str:
         "meanwhile",
         "JWKS requests/s",
     ]
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def audit_table(results: Results) -> str:
@@ -216,7 +216,7 @@ def audit_table(results: Results) -> str:
         ["the same, packed", size(day * results.inputs.audit_packed)],
         ["one sidecar, a day", size(day / LARGE.sidecars)],
     ]
-    return _table(["record", "bytes"], rows)
+    return table(["record", "bytes"], rows)
 
 
 def pod_table(results: Results) -> str:
@@ -233,7 +233,7 @@ def pod_table(results: Results) -> str:
             ]
         )
     heads = ["tenants in the bundle", "packed", "resident", "by the line", "ready after"]
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def cpu_table(results: Results) -> str:
@@ -242,7 +242,7 @@ def cpu_table(results: Results) -> str:
         fleet = replace(LARGE, calls_per_second=rate, lease_seconds=0)
         cores = model.pod(results.inputs, fleet).cores
         rows.append([short(rate), f"{short(cores * 1000)}m", short(cores * fleet.sidecars)])
-    return _table(["calls/s of a sidecar", "CPU of a sidecar", "cores of 10,000"], rows)
+    return table(["calls/s of a sidecar", "CPU of a sidecar", "cores of 10,000"], rows)
 
 
 def cost_table(results: Results) -> str:
@@ -256,12 +256,12 @@ def cost_table(results: Results) -> str:
             parts = [cost.cores, cost.memory, cost.network, cost.store, cost.audit, cost.total]
             rows.append([f"{name}, {short(rate)} calls/s each", *map(dollars, parts)])
     heads = ["10,000 agents", "CPU", "memory", "network", "store", "audit", "USD a month"]
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def prices_table(_results: Results) -> str:
     rows = [[f"`{each.name}`", f"{getattr(PRICES, each.name):.4g}"] for each in fields(Prices)]
-    return _table(["assumption", "value"], rows)
+    return table(["assumption", "value"], rows)
 
 
 def measured_table(results: Results) -> str:
@@ -285,7 +285,7 @@ def measured_table(results: Results) -> str:
             [leases, "overspent, lost, or another tenant's", str(len(run["faults"])), "", ""],
         ]
     heads = ["leases", "50 sidecars, 500 stubs", "measured", "model", "model's error"]
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 Row = tuple[str, float, float, Callable[[float], str]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager
 from enum import StrEnum
@@ -80,10 +81,13 @@ class PolicyEngine(Protocol):
         ...
 
 
-@runtime_checkable
-class WalkedEngine(Protocol):
-    """An engine that evaluates on threads of its own, and lets others' work go on there."""
+class WalkedEngine(ABC):
+    """An engine that evaluates on threads of its own, and lets others' work go on there.
 
+    No Protocol: every call asks which kind its engine is, and a Protocol takes 10 us to say.
+    """
+
+    @abstractmethod
     async def walk(self, steps: Callable[[PolicyEngine], Coroutine[Any, Any, _T]]) -> _T:
         """Run steps on one such thread, off any event loop, with an engine that answers
         there and then. They may wait for a disk, and for nothing else.
@@ -92,7 +96,6 @@ class WalkedEngine(Protocol):
         no thread can take them. Steps that have begun are finished even if the awaiting
         task is cancelled.
         """
-        ...
 
 
 @runtime_checkable

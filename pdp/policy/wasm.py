@@ -39,6 +39,7 @@ from pdp.policy.engine import (
     Entrypoint,
     PolicyEngine,
     PolicyError,
+    WalkedEngine,
 )
 from pdp.reason import ReasonCode
 
@@ -201,7 +202,7 @@ class WasmEvaluator:
         )
 
 
-class WasmEngine:
+class WasmEngine(WalkedEngine):
     """Evaluates one bundle on worker threads, each evaluation within a deadline. The first
     takes what comes; the others help while one question keeps it for long.
 

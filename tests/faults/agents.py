@@ -37,8 +37,10 @@ _GONE: Final = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.UNKNOWN,
 )
-"""How calls end whose sidecar is killed. Its own refusals have a reason code besides."""
+"""How calls end whose sidecar is killed, or has no memory for a message (UNKNOWN). Its own
+refusals have a reason code besides."""
 TOOLS: Final = ("orders.update", "orders.search")
 
 
@@ -58,10 +60,13 @@ class Ask:
     may_be_full: bool = False
     """Whether it spends of the narrow limit."""
 
-    def send(self, caller: Caller) -> Message:
-        """The answer. Raises grpc.RpcError."""
+    def send(self, caller: Caller, *, waits: bool = True) -> Message:
+        """The answer; ``waits`` for a sidecar that can not be reached yet. Raises
+        grpc.RpcError.
+        """
         service = getattr(caller, _SERVICES[self.method])
-        answer: Message = getattr(service, self.method)(self.request, timeout=10)
+        method = getattr(service, self.method)
+        answer: Message = method(self.request, timeout=10, wait_for_ready=waits)
         return answer
 
 
@@ -295,17 +300,17 @@ class Agent:
         return str(uuid.UUID(int=self._dice.getrandbits(128)))
 
     def _must(self, ask: Ask) -> None:
-        if not self._try(ask) or ask in self.knows.in_doubt:
+        if not self._try(ask, waits=True) or ask in self.knows.in_doubt:
             raise BrokenPromiseError(f"{self.name}: {ask} gets no answer")
 
     def _expect(self, what: object, expected: object, found: object) -> None:
         if expected != found:
             raise BrokenPromiseError(f"{self.name}: {what}: {expected} was said, now {found}")
 
-    def _try(self, ask: Ask) -> bool:
+    def _try(self, ask: Ask, *, waits: bool = False) -> bool:
         self.knows.in_doubt[ask] = None
         try:
-            answer = ask.send(self.caller)
+            answer = ask.send(self.caller, waits=waits)
         except grpc.RpcError as error:
             refused = refusal_of(_raise, error)
             if not refused.reason_code and refused.status in _GONE:

@@ -9,10 +9,11 @@ import os
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,12 +43,16 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_bundle(ROOT / "tests/faults/policy", target, opa=ROOT / ".tools/opa")
 
 
-def new_agents(count: int) -> list[Agent]:
+def new_agents(count: int, bears: Collection[str] = NO_ROOM) -> list[Agent]:
     dice = random.Random(918)  # noqa: S311 - what they do is no secret
     return [
-        Agent(f"agent-{number}", "tenant_acme", ISSUER, dice, bears=NO_ROOM)
+        Agent(f"agent-{number}", "tenant_acme", ISSUER, dice, bears=bears)
         for number in range(count)
     ]
+
+
+def answers(agents: list[Agent]) -> int:
+    return sum(len(agent.knows.answered) for agent in agents)
 
 
 def process_of(sidecar: SidecarProcess) -> int:
@@ -163,8 +168,7 @@ def test_a_disk_that_fills_up_under_load_loses_nothing_and_calls_go_on_when_ther
         with at_work(agents, goes_on=lambda: refusals().total() < 200):
             assert soon(lambda: refusals().total() > 0)
         assert refusals().keys() <= set(NO_ROOM)
-        answered = sum(len(agent.knows.answered) for agent in agents)
-        assert answered > 100, "it was full before it began"
+        assert answers(agents) > 100, "it was full before it began"
 
         assert mounted("-o", "remount,size=200m", str(small_disk))
 
@@ -204,8 +208,41 @@ def test_the_largest_messages_take_no_more_memory_than_a_few_times_what_is_sent_
         assert soon(lambda: memory_bytes(sidecar, "VmRSS") < before + 48 * 1024 * 1024)
 
 
+@pytest.mark.slow
+def test_without_memory_it_is_gone_and_nothing_that_was_said_is_lost(
+    tmp_path: Path, bundle: Path
+) -> None:
+    agents = new_agents(4, bears=(*NO_ROOM, "internal", "policy_error", "policy_unavailable"))
+    with SidecarProcess(tmp_path, issuer=ISSUER, bundle=bundle, config=CONFIG) as sidecar:
+        for room_mib in (0, 8, 64):
+            for agent in agents:
+                agent.meet(sidecar.target, "session")
+            assert _end_for_want_of_memory(sidecar, agents, room_mib) == -signal.SIGABRT
+            sidecar.start()
+            for agent in agents:
+                agent.settle_doubts()
+                agent.check_answers(20)
+                agent.check_permits()
+            check_sums(agents)
+            check_records(agents, sidecar)
+        for agent in agents:
+            agent.leave()
+
+
+def _end_for_want_of_memory(sidecar: SidecarProcess, agents: list[Agent], room_mib: int) -> int:
+    """How it ends, in the midst of agents' work, when it gets no more than so much more."""
+    enough = answers(agents) + 100
+    with at_work(agents):
+        assert soon(lambda: answers(agents) > enough)
+        limit = memory_bytes(sidecar, "VmData") + room_mib * 1024 * 1024
+        resource.prlimit(process_of(sidecar), resource.RLIMIT_DATA, (limit, limit))
+        asyncio.run(_send_large_messages(sidecar.target, rounds=3))
+        assert sidecar.process is not None
+        return sidecar.process.wait(20)
+
+
 def memory_bytes(sidecar: SidecarProcess, which: str) -> int:
-    """VmHWM: at most until now; VmRSS: now."""
+    """VmHWM: at most until now; VmRSS: now; VmData: what it may write to, used or not."""
     status = Path(f"/proc/{process_of(sidecar)}/status").read_text(encoding="utf-8")
     [kib] = [line.split()[1] for line in status.splitlines() if line.startswith(f"{which}:")]
     return int(kib) * 1024

@@ -7,27 +7,21 @@ refused, with the file, the line and the key that may have been meant.
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from msgspec import Meta, field
+from msgspec.structs import replace
 
 from pdp.admission import Priority, ServiceClass
+from pdp.config_reading import Fault, Location, Section, read_section
 from pdp.errors import PdpError
 from pdp.identity.subject import MAX_ORGANISATION_LENGTH, TENANT_PATTERN
 from pdp.identity.tenancy import WorkloadRoute
@@ -45,10 +39,6 @@ class ConfigError(PdpError):
 
     def __init__(self, message: str) -> None:
         super().__init__(ReasonCode.REQUEST_INVALID, message)
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 def _expand_user(path: Path) -> Path:
@@ -86,20 +76,20 @@ def is_loopback(address: str) -> bool:
 
 def _tenant_id(value: str) -> str:
     if not TENANT_PATTERN.fullmatch(value):
-        raise ValueError(f"{value!r} is not a tenant id ({TENANT_PATTERN.pattern})")
+        raise ValueError(f"is not a tenant id ({TENANT_PATTERN.pattern})")
     return value
 
 
-FilePath = Annotated[Path, Field(strict=False), AfterValidator(_expand_user)]
-Address = Annotated[str, AfterValidator(_address)]
-Name = Annotated[str, Field(min_length=1, max_length=255)]
-HttpUrl = Annotated[str, Field(pattern=r"^https?://[^\s@]{1,2000}$")]
-TenantId = Annotated[str, AfterValidator(_tenant_id)]
-TrustDomain = Annotated[str, Field(pattern=r"^[a-z0-9._-]{1,255}$")]
-Audience = Annotated[str, Field(pattern=r"^[A-Za-z0-9:/._-]{1,255}$")]
+FilePath = Annotated[Path, _expand_user]
+Address = Annotated[str, _address]
+Name = Annotated[str, Meta(min_length=1, max_length=255)]
+HttpUrl = Annotated[str, Meta(pattern=r"^https?://[^\s@]{1,2000}$")]
+TenantId = Annotated[str, _tenant_id]
+TrustDomain = Annotated[str, Meta(pattern=r"^[a-z0-9._-]{1,255}$")]
+Audience = Annotated[str, Meta(pattern=r"^[A-Za-z0-9:/._-]{1,255}$")]
 
 
-class Tls(_Section):
+class Tls(Section, frozen=True, kw_only=True):
     """Certificates of a TCP listener."""
 
     certificate_file: FilePath
@@ -111,7 +101,7 @@ class Tls(_Section):
     client without a certificate of theirs is refused (mTLS)."""
 
 
-class TcpListener(_Section):
+class TcpListener(Section, frozen=True, kw_only=True):
     """A TCP listener for gRPC."""
 
     address: Address
@@ -119,43 +109,41 @@ class TcpListener(_Section):
     tls: Tls | None = None
     """Certificates. Required unless the address is loopback."""
 
-    @model_validator(mode="after")
-    def _plain_only_on_loopback(self) -> Self:
+    def __post_init__(self) -> None:
         if self.tls is None and not is_loopback(self.address):
             raise ValueError("plain TCP is allowed only on loopback; set tls")
-        return self
 
 
-class NamedListener(_Section):
+class NamedListener(Section, frozen=True, kw_only=True):
     """A further listener for gRPC, which identity.routes can name."""
 
     unix: FilePath | None = None
     """Path of a Unix socket."""
-    unix_mode: Annotated[str, AfterValidator(_octal_mode)] = "0660"
+    unix_mode: Annotated[str, _octal_mode] = "0660"
     """Octal mode of the socket; others never have access."""
     tcp: TcpListener | None = None
     """In place of unix: a TCP listener, with certificates of its own."""
 
-    @model_validator(mode="after")
-    def _one_place(self) -> Self:
+    def __post_init__(self) -> None:
         if (self.unix is None) is (self.tcp is None):
             raise ValueError("set exactly one of unix and tcp")
-        return self
 
 
-ListenerName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+ListenerName = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 
 
-class Listen(_Section):
+class Listen(Section, frozen=True, kw_only=True):
     """Where the sidecar answers."""
 
-    unix: FilePath | None = Path("/run/pdp/pdp.sock")
+    unix: FilePath | None = field(default_factory=lambda: Path("/run/pdp/pdp.sock"))
     """Path of the Unix socket for gRPC; null for none."""
-    unix_mode: Annotated[str, AfterValidator(_octal_mode)] = "0660"
+    unix_mode: Annotated[str, _octal_mode] = "0660"
     """Octal mode of the socket; others never have access."""
     tcp: TcpListener | None = None
     """TCP listener for gRPC."""
-    named: Annotated[dict[ListenerName, NamedListener], Field(max_length=64)] = {}
+    named: Annotated[dict[ListenerName, NamedListener], Meta(max_length=64)] = field(
+        default_factory=dict
+    )
     """Further listeners for gRPC, by name."""
     metrics: Address | None = "127.0.0.1:9464"
     """HOST:PORT of the HTTP listener for /metrics, /healthz, /readyz and
@@ -164,26 +152,24 @@ class Listen(_Section):
     """Whether `pdp budget` is answered, on admin/pdp.sock in the state directory, which
     only the sidecar's own user can open."""
 
-    @model_validator(mode="after")
-    def _somewhere(self) -> Self:
+    def __post_init__(self) -> None:
         if self.unix is None and self.tcp is None and not self.named:
             raise ValueError("set unix or tcp, or nobody can ask")
-        return self
 
 
-class TenantLimits(_Section):
+class TenantLimits(Section, frozen=True, kw_only=True):
     """What a tenant may use of the sidecar. The policy may lower it, and set another priority."""
 
-    priority: Annotated[Priority, Field(strict=False)] = Priority.NORMAL
+    priority: Priority = Priority.NORMAL
     """high, normal or low: while calls wait, four of a high tenant are let in for two of
     a normal and one of a low one."""
-    max_concurrent_calls: Annotated[int, Field(ge=1, le=100_000)] = 256
+    max_concurrent_calls: Annotated[int, Meta(ge=1, le=100_000)] = 256
     """Its calls at the same time, those that wait included; one more is refused with
     rate_limited."""
-    calls_per_second: Annotated[float, Field(ge=0.01, le=100_000)] = 100.0
+    calls_per_second: Annotated[float, Meta(ge=0.01, le=100_000)] = 100.0
     """Its calls on average; faster ones are refused with rate_limited. Calls that finish
     what was begun (redeem, report, settle, release) count apart, at four times this."""
-    burst: Annotated[int, Field(ge=1, le=100_000)] = 100
+    burst: Annotated[int, Meta(ge=1, le=100_000)] = 100
     """Its calls at once, after a pause."""
 
     @property
@@ -197,38 +183,40 @@ class TenantLimits(_Section):
         )
 
 
-class ServerLimits(_Section):
+class ServerLimits(Section, frozen=True, kw_only=True):
     """Bounds on what clients may use of the server."""
 
-    max_message_bytes: Annotated[int, Field(ge=65_536, le=16_777_216)] = 4_194_304
+    max_message_bytes: Annotated[int, Meta(ge=65_536, le=16_777_216)] = 4_194_304
     """Largest gRPC message that is read. Arguments are bounded at 1 MiB besides."""
-    max_metadata_bytes: Annotated[int, Field(ge=8_192, le=65_536)] = 16_384
+    max_metadata_bytes: Annotated[int, Meta(ge=8_192, le=65_536)] = 16_384
     """Largest metadata of a call, the token included."""
-    max_concurrent_streams: Annotated[int, Field(ge=16, le=10_000)] = 1_024
+    max_concurrent_streams: Annotated[int, Meta(ge=16, le=10_000)] = 1_024
     """Calls under way per connection; gRPC resets what a client sends beyond. A stub's stream
     of questions is one of them, and so is what it watches."""
-    max_concurrent_calls: Annotated[int, Field(ge=1, le=100_000)] = 8
+    max_concurrent_calls: Annotated[int, Meta(ge=1, le=100_000)] = 8
     """Calls that are worked on at the same time, and as many again that finish what was
     begun (redeem, report, settle, release). More wait, and tenants take turns."""
-    max_waiting_calls: Annotated[int, Field(ge=0, le=100_000)] = 1_024
+    max_waiting_calls: Annotated[int, Meta(ge=0, le=100_000)] = 1_024
     """Calls that wait, of either kind; of those beyond, the tenant that waits with most
     is refused with rate_limited."""
-    tenants: TenantLimits = TenantLimits()
+    tenants: TenantLimits = field(default_factory=TenantLimits)
     """Bounds on what each tenant may use."""
-    call_timeout_seconds: Annotated[float, Field(gt=0, le=60)] = 5.0
+    call_timeout_seconds: Annotated[float, Meta(gt=0, le=60)] = 5.0
     """Longest time for one call; a client's shorter deadline wins."""
-    keepalive_seconds: Annotated[int, Field(ge=10, le=7_200)] = 60
+    keepalive_seconds: Annotated[int, Meta(ge=10, le=7_200)] = 60
     """Time between keepalive pings on a quiet connection."""
-    drain_seconds: Annotated[float, Field(ge=0, le=300)] = 10.0
+    drain_seconds: Annotated[float, Meta(ge=0, le=300)] = 10.0
     """After SIGTERM, how long calls under way may take to finish."""
 
 
-class TenantClaim(_Section):
+class TenantClaim(Section, frozen=True, kw_only=True):
     """Where the tenant of an issuer's tokens comes from: a claim, unless fixed or by_route."""
 
     claim: Name = "tenant_id"
     """The claim that holds the tenant id or, with organisations, the organisation id."""
-    organisations: Annotated[dict[Name, str], Field(min_length=1, max_length=100_000)] | None = None
+    organisations: (
+        Annotated[dict[Name, TenantId], Meta(min_length=1, max_length=100_000)] | None
+    ) = None
     """Organisation id, of at most 128 characters, to tenant id. Null: the claim is the tenant
     id itself."""
     organisations_file: FilePath | None = None
@@ -237,7 +225,7 @@ class TenantClaim(_Section):
     """The one tenant of all tokens of the issuer."""
     by_route: bool = False
     """true: the route that the call came by names it (identity.routes)."""
-    tenants: Annotated[list[TenantId], Field(min_length=1, max_length=10_000)] | None = None
+    tenants: Annotated[list[TenantId], Meta(min_length=1, max_length=10_000)] | None = None
     """The only tenants that the issuer may speak for; others are refused with tenant_unknown.
     Null: all that the claim, the organisations or the routes name."""
 
@@ -255,29 +243,27 @@ class TenantClaim(_Section):
             return frozenset(self.tenants)
         return None if self.organisations is None else frozenset(self.organisations.values())
 
-    @model_validator(mode="after")
-    def _tenant_ids(self) -> Self:
-        for organisation, tenant in (self.organisations or {}).items():
-            if len(organisation) > MAX_ORGANISATION_LENGTH:
-                raise ValueError(
-                    f"an organisation id is longer than {MAX_ORGANISATION_LENGTH} characters"
-                )
-            _tenant_id(tenant)
-        return self
-
-    @model_validator(mode="after")
-    def _one_rule(self) -> Self:
-        by_claim = self.maps_organisations or "claim" in self.model_fields_set
-        if [by_claim, self.fixed is not None, self.by_route].count(True) > 1:
-            raise ValueError("a claim, fixed and by_route exclude each other")
+    def __post_init__(self) -> None:
+        if any(len(name) > MAX_ORGANISATION_LENGTH for name in self.organisations or ()):
+            raise ValueError(
+                f"an organisation id is longer than {MAX_ORGANISATION_LENGTH} characters"
+            )
+        self._check_rule(by_claim=self.maps_organisations)
         if self.organisations is not None and self.organisations_file is not None:
             raise ValueError("organisations and organisations_file exclude each other")
         if self.fixed is not None and self.tenants is not None:
             raise ValueError("tenants has nothing to say beside fixed")
-        return self
+
+    def check_given(self, keys: Collection[str]) -> None:
+        """Whoever names the usual claim wants it too."""
+        self._check_rule(by_claim=self.maps_organisations or "claim" in keys)
+
+    def _check_rule(self, *, by_claim: bool) -> None:
+        if [by_claim, self.fixed is not None, self.by_route].count(True) > 1:
+            raise ValueError("a claim, fixed and by_route exclude each other")
 
 
-class IssuerKeys(_Section):
+class IssuerKeys(Section, frozen=True, kw_only=True):
     """Where an issuer's public keys are from: one place of four."""
 
     jwks_file: FilePath | None = None
@@ -287,18 +273,18 @@ class IssuerKeys(_Section):
     discovery: bool = False
     """In place of jwks_file: ask the issuer, whose name is then its URL, where its keys are
     (OpenID Connect Discovery)."""
-    workload_api: Annotated[str, Field(pattern=r"^unix:///\S{1,255}$")] | None = None
+    workload_api: Annotated[str, Meta(pattern=r"^unix:///\S{1,255}$")] | None = None
     """In place of jwks_file: unix:///PATH of a SPIFFE agent, which knows the keys of the trust
     domain."""
     ca_file: FilePath | None = None
     """PEM file with the authorities of an https server; null: the system's."""
     bearer_token_file: FilePath | None = None
     """File with a token for the server, as Kubernetes asks for; read anew for every request."""
-    poll_seconds: Annotated[float, Field(ge=1, le=86_400)] | None = None
+    poll_seconds: Annotated[float, Meta(ge=1, le=86_400)] | None = None
     """Time between two looks, moved by up to a tenth: so long a key counts that was taken away.
     One that is not known is looked for at once, but at most every ten seconds. Null: 1 for a
     file, 60 for a SPIFFE agent, 300 for a URL."""
-    max_age_seconds: Annotated[int, Field(ge=2, le=604_800)] = 3_600
+    max_age_seconds: Annotated[int, Meta(ge=2, le=604_800)] = 3_600
     """How long keys count where they can not be looked at any more; then calls are refused with
     keys_unavailable."""
 
@@ -311,8 +297,7 @@ class IssuerKeys(_Section):
             return 1.0
         return 60.0 if self.workload_api is not None else 300.0
 
-    @model_validator(mode="after")
-    def _one_place(self) -> Self:
+    def __post_init__(self) -> None:
         places = [self.jwks_file, self.jwks_url, self.discovery or None, self.workload_api]
         if places.count(None) != len(places) - 1:
             raise ValueError("set exactly one of jwks_file, jwks_url, discovery and workload_api")
@@ -325,7 +310,6 @@ class IssuerKeys(_Section):
             raise ValueError("bearer_token_file goes with jwks_url or discovery")
         if self.max_age_seconds < 2 * self.seconds_between_looks:
             raise ValueError("max_age_seconds must be at least twice poll_seconds")
-        return self
 
     def _check_place(self, *, issuer: str | None, is_trust_domain: bool) -> None:
         """Whether the place is one for an issuer of this name. Raises ValueError."""
@@ -337,24 +321,26 @@ class IssuerKeys(_Section):
             _plain_only_to_loopback(issuer)
 
 
-class JwtIssuer(IssuerKeys):
+class JwtIssuer(IssuerKeys, frozen=True, kw_only=True):
     """A token issuer that is trusted."""
 
     issuer: Name
     """Its exact iss claim."""
-    audiences: Annotated[list[Name], Field(min_length=1, max_length=64)]
+    audiences: Annotated[list[Name], Meta(min_length=1, max_length=64)]
     """One of them must stand in the token's aud."""
     algorithms: Annotated[
-        list[Literal["EdDSA", "ES256", "RS256"]], Field(min_length=1, max_length=3)
-    ] = ["EdDSA", "ES256", "RS256"]
+        list[Literal["EdDSA", "ES256", "RS256"]], Meta(min_length=1, max_length=3)
+    ] = field(default_factory=lambda: ["EdDSA", "ES256", "RS256"])
     """Accepted signature algorithms."""
-    types: Annotated[list[Name], Field(min_length=1, max_length=16)] = ["JWT", "at+jwt"]
+    types: Annotated[list[Name], Meta(min_length=1, max_length=16)] = field(
+        default_factory=lambda: ["JWT", "at+jwt"]
+    )
     """Accepted typ headers."""
-    tenant: TenantClaim = TenantClaim()
+    tenant: TenantClaim = field(default_factory=TenantClaim)
     """How a token names its tenant."""
     actor_claim: Name = "sub"
     """The claim that names the actor."""
-    actor_prefix: Annotated[str, Field(pattern=r"^[!-~]{0,64}$")] = ""
+    actor_prefix: Annotated[str, Meta(pattern=r"^[!-~]{0,64}$")] = ""
     """Stands before the names of its actors, such as okta:, so that they are none of another
     issuer's."""
     shared_actors: bool = False
@@ -371,28 +357,23 @@ class JwtIssuer(IssuerKeys):
     """The claim that names the actor's team, for limits that a team shares. Null: none does."""
     session_claim: Name | None = None
     """The claim that names the session, for limits of one session. Null: none does."""
-    leeway_seconds: Annotated[int, Field(ge=0, le=300)] = 30
+    leeway_seconds: Annotated[int, Meta(ge=0, le=300)] = 30
     """How far the issuer's clock may differ."""
 
-    @model_validator(mode="after")
-    def _one_organisation(self) -> Self:
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.organisation_claim is not None and self.tenant.maps_organisations:
             raise ValueError(
                 "organisation_claim can not stand beside tenant.organisations: the organisation is"
                 " the one that is mapped there"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _has_such_keys(self) -> Self:
         self._check_place(
             issuer=self.issuer,
             is_trust_domain=re.fullmatch(r"spiffe://[a-z0-9._-]{1,255}", self.issuer) is not None,
         )
-        return self
 
 
-class WorkloadIssuer(IssuerKeys):
+class WorkloadIssuer(IssuerKeys, frozen=True, kw_only=True):
     """Who issues tokens to workloads: a SPIFFE trust domain or a Kubernetes cluster."""
 
     trust_domain: TrustDomain | None = None
@@ -400,16 +381,16 @@ class WorkloadIssuer(IssuerKeys):
     issuer: Name | None = None
     """In place of trust_domain: the exact iss claim of a cluster, whose service accounts'
     tokens are accepted where they are bound to a pod."""
-    cluster: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,63}$")] | None = None
+    cluster: Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,63}$")] | None = None
     """Stands before the names of its service accounts (eu/system:serviceaccount:NAMESPACE:NAME),
     which must differ where there are several clusters."""
-    audiences: Annotated[list[Name], Field(min_length=1, max_length=64)]
+    audiences: Annotated[list[Name], Meta(min_length=1, max_length=64)]
     """One of them must stand in the token's aud: a name of the sidecars' own."""
     algorithms: Annotated[
-        list[Literal["EdDSA", "ES256", "RS256"]], Field(min_length=1, max_length=3)
-    ] = ["EdDSA", "ES256", "RS256"]
+        list[Literal["EdDSA", "ES256", "RS256"]], Meta(min_length=1, max_length=3)
+    ] = field(default_factory=lambda: ["EdDSA", "ES256", "RS256"])
     """Accepted signature algorithms."""
-    leeway_seconds: Annotated[int, Field(ge=0, le=300)] = 30
+    leeway_seconds: Annotated[int, Meta(ge=0, le=300)] = 30
     """How far its clock may differ."""
 
     @property
@@ -417,17 +398,16 @@ class WorkloadIssuer(IssuerKeys):
         """The issuer or, as JWT-SVIDs need not name one, spiffe:// and the trust domain."""
         return f"spiffe://{self.trust_domain}" if self.trust_domain else self.issuer or ""
 
-    @model_validator(mode="after")
-    def _one_kind(self) -> Self:
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.trust_domain is None) is (self.issuer is None):
             raise ValueError("set exactly one of trust_domain and issuer")
         if self.cluster is not None and self.issuer is None:
             raise ValueError("cluster goes with issuer")
         self._check_place(issuer=self.issuer, is_trust_domain=self.trust_domain is not None)
-        return self
 
 
-class WorkloadIdentity(_Section):
+class WorkloadIdentity(Section, frozen=True, kw_only=True):
     """Which runtime asks, beside who acts."""
 
     required: bool = False
@@ -435,15 +415,14 @@ class WorkloadIdentity(_Section):
     certificates: bool = False
     """Whether a client certificate says it (tls.client_ca_file): by its one URI, such as a
     SPIFFE id, or its one DNS name."""
-    trust_domains: Annotated[list[TrustDomain], Field(min_length=1, max_length=64)] | None = None
+    trust_domains: Annotated[list[TrustDomain], Meta(min_length=1, max_length=64)] | None = None
     """Certificates must do so by a SPIFFE id of one of these. Null: as their authorities see
     fit."""
-    issuers: Annotated[list[WorkloadIssuer], Field(max_length=64)] = []
+    issuers: Annotated[list[WorkloadIssuer], Meta(max_length=64)] = field(default_factory=list)
     """Whose tokens say it, in metadata workload-authorization. None of them can be one of
     identity.issuers."""
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def __post_init__(self) -> None:
         if not self.certificates and not self.issuers:
             raise ValueError("set certificates or issuers, or no workload can show who it is")
         if self.trust_domains is not None and not self.certificates:
@@ -454,50 +433,51 @@ class WorkloadIdentity(_Section):
         for what, listed in (("trust_domain", domains), ("issuer", names), ("cluster", clusters)):
             if len(set(listed)) != len(listed):
                 raise ValueError(f"two issuers have the same {what}")
-        return self
 
 
-class Route(_Section):
+class Route(Section, frozen=True, kw_only=True):
     """A way in that is one tenant's: a listener, a workload or a server name."""
 
     listener: ListenerName | None = None
     """One of listen.named: all calls that come in there."""
-    workload: Annotated[str, Field(min_length=1, max_length=255)] | None = None
+    workload: Annotated[str, Meta(min_length=1, max_length=255)] | None = None
     """In place of listener: all calls of this workload. In a SPIFFE id or a service account
     "*" stands for any one part, "{tenant}" for the part that is the tenant, and "**" at the
     end for whatever follows: spiffe://example.org/tenant/{tenant}/**."""
-    server_name: Annotated[str, Field(pattern=r"^[a-z0-9.-]{1,253}$")] | None = None
+    server_name: Annotated[str, Meta(pattern=r"^[a-z0-9.-]{1,253}$")] | None = None
     """In place of listener: all calls that ask for this name by TLS (SNI). As callers choose it
     themselves it is never where a tenant comes from (tenant.by_route); it must agree."""
     tenant: TenantId | None = None
     """The tenant, unless the workload's name holds it."""
 
-    @model_validator(mode="after")
-    def _one_way(self) -> Self:
+    def __post_init__(self) -> None:
         if [self.listener, self.workload, self.server_name].count(None) != 2:  # noqa: PLR2004
             raise ValueError("set exactly one of listener, workload and server_name")
         if self.workload is None and self.tenant is None:
             raise ValueError("name the tenant")
         if self.workload is not None:
             WorkloadRoute.of(self.workload, self.tenant or "")
-        return self
 
 
-class JwtIdentity(_Section):
+class JwtIdentity(Section, frozen=True, kw_only=True, tag_field="mode", tag="jwt"):
     """Callers show a JWT as bearer token."""
 
-    mode: Literal["jwt"]
+    mode: ClassVar[Literal["jwt"]] = "jwt"
     """This section's kind."""
-    issuers: Annotated[list[JwtIssuer], Field(min_length=1, max_length=64)]
+    issuers: Annotated[list[JwtIssuer], Meta(min_length=1, max_length=64)]
     """The issuers that are trusted; each iss at most once."""
-    routes: Annotated[list[Route], Field(max_length=1_024)] = []
+    routes: Annotated[list[Route], Meta(max_length=1_024)] = field(default_factory=list)
     """Ways in that are one tenant's. A call by one of another tenant than its token's is
     refused with tenant_mismatch."""
     workload: WorkloadIdentity | None = None
     """How the runtime that asks shows which one it is. Null: nothing of the kind is looked at."""
 
-    @model_validator(mode="after")
-    def _issuers_differ(self) -> Self:
+    def __post_init__(self) -> None:
+        self._issuers_differ()
+        self._actors_differ()
+        self._routes_lead_somewhere()
+
+    def _issuers_differ(self) -> None:
         names = [issuer.issuer for issuer in self.issuers]
         for name in names:
             if names.count(name) > 1:
@@ -508,10 +488,8 @@ class JwtIdentity(_Section):
                     f"{workloads.name} is an issuer of users and of workloads: take it out of one"
                     " of issuers and workload.issuers"
                 )
-        return self
 
-    @model_validator(mode="after")
-    def _actors_differ(self) -> Self:
+    def _actors_differ(self) -> None:
         for one, other in itertools.combinations(self.issuers, 2):
             if not (one.shared_actors and other.shared_actors) and _can_name_alike(one, other):
                 raise ValueError(
@@ -519,10 +497,8 @@ class JwtIdentity(_Section):
                     " same tenant: give each an actor_prefix that the other's does not begin with,"
                     " or tenants of its own; or set shared_actors in both"
                 )
-        return self
 
-    @model_validator(mode="after")
-    def _routes_lead_somewhere(self) -> Self:
+    def _routes_lead_somewhere(self) -> None:
         if self.workload is None and any(route.workload is not None for route in self.routes):
             raise ValueError("a route of a workload needs identity.workload")
         if all(route.server_name is not None for route in self.routes) and any(
@@ -534,7 +510,6 @@ class JwtIdentity(_Section):
             named = [each for each in named if each is not None]
             if len(set(named)) != len(named):
                 raise ValueError(f"a {name} has two routes")
-        return self
 
 
 def _can_name_alike(one: JwtIssuer, other: JwtIssuer) -> bool:
@@ -545,22 +520,24 @@ def _can_name_alike(one: JwtIssuer, other: JwtIssuer) -> bool:
     return tenants is None or others is None or not tenants.isdisjoint(others)
 
 
-class SingleTenantIdentity(_Section):
+class SingleTenantIdentity(
+    Section, frozen=True, kw_only=True, tag_field="mode", tag="single_tenant"
+):
     """Every caller is the tenant "default". Only on a Unix socket or loopback."""
 
-    mode: Literal["single_tenant"]
+    mode: ClassVar[Literal["single_tenant"]] = "single_tenant"
     """This section's kind."""
     actor: Name = "local"
     """The actor of every call."""
-    roles: Annotated[list[Name], Field(max_length=64)] = []
+    roles: Annotated[list[Name], Meta(max_length=64)] = field(default_factory=list)
     """Its roles."""
-    scopes: Annotated[list[Name], Field(max_length=64)] = []
+    scopes: Annotated[list[Name], Meta(max_length=64)] = field(default_factory=list)
     """Its scopes."""
     workload: WorkloadIdentity | None = None
     """As in mode jwt."""
 
 
-class VerificationKey(_Section):
+class VerificationKey(Section, frozen=True, kw_only=True):
     """A key that bundles may be signed with."""
 
     public_key_file: FilePath
@@ -571,16 +548,16 @@ class VerificationKey(_Section):
     """The one algorithm that this key signs with."""
 
 
-class Verification(_Section):
+class Verification(Section, frozen=True, kw_only=True):
     """Which signature a bundle must carry (.signatures.json, as OPA makes it)."""
 
-    keys: Annotated[dict[Name, VerificationKey], Field(min_length=1, max_length=16)]
+    keys: Annotated[dict[Name, VerificationKey], Meta(min_length=1, max_length=16)]
     """Key id to key: a signature must be made with one of these."""
     scope: Name | None = None
     """The scope that the signature must name; null: it must name none."""
 
 
-class HttpSource(_Section):
+class HttpSource(Section, frozen=True, kw_only=True):
     """A bundle server, or any web server that hands out a file with an ETag."""
 
     url: HttpUrl
@@ -593,27 +570,25 @@ class HttpSource(_Section):
     """PEM file with its key."""
     ca_file: FilePath | None = None
     """PEM file with the authorities of the server; null: the system's."""
-    poll_seconds: Annotated[float, Field(ge=1, le=86_400)] = 60.0
+    poll_seconds: Annotated[float, Meta(ge=1, le=86_400)] = 60.0
     """Time between two requests, moved by up to a tenth so that sidecars spread."""
-    long_poll_seconds: Annotated[int, Field(ge=1, le=600)] | None = None
+    long_poll_seconds: Annotated[int, Meta(ge=1, le=600)] | None = None
     """How long the server may hold a request open until there is a change; null: it
     answers at once."""
-    timeout_seconds: Annotated[float, Field(gt=0, le=600)] = 30.0
+    timeout_seconds: Annotated[float, Meta(gt=0, le=600)] = 30.0
     """Longest time for one request, without long_poll_seconds."""
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def __post_init__(self) -> None:
         _plain_only_to_loopback(self.url)
         if (self.client_certificate_file is None) is not (self.client_key_file is None):
             raise ValueError("client_certificate_file and client_key_file go together")
-        return self
 
 
-class OciSource(_Section):
+class OciSource(Section, frozen=True, kw_only=True):
     """A bundle in an OCI registry."""
 
     image: Annotated[
-        str, Field(pattern=r"^[\w.-]+(:\d{1,5})?(/[\w.-]+)+(:[\w.-]+)?(@sha256:[0-9a-f]{64})?$")
+        str, Meta(pattern=r"^[\w.-]+(:\d{1,5})?(/[\w.-]+)+(:[\w.-]+)?(@sha256:[0-9a-f]{64})?$")
     ]
     """REGISTRY/REPOSITORY:TAG, or @sha256:DIGEST, which nothing can be put in place of."""
     username_file: FilePath | None = None
@@ -624,18 +599,16 @@ class OciSource(_Section):
     """Speak http:// with the registry; only for loopback."""
     ca_file: FilePath | None = None
     """PEM file with the authorities of the registry; null: the system's."""
-    poll_seconds: Annotated[float, Field(ge=1, le=86_400)] = 60.0
+    poll_seconds: Annotated[float, Meta(ge=1, le=86_400)] = 60.0
     """Time between two looks at the tag. A digest is looked at once."""
-    timeout_seconds: Annotated[float, Field(gt=0, le=600)] = 30.0
+    timeout_seconds: Annotated[float, Meta(gt=0, le=600)] = 30.0
     """Longest time for one request."""
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def __post_init__(self) -> None:
         if self.plain_http:
             _plain_only_to_loopback(f"http://{self.image}")
         if (self.username_file is None) is not (self.password_file is None):
             raise ValueError("username_file and password_file go together")
-        return self
 
 
 def _plain_only_to_loopback(url: str) -> None:
@@ -644,13 +617,13 @@ def _plain_only_to_loopback(url: str) -> None:
         raise ValueError("plain http is allowed only to loopback; use https")
 
 
-class BundleSettings(_Section):
+class BundleSettings(Section, frozen=True, kw_only=True):
     """One bundle: where it comes from, and who must have signed it."""
 
     path: FilePath | None = None
     """A .tar.gz or a directory, looked at anew every poll_seconds. A directory of Rego
     without policy.wasm needs the opa command."""
-    poll_seconds: Annotated[float, Field(ge=0.1, le=3_600)] = 2.0
+    poll_seconds: Annotated[float, Meta(ge=0.1, le=3_600)] = 2.0
     """Time between two looks at path."""
     http: HttpSource | None = None
     """A bundle server."""
@@ -659,42 +632,38 @@ class BundleSettings(_Section):
     verification: Verification | None = None
     """Which signature it must carry; null: as policy.verification says."""
 
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
+    def __post_init__(self) -> None:
         if [self.path, self.http, self.oci].count(None) != 2:  # noqa: PLR2004 - one of three
             raise ValueError("set exactly one of path, http and oci")
-        return self
 
 
-BundleName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
-Bundles = Annotated[dict[BundleName, BundleSettings], Field(min_length=1, max_length=256)]
+BundleName = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+Bundles = Annotated[dict[BundleName, BundleSettings], Meta(min_length=1, max_length=256)]
 
 
-class OpaServer(_Section):
+class OpaServer(Section, frozen=True, kw_only=True):
     """An OPA server that answers in place of the embedded engine."""
 
     managed: bool = False
     """true: the sidecar starts its own, feeds it its bundles and ends it. false: one
     that runs already, at url, and has its bundles from elsewhere."""
-    url: Annotated[str, Field(pattern=r"^https?://[^\s@/]{1,255}/?$")] = "http://127.0.0.1:8181"
+    url: Annotated[str, Meta(pattern=r"^https?://[^\s@/]{1,255}/?$")] = "http://127.0.0.1:8181"
     """Where a server that is not managed listens. Plain http:// only to loopback."""
     token_file: FilePath | None = None
     """File with a bearer token for a server that is not managed."""
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def __post_init__(self) -> None:
         _plain_only_to_loopback(self.url)
-        return self
 
 
-class OpaEngine(_Section):
+class OpaEngine(Section, frozen=True, kw_only=True):
     """A real OPA server decides."""
 
-    opa: OpaServer = OpaServer()
+    opa: OpaServer = field(default_factory=OpaServer)
     """The server."""
 
 
-class Shadow(_Section):
+class Shadow(Section, frozen=True, kw_only=True):
     """A candidate that is asked too and never obeyed; what it answers otherwise is
     counted and put on record.
     """
@@ -706,14 +675,12 @@ class Shadow(_Section):
     verification: Verification | None = None
     """Which signature its bundles must carry unless one says itself."""
 
-    @model_validator(mode="after")
-    def _one_of_both(self) -> Self:
+    def __post_init__(self) -> None:
         if (self.bundle is None) is (self.bundles is None):
             raise ValueError("set either bundle or bundles")
-        return self
 
 
-class Policy(_Section):
+class Policy(Section, frozen=True, kw_only=True):
     """What decides."""
 
     bundle: FilePath | None = None
@@ -727,7 +694,7 @@ class Policy(_Section):
     opa_command: FilePath | None = None
     """The opa command, to compile Rego, to run its tests, and for a managed server.
     Null: the one on PATH."""
-    max_age_seconds: Annotated[int, Field(ge=1, le=31_536_000)] | None = None
+    max_age_seconds: Annotated[int, Meta(ge=1, le=31_536_000)] | None = None
     """How long ago the sources may have been reached last; null: for ever."""
     when_stale: Literal["deny", "serve"] = "deny"
     """What is done past max_age_seconds: deny every call (policy_stale), or go on and
@@ -739,12 +706,12 @@ class Policy(_Section):
     """Take a bundle that is older than one that was active before."""
     shadow: Shadow | None = None
     """A candidate that is asked too and never obeyed."""
-    evaluation_timeout_ms: Annotated[int, Field(ge=10, le=10_000)] = 200
+    evaluation_timeout_ms: Annotated[int, Meta(ge=10, le=10_000)] = 200
     """Longest time for one evaluation; past it the answer is a denial."""
-    workers: Annotated[int, Field(ge=1, le=64)] = 2
+    workers: Annotated[int, Meta(ge=1, le=64)] = 2
     """Evaluations that run at the same time at most. The first worker takes all that comes;
     the others help while one question keeps it for more than 5 ms."""
-    max_memory_mib: Annotated[int, Field(ge=8, le=4_096)] = 512
+    max_memory_mib: Annotated[int, Meta(ge=8, le=4_096)] = 512
     """Most memory of one worker: the bundle's data and what an evaluation needs. It is
     a bound, not a reservation; the default has room for some 10,000 tenants."""
 
@@ -754,8 +721,7 @@ class Policy(_Section):
         engine = self.engine
         return engine.opa if isinstance(engine, OpaEngine) and not engine.opa.managed else None
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def __post_init__(self) -> None:
         named = [self.bundle, self.bundles].count(None)
         if self.external is not None:
             if named != 2 or self.shadow is not None:  # noqa: PLR2004 - neither of both
@@ -765,10 +731,9 @@ class Policy(_Section):
                 )
         elif named != 1:
             raise ValueError("set either bundle or bundles")
-        return self
 
 
-class Permits(_Section):
+class Permits(Section, frozen=True, kw_only=True):
     """How permits are signed."""
 
     issuer: Name = "agent-pdp"
@@ -776,7 +741,7 @@ class Permits(_Section):
     key_file: FilePath | None = None
     """PEM file with the Ed25519 keys, mode 0600: the first private key signs, the others
     only verify. Null: permit-key.pem in the state directory, made on first start."""
-    ttl_seconds: Annotated[int, Field(ge=1, le=3_600)] = 60
+    ttl_seconds: Annotated[int, Meta(ge=1, le=3_600)] = 60
     """How long a permit is valid, unless the policy says less."""
     default_audience: Audience = "tools"
     """The audience of a permit when the question names none."""
@@ -786,45 +751,36 @@ class Permits(_Section):
     tls.client_ca_file."""
 
 
-class TrustedSidecars(_Section):
+class TrustedSidecars(Section, frozen=True, kw_only=True):
     """Sidecars of another trust domain, whose delegations count here too."""
 
     issuer: Name
     """The iss of their delegations: their permit.issuer."""
     jwks_file: FilePath
     """JWK set with their permit keys; read again when it changes."""
-    tenants: Annotated[list[str], Field(min_length=1, max_length=10_000)]
+    tenants: Annotated[list[TenantId], Meta(min_length=1, max_length=10_000)]
     """The tenants that they may name. Whose delegation it is, and what it may do, is
     theirs to say."""
 
-    @model_validator(mode="after")
-    def _tenant_ids(self) -> Self:
-        for tenant in self.tenants:
-            if not TENANT_PATTERN.fullmatch(tenant):
-                raise ValueError(f"{tenant!r} is not a tenant id ({TENANT_PATTERN.pattern})")
-        return self
 
-
-class Delegations(_Section):
+class Delegations(Section, frozen=True, kw_only=True):
     """What agents may be given to act on somebody's behalf. They are signed with the permit
     keys, so that every sidecar with the same keys takes them.
     """
 
-    max_depth: Annotated[int, Field(ge=0, le=16)] = 8
+    max_depth: Annotated[int, Meta(ge=0, le=16)] = 8
     """Most agents that act one for another; 0: nobody can delegate."""
-    ttl_seconds: Annotated[int, Field(ge=1, le=86_400)] = 300
+    ttl_seconds: Annotated[int, Meta(ge=1, le=86_400)] = 300
     """How long a delegation lasts that names no time, at most max_ttl_seconds."""
-    max_ttl_seconds: Annotated[int, Field(ge=1, le=86_400)] = 3_600
+    max_ttl_seconds: Annotated[int, Meta(ge=1, le=86_400)] = 3_600
     """The longest that one can be asked for. None outlasts what it was made with."""
-    trusted: Annotated[list[TrustedSidecars], Field(max_length=64)] = []
+    trusted: Annotated[list[TrustedSidecars], Meta(max_length=64)] = field(default_factory=list)
     """Sidecars with other keys."""
 
-    @model_validator(mode="after")
-    def _issuers_differ(self) -> Self:
+    def __post_init__(self) -> None:
         names = [sidecars.issuer for sidecars in self.trusted]
         if len(set(names)) != len(names):
             raise ValueError("an issuer is named twice in trusted")
-        return self
 
 
 class SharedDurability(StrEnum):
@@ -836,10 +792,10 @@ class SharedDurability(StrEnum):
     """The loss of the primary too, as far as Redis can promise it."""
 
 
-class Sentinel(_Section):
+class Sentinel(Section, frozen=True, kw_only=True):
     """The sentinels that name the primary."""
 
-    service: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
+    service: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
     """Name under which they watch it (master name)."""
     username_file: FilePath | None = None
     """File with the user name for the sentinels themselves."""
@@ -847,10 +803,10 @@ class Sentinel(_Section):
     """File with the password for the sentinels themselves."""
 
 
-class RedisSettings(_Section):
+class RedisSettings(Section, frozen=True, kw_only=True):
     """Redis or Valkey, 7.0 or later, which any number of sidecars share."""
 
-    addresses: Annotated[list[Address], Field(max_length=32)] = []
+    addresses: Annotated[list[Address], Meta(max_length=32)] = field(default_factory=list)
     """HOST:PORT of the server; of the sentinels, with sentinel; of some nodes of the
     cluster, with cluster."""
     unix: FilePath | None = None
@@ -872,16 +828,16 @@ class RedisSettings(_Section):
     """Set where sentinels say which server is the primary."""
     cluster: bool = False
     """Whether the addresses are nodes of a cluster. A tenant lies on one node."""
-    durability: Annotated[SharedDurability, Field(strict=False)] = SharedDurability.PRIMARY
+    durability: SharedDurability = SharedDurability.PRIMARY
     """primary: an answer leaves when the primary has it, and a failover can lose the
     last moments. strict: it leaves when as many replicas as replicas says have it
     too."""
-    replicas: Annotated[int, Field(ge=1, le=8)] = 1
+    replicas: Annotated[int, Meta(ge=1, le=8)] = 1
     """How many replicas strict durability waits for."""
-    timeout_ms: Annotated[int, Field(ge=50, le=30_000)] = 1_000
+    timeout_ms: Annotated[int, Meta(ge=50, le=30_000)] = 1_000
     """How long an operation may take, waiting for a connection included; past it the
     call ends with budget_unavailable, and its outcome is unknown."""
-    connections: Annotated[int, Field(ge=1, le=256)] = 16
+    connections: Annotated[int, Meta(ge=1, le=256)] = 16
     """Connections that the sidecar opens at most, and so operations under way at once."""
     allow_volatile: bool = False
     """Whether a server that forgets is taken all the same: appendonly off, or an
@@ -890,8 +846,7 @@ class RedisSettings(_Section):
     """Whether it is taken unseen that the server keeps what it is given, because its
     user may not run CONFIG GET."""
 
-    @model_validator(mode="after")
-    def _one_place(self) -> Self:
+    def __post_init__(self) -> None:
         if (self.unix is None) == (not self.addresses):
             raise ValueError("set addresses or unix, and not both")
         if self.unix is not None and (self.cluster or self.sentinel is not None):
@@ -904,7 +859,6 @@ class RedisSettings(_Section):
             raise ValueError("client_certificate_file and client_key_file go together")
         if self.username_file is not None and self.password_file is None:
             raise ValueError("username_file needs password_file")
-        return self
 
 
 class OnOutage(StrEnum):
@@ -916,82 +870,79 @@ class OnOutage(StrEnum):
     """What is leased can be spent, until the lease ends."""
 
 
-class Lease(_Section):
+class Lease(Section, frozen=True, kw_only=True):
     """Slices of shared budgets, which the sidecar spends without asking the store."""
 
-    seconds: Annotated[int, Field(ge=2, le=600)] = 30
+    seconds: Annotated[int, Meta(ge=2, le=600)] = 30
     """For how long a lease is spent. What of it is never reported counts as spent."""
-    share: Annotated[float, Field(ge=0.01, le=0.5)] = 0.125
+    share: Annotated[float, Meta(ge=0.01, le=0.5)] = 0.125
     """The most of what remains under a limit that one lease takes."""
-    on_outage: Annotated[OnOutage, Field(strict=False)] = OnOutage.DENY
+    on_outage: OnOutage = OnOutage.DENY
     """While the store is away. deny: nothing is spent, once that is noticed.
     spend_lease: what is leased can be spent, until the lease ends."""
 
 
-class Budget(_Section):
+class Budget(Section, frozen=True, kw_only=True):
     """The ledger."""
 
     store: Literal["sqlite"] | RedisSettings = "sqlite"
     """Where budgets, and which permits are used, are counted. sqlite: in the state
     directory, for this sidecar alone. Or a Redis or Valkey, for all sidecars that
     share it."""
-    durability: Annotated[Durability, Field(strict=False)] = Durability.PROCESS
+    durability: Durability = Durability.PROCESS
     """Of the store sqlite. process: what was answered survives the sidecar's death at
     any moment. power: it survives power loss too, at the cost of a disk sync per
     commit."""
-    hold_ttl_seconds: Annotated[int, Field(ge=1, le=3_600)] = 120
+    hold_ttl_seconds: Annotated[int, Meta(ge=1, le=3_600)] = 120
     """How long a hold lasts unless it is settled or released. At least as long as
     permit.ttl_seconds."""
     lease: Lease | None = None
     """Set where the sidecar leases from a shared store. Its permits are then redeemed and
     reported on with this sidecar alone. Null: every operation asks the store."""
 
-    @model_validator(mode="after")
-    def _leases_what_is_shared(self) -> Self:
+    def __post_init__(self) -> None:
         if self.lease is not None and self.store == "sqlite":
             raise ValueError("lease needs a shared store")
-        return self
 
 
-class Audit(_Section):
+class Audit(Section, frozen=True, kw_only=True):
     """The audit log."""
 
-    durability: Annotated[Durability, Field(strict=False)] = Durability.PROCESS
+    durability: Durability = Durability.PROCESS
     """As budget.durability. In process mode the log is synced once a second."""
-    segment_max_bytes: Annotated[int, Field(ge=1_048_576, le=1_073_741_824)] = 67_108_864
+    segment_max_bytes: Annotated[int, Meta(ge=1_048_576, le=1_073_741_824)] = 67_108_864
     """Size at which a new file is begun."""
     record_policy_input: bool = False
     """Put into each decision's record what the policy was asked, raw arguments
     included, so that `pdp policy replay` and `pdp explain` can ask it again."""
 
 
-class Config(_Section):
+class Config(Section, frozen=True, kw_only=True):
     """The whole configuration."""
 
-    state_dir: FilePath = Path("/var/lib/pdp")
+    state_dir: FilePath = field(default_factory=lambda: Path("/var/lib/pdp"))
     """Directory for ledger, audit log and keys; made with mode 0700. One sidecar
     at a time."""
     instance: Name | None = None
     """Name of this sidecar in audit records. Null: the host's name."""
-    listen: Listen = Listen()
+    listen: Listen = field(default_factory=Listen)
     """Where the sidecar answers."""
-    limits: ServerLimits = ServerLimits()
+    limits: ServerLimits = field(default_factory=ServerLimits)
     """Bounds on what clients may use of the server."""
-    identity: Annotated[JwtIdentity | SingleTenantIdentity, Field(discriminator="mode")]
+    identity: JwtIdentity | SingleTenantIdentity
     """Whose call it is."""
     policy: Policy
     """What decides."""
-    permit: Permits = Permits()
+    permit: Permits = field(default_factory=Permits)
     """How permits are signed."""
-    delegation: Delegations = Delegations()
+    delegation: Delegations = field(default_factory=Delegations)
     """What agents may be given to act on somebody's behalf."""
-    budget: Budget = Budget()
+    budget: Budget = field(default_factory=Budget)
     """The ledger."""
-    audit: Audit = Audit()
+    audit: Audit = field(default_factory=Audit)
     """The audit log."""
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def __post_init__(self) -> None:
         if isinstance(self.identity, SingleTenantIdentity):
             for tcp in (self.listen.tcp, *(each.tcp for each in self.listen.named.values())):
                 if tcp is not None and not is_loopback(tcp.address):
@@ -1007,7 +958,6 @@ class Config(_Section):
                 "delegation.trusted names permit.issuer: sidecars of one trust domain share their"
                 " permit keys (permit.key_file), and others have another name"
             )
-        return self
 
     def _check_listeners(self) -> None:
         """Raises ValueError where a listener is missing that workloads, routes or permits need."""
@@ -1044,10 +994,6 @@ class Config(_Section):
         return self.state_dir / "revocations.json"
 
 
-_Path = tuple[str | int, ...]
-"""Where a value stands: its keys, and places in lists, from the top."""
-
-
 def load_config(
     path: Path,
     environment: Mapping[str, str],
@@ -1065,18 +1011,10 @@ def load_config(
     """
     document, lines = _read_yaml(path)
     variables = _overlay(document, environment)
-    try:
-        config = Config.model_validate(document)
-    except ValidationError as error:
-        found = error.errors()
-        named: set[str | int | None] = {part for fault in found for part in fault["loc"]}
-        faults = [
-            _explain(fault, path, lines, variables)
-            for fault in found
-            # Of a section in place of a word, only what is wrong within the section.
-            if _WORDS_OR_SECTIONS.get(fault["loc"][-1] if fault["loc"] else "") not in named
-        ]
-        raise ConfigError("\n".join(dict.fromkeys(faults))) from None
+    config, found = read_section(Config, document)
+    if found:
+        faults = [_explain(fault, path, lines, variables) for fault in found]
+        raise ConfigError("\n".join(dict.fromkeys(faults)))
     resolved = _resolve_paths(config, path.resolve().parent)
     wanted: set[str] = set()
     if files_must_exist:
@@ -1117,9 +1055,9 @@ _NAMED_BUNDLES: Final = frozenset({"bundle", "path"})
 
 
 def _named_files(
-    section: BaseModel, wanted: set[str], location: _Path = ()
-) -> Iterator[tuple[_Path, Path]]:
-    for name in type(section).model_fields:
+    section: Section, wanted: set[str], location: Location = ()
+) -> Iterator[tuple[Location, Path]]:
+    for name in section.__struct_fields__:
         value = getattr(section, name)
         items: Iterable[tuple[str | int | None, Any]] = [(None, value)]
         if isinstance(value, list):
@@ -1128,32 +1066,32 @@ def _named_files(
             items = value.items()
         for index, item in items:
             here = (*location, name) if index is None else (*location, name, index)
-            if isinstance(item, BaseModel):
+            if isinstance(item, Section):
                 yield from _named_files(item, wanted, here)
             elif isinstance(item, Path) and name in wanted:
                 yield here, item
 
 
 def _resolve_paths(config: Config, base: Path) -> Config:
-    def walk(section: BaseModel) -> BaseModel:
+    def walk(section: Section) -> Section:
         changes: dict[str, Any] = {}
-        for name in type(section).model_fields:
+        for name in section.__struct_fields__:
             value = getattr(section, name)
             if isinstance(value, Path) and not value.is_absolute():
                 changes[name] = base / value
-            elif isinstance(value, BaseModel):
+            elif isinstance(value, Section):
                 changes[name] = walk(value)
-            elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
+            elif isinstance(value, list) and value and isinstance(value[0], Section):
                 changes[name] = [walk(item) for item in value]
             elif isinstance(value, dict):
                 changes[name] = {
-                    key: walk(item) if isinstance(item, BaseModel) else item
+                    key: walk(item) if isinstance(item, Section) else item
                     for key, item in value.items()
                 }
-        return section.model_copy(update=changes)
+        return replace(section, **changes)
 
     resolved = walk(config)
-    assert isinstance(resolved, Config)  # noqa: S101 - model_copy keeps the class
+    assert isinstance(resolved, Config)  # noqa: S101 - replace keeps the class
     return resolved
 
 
@@ -1162,7 +1100,7 @@ class _LineLoader(yaml.SafeLoader):
 
     def __init__(self, stream: bytes) -> None:
         super().__init__(stream)
-        self.lines: dict[_Path, int] = {}
+        self.lines: dict[Location, int] = {}
 
     def compose_node(self, parent: Any, index: Any) -> Any:  # noqa: ANN401 - as in the base class
         if self.check_event(yaml.events.AliasEvent):
@@ -1172,7 +1110,7 @@ class _LineLoader(yaml.SafeLoader):
             )
         return super().compose_node(parent, index)
 
-    def note_lines(self, node: yaml.Node, path: _Path = ()) -> None:
+    def note_lines(self, node: yaml.Node, path: Location = ()) -> None:
         self.lines.setdefault(path, node.start_mark.line + 1)
         if isinstance(node, yaml.MappingNode):
             seen: set[str] = set()
@@ -1189,7 +1127,7 @@ class _LineLoader(yaml.SafeLoader):
                 self.note_lines(item, (*path, index))
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[_Path, int]]:
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, int]]:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_CONFIG_BYTES + 1)
@@ -1226,9 +1164,9 @@ def _problem(error: yaml.MarkedYAMLError) -> str:
     return f"{said}: put a value that begins with *, & or ! in quotes" if named else said
 
 
-def _overlay(document: dict[str, Any], environment: Mapping[str, str]) -> dict[_Path, str]:
+def _overlay(document: dict[str, Any], environment: Mapping[str, str]) -> dict[Location, str]:
     """Put the variables' values into the document; the variable of each key set."""
-    variables: dict[_Path, str] = {}
+    variables: dict[Location, str] = {}
     for name, text in sorted(environment.items()):
         if not name.startswith(ENVIRONMENT_PREFIX) or _SERVICE_LINK.fullmatch(name):
             continue
@@ -1248,38 +1186,25 @@ def _overlay(document: dict[str, Any], environment: Mapping[str, str]) -> dict[_
 
 
 def _explain(
-    fault: Any,  # noqa: ANN401 - pydantic's ErrorDetails
+    fault: Fault,
     path: Path,
-    lines: Mapping[_Path, int],
-    variables: Mapping[_Path, str],
+    lines: Mapping[Location, int],
+    variables: Mapping[Location, str],
 ) -> str:
     """One fault as "where: key: what was expected"."""
-    location = tuple(part for part in fault["loc"] if part not in _UNION_TAGS)
-    message = str(fault["msg"]).removeprefix("Value error, ")
+    location, message = fault
     if not location and "." in message.partition(" ")[0]:
         # A rule between sections begins with the key that breaks it.
         location = tuple(message.partition(" ")[0].split("."))
     key = ".".join(str(part) for part in location) or "the configuration"
-    place = _place(location, path, lines, variables)
-    if fault["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
-        meant = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"; did you mean {meant[0]}?" if meant else f"; expected {', '.join(known)}"
-        return f"{place}: {key}: unknown key{hint}"
-    if fault["type"] == "missing":
-        return f"{place}: {key}: is required"
-    if fault["type"] == "union_tag_invalid":
-        # pydantic's own text repeats what stands there, which may be a secret.
-        expected = fault["ctx"]
-        message = f"{expected['discriminator']} should be one of {expected['expected_tags']}"
-    return f"{place}: {key}: {message[:1].lower()}{message[1:]}"
+    return f"{_place(location, path, lines, variables)}: {key}: {message}"
 
 
 def _place(
-    location: _Path,
+    location: Location,
     path: Path,
-    lines: Mapping[_Path, int],
-    variables: Mapping[_Path, str],
+    lines: Mapping[Location, int],
+    variables: Mapping[Location, str],
 ) -> str:
     """The variable that set the key, or else file and line of it or of its section."""
     for length in range(len(location), 0, -1):
@@ -1293,33 +1218,3 @@ def _place(
 
 _YAML_NAME: Final = re.compile(r"(alias|anchor|tag|tag handle) '.*?'(?=;|$)")
 """Where PyYAML repeats a name out of the text: how a value reads that begins with *, & or !."""
-_WORDS_OR_SECTIONS: Final[dict[str | int, str]] = {
-    "literal['embedded']": "OpaEngine",
-    "literal['sqlite']": "function-after[_one_place(), RedisSettings]",
-}
-_UNION_TAGS: Final = frozenset(
-    {"jwt", "single_tenant", *_WORDS_OR_SECTIONS, *_WORDS_OR_SECTIONS.values()}
-)
-"""What pydantic adds to a location to say which member of a union it tried."""
-
-
-def _known_keys(location: _Path) -> list[str]:
-    """The keys of the section at a location, over all members of its unions."""
-    sections: list[type[BaseModel]] = [Config]
-    for part in location:
-        below = [
-            inner
-            for section in sections
-            if part in section.model_fields
-            for inner in _models_in(section.model_fields[str(part)].annotation)
-        ]
-        # A part that is no key is a place in a list, or a name that the operator chose.
-        sections = below or sections
-    return [name for section in sections for name in section.model_fields]
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:  # noqa: ANN401 - any annotation
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in getattr(annotation, "__args__", ()):
-        yield from _models_in(argument)

@@ -8,6 +8,8 @@ import json
 from collections.abc import Iterator
 from typing import Any, Final
 
+import msgspec
+
 from pdp import config
 from pdp.storage import Durability
 
@@ -16,15 +18,26 @@ TITLE: Final = "Configuration of the agent-pdp sidecar"
 
 def json_schema() -> dict[str, Any]:
     """The JSON Schema (2020-12) of the configuration file, with descriptions."""
-    schema = config.Config.model_json_schema()
+    made = msgspec.json.schema(config.Config, schema_hook=_path_schema)
+    sections = made["$defs"]
+    schema: dict[str, Any] = {**sections.pop("Config"), "$defs": dict(sorted(sections.items()))}
+    for part in (schema, *sections.values()):
+        part["description"] = inspect.cleandoc(part["description"])
     documented = _docstrings()
     for name, section in _sections(schema):
-        for key, member in section.get("properties", {}).items():
+        for key, member in section["properties"].items():
             member["description"] = documented[name][key]
-            member.pop("title", None)
+        for field in msgspec.structs.fields(getattr(config, name)):
+            if field.default_factory is not msgspec.NODEFAULT:
+                default = msgspec.to_builtins(field.default_factory(), enc_hook=str)
+                section["properties"][field.name]["default"] = default
     schema["title"] = TITLE
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     return schema
+
+
+def _path_schema(_: type) -> dict[str, Any]:
+    return {"type": "string", "format": "path"}
 
 
 def markdown() -> str:

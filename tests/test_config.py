@@ -100,19 +100,19 @@ def test_what_kubernetes_sets_for_a_service_named_pdp_is_passed_over(tmp_path: P
         ),
         (
             GOOD + "limits: {call_timeout_seconds: '5'}\n",
-            "pdp.yaml:10: limits.call_timeout_seconds: input should be a valid number",
+            "pdp.yaml:10: limits.call_timeout_seconds: expected a number over 0 to 60, got a text",
         ),
         (
             GOOD + "permit: {ttl_seconds: 0}\n",
-            "pdp.yaml:10: permit.ttl_seconds: input should be greater than or equal to 1",
+            "pdp.yaml:10: permit.ttl_seconds: expected an integer from 1 to 3600",
         ),
         (
             GOOD + "budget: {durability: maybe}\n",
-            "pdp.yaml:10: budget.durability: input should be 'process' or 'power'",
+            "pdp.yaml:10: budget.durability: expected process or power",
         ),
         (
             GOOD.replace("mode: jwt", "mode: trust_me"),
-            "pdp.yaml:2: identity: 'mode' should be one of 'jwt', 'single_tenant'",
+            "pdp.yaml:3: identity.mode: expected jwt or single_tenant",
         ),
         (
             GOOD.replace("  bundle: /etc/pdp/bundle.tar.gz", "  {}"),
@@ -168,7 +168,7 @@ def test_what_kubernetes_sets_for_a_service_named_pdp_is_passed_over(tmp_path: P
         ),
         (
             GOOD + "budget: {store: {unix: /run/redis.sock, timeout_ms: 1}}\n",
-            "budget.store.timeout_ms: input should be greater than or equal to 50",
+            "budget.store.timeout_ms: expected an integer from 50 to 30000",
         ),
         (
             GOOD + "budget: {store: {addresses: ['a:1', 'b:2']}}\n",

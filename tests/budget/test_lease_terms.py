@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
 
 from pdp.budget.bounds import MAX_HOLD_SECONDS
 from pdp.budget.lease_pool import MARGIN_SECONDS, LeaseTerms
@@ -13,7 +12,7 @@ from pdp.config import Budget, Lease, RedisSettings
 
 
 def test_leases_need_a_shared_store() -> None:
-    with pytest.raises(ValidationError, match="lease needs a shared store"):
+    with pytest.raises(ValueError, match="lease needs a shared store"):
         Budget(lease=Lease())
     assert Budget(store=RedisSettings(unix=Path("/run/redis.sock")), lease=Lease()).lease
 

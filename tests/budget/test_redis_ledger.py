@@ -16,8 +16,9 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import msgspec
 import pytest
 
 from pdp.budget.ledger import (
@@ -29,7 +30,7 @@ from pdp.budget.ledger import (
     Window,
 )
 from pdp.budget.redis_ledger import RedisLedger
-from pdp.config import RedisSettings, SharedDurability
+from pdp.config import RedisSettings, Sentinel, SharedDurability
 from pdp.redis_store import open_redis, organisation_key, tenant_key
 from pdp.storage import StorageError
 from tests.budget.lossy_proxy import LossyProxy
@@ -43,9 +44,8 @@ T = TypeVar("T")
 HUGE = limit(10**9, name="huge")
 
 
-def settings_for(server: RedisServer, **changes: object) -> RedisSettings:
-    fields = {"unix": server.socket, "timeout_ms": 10_000, **changes}
-    return RedisSettings.model_validate(fields)
+def settings_for(server: RedisServer, **changes: Any) -> RedisSettings:
+    return RedisSettings(**{"unix": server.socket, "timeout_ms": 10_000, **changes})
 
 
 @asynccontextmanager
@@ -493,7 +493,7 @@ def test_the_permissions_that_the_page_names_are_enough(
         asyncio.run(scene())
         redis_server.command("ACL", "SETUSER", "pdp", "-config|get")
         assert "+config|get" in refusal(settings)
-        assert is_taken(settings.model_copy(update={"unchecked": True}))
+        assert is_taken(msgspec.structs.replace(settings, unchecked=True))
     finally:
         redis_server.command("ACL", "DELUSER", "pdp")
 
@@ -712,7 +712,7 @@ def test_over_tls_both_sides_show_certificates_that_the_other_knows(tmp_path: Pa
         f"tls-key-file {certificates / 'server.key'}",
         f"tls-ca-cert-file {certificates / 'ca.pem'}",
     )
-    fields = {
+    fields: dict[str, Any] = {
         "addresses": [f"127.0.0.1:{port}"],
         "ca_file": certificates / "ca.pem",
         "client_certificate_file": certificates / "client.pem",
@@ -724,7 +724,7 @@ def test_over_tls_both_sides_show_certificates_that_the_other_knows(tmp_path: Pa
     }
     server.start()
     try:
-        assert is_taken(RedisSettings.model_validate(fields))
+        assert is_taken(RedisSettings(**fields))
         for changes in (
             {"ca_file": others / "ca.pem"},
             {"ca_file": None},
@@ -732,7 +732,7 @@ def test_over_tls_both_sides_show_certificates_that_the_other_knows(tmp_path: Pa
             own,
             {"tls": False},
         ):
-            settings = RedisSettings.model_validate({**fields, **changes})
+            settings = RedisSettings(**{**fields, **changes})
             assert "does not answer (budget.store)" in refusal(settings)
     finally:
         server.stop()
@@ -824,13 +824,11 @@ def test_sentinels_name_the_primary_and_its_successor(tmp_path: Path) -> None:
         "sentinel failover-timeout budgets 2000",
         sentinel=True,
     )
-    settings = RedisSettings.model_validate(
-        {
-            "addresses": [f"127.0.0.1:{guard_port}"],
-            "tls": False,
-            "sentinel": {"service": "budgets"},
-            "timeout_ms": 2000,
-        }
+    settings = RedisSettings(
+        addresses=[f"127.0.0.1:{guard_port}"],
+        tls=False,
+        sentinel=Sentinel(service="budgets"),
+        timeout_ms=2000,
     )
 
     async def scene() -> None:

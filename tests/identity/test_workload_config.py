@@ -52,7 +52,7 @@ def of_tenant(**rule: Any) -> dict[str, Any]:
         ({"fixed": "tenant_acme", "tenants": ["tenant_acme"]}, "nothing to say beside fixed"),
         ({"fixed": "tenant/acme"}, "is not a tenant id"),
         ({"tenants": ["*"]}, "is not a tenant id"),
-        ({"tenants": []}, "at least 1 item"),
+        ({"tenants": []}, "tenants: expected a list of 1 to 10000 entries"),
         ({"by_route": True}, "needs identity.routes"),
     ),
 )
@@ -75,7 +75,7 @@ SERVER_NAME = {"server_name": "acme.pdp.example", "tenant": "tenant_acme"}
         ([{**ACME, **SERVER_NAME}], NAMED, "set exactly one of listener, workload and server_name"),
         ([ACME, {**ACME, "tenant": "tenant_globex"}], NAMED, "a listener has two routes"),
         ([SERVER_NAME, SERVER_NAME], {}, "a server_name has two routes"),
-        ([{**SERVER_NAME, "server_name": "Acme.pdp.example"}], {}, "should match pattern"),
+        ([{**SERVER_NAME, "server_name": "Acme.pdp.example"}], {}, "a text that matches ^"),
         ([OF_WORKLOAD], {}, "a route of a workload needs identity.workload"),
         ([{**OF_WORKLOAD, "tenant": "tenant_acme"}], {}, "name the tenant once"),
     ),
@@ -108,9 +108,9 @@ def test_a_server_name_can_not_be_where_a_tenant_comes_from(tmp_path: Path) -> N
         ),
         ({"issuers": [{**SPIRE, **CLUSTER}]}, {}, "set exactly one of trust_domain and issuer"),
         ({"issuers": [{**SPIRE, "cluster": "eu"}]}, {}, "cluster goes with issuer"),
-        ({"issuers": [{**SPIRE, "trust_domain": "Example.org"}]}, {}, "should match pattern"),
+        ({"issuers": [{**SPIRE, "trust_domain": "Example.org"}]}, {}, "a text that matches ^"),
         ({"issuers": [ISSUER]}, {}, "is an issuer of users and of workloads"),
-        ({"certificates": True, "trust_domains": []}, MTLS, "at least 1 item"),
+        ({"certificates": True, "trust_domains": []}, MTLS, "a list of 1 to 64 entries"),
     ),
 )
 def test_what_is_said_of_workloads_fits_together(

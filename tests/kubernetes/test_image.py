@@ -64,7 +64,7 @@ def test_nothing_in_it_gains_rights_or_can_be_changed_by_others() -> None:
 
 
 def test_every_module_is_compiled_as_it_can_not_be_later() -> None:
-    for package in ("pdp", "grpc", "pydantic"):
+    for package in ("pdp", "grpc", "msgspec"):
         folder = IMAGE / "usr/local/lib/python3.11/dist-packages" / package
         compiled = {path.name.partition(".")[0] for path in folder.glob("__pycache__/*.pyc")}
         assert {path.stem for path in folder.glob("*.py")} == compiled

@@ -8,6 +8,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Final
 
+import pytest
+
 from pdp.testing import SidecarProcess, TokenIssuer
 
 STARTER: Final = Path(__file__).parents[2] / "policies" / "bundle.tar.gz"
@@ -57,9 +59,30 @@ def run(program: str) -> str:
 def test_a_start_imports_no_other_command(tmp_path: Path) -> None:
     serve = SERVE.format(config=str(tmp_path / "missing.yaml"))
     modules = run(serve + MODULES_OF_A_WRONG_START).split()
-    assert "pdp.cli.serve" in modules
+    assert "pdp.cli.run_sidecar" in modules
     others = {name for name in modules if name.startswith("pdp.cli.")}
-    assert others == {"pdp.cli.serve", "pdp.cli.exit_codes"}
+    assert others == {"pdp.cli.run_sidecar", "pdp.cli.exit_codes"}
+    assert "typer" not in modules
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    (["--config", "{}"], ["-c", "{}"], ["--config={}"], ["-c{}"]),
+)
+def test_serve_says_the_same_however_its_configuration_is_named(
+    tmp_path: Path, arguments: list[str]
+) -> None:
+    missing = str(tmp_path / "missing.yaml")
+    told = [argument.format(missing) for argument in arguments]
+    done = subprocess.run(
+        [sys.executable, "-m", "pdp", "serve", *told],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2,
+        "",
+        f"{missing}: can not be read: No such file or directory\n",
+    )
 
 
 def test_a_sidecar_that_serves_collects_garbage_which_a_start_does_not(tmp_path: Path) -> None:

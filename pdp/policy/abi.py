@@ -86,8 +86,9 @@ class DeadlineError(RunError):
 def _config() -> wasmtime.Config:
     config = wasmtime.Config()
     config.epoch_interruption = True
-    # While one module is compiled, calls that another one answers need the other cores.
-    config.parallel_compilation = False
+    # The first module is what the start waits for. Later ones are compiled in a process
+    # of their own, which keeps to one core.
+    config.parallel_compilation = True
     config.max_wasm_stack = _STACK_BYTES
     # So that an address in memory stays what it is: what a memory may grow to is reserved.
     config.memory_reservation = 4 * 1024**3

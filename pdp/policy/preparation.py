@@ -174,7 +174,9 @@ class _Apart:
 
 def _environment() -> dict[str, str]:
     kept = ("PATH", "HOME", "LD_LIBRARY_PATH")
-    return {name: os.environ[name] for name in kept if name in os.environ}
+    environment = {name: os.environ[name] for name in kept if name in os.environ}
+    # wasmtime's compiler then keeps to one thread: calls need the other cores.
+    return environment | {"RAYON_NUM_THREADS": "1"}
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

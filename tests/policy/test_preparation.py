@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -119,3 +121,16 @@ def test_no_descriptor_process_or_thread_is_left_of_many(scratch: Path) -> None:
 
     asyncio.run(run())
     assert not holds_something(scratch)
+
+
+def test_a_later_bundle_is_compiled_on_one_core(
+    tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment, python = tmp_path / "environment", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nenv > {environment}\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    whole = Received(name="main", place="the shelf", chain=(STARTER,), verifier=None)
+    prepared = asyncio.run(prepare_apart([whole], Rules(embedded=True, opa=None, run_tests=False)))
+    assert prepared.compiled is not None
+    assert "RAYON_NUM_THREADS=1" in environment.read_text().splitlines()

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from pdp.policy.archive import Files
@@ -27,6 +27,8 @@ class FirstLoad:
     prepared: Prepared
     states: Mapping[str, BundleState]
     """By the bundle's name, in the order of the configuration."""
+    on_disk: frozenset[str]
+    """Names of the bundles that are on disk as they are to be kept, but for checked_at."""
     instead: Callable[[BundleError], Awaitable[FirstLoad]] = field(repr=False)
     """What was in force last, for when this can not be, which the error says why. Raises
     the error where there is nothing else."""
@@ -56,7 +58,10 @@ async def first_load(
 
     async def load(fresh: Mapping[str, Fetched], instead: _Instead) -> FirstLoad:
         prepared, states = await _load(wanted, rules, found, fresh, allow_rollback, clock)
-        return FirstLoad(prepared=prepared, states=states, instead=instead)
+        on_disk = frozenset(
+            name for name, state in states.items() if _is_the_same(state.kept, found.kept[name])
+        )
+        return FirstLoad(prepared=prepared, states=states, on_disk=on_disk, instead=instead)
 
     async def earlier(error: BundleError) -> FirstLoad:
         without = {name: got for name, got in found.held.items() if found.kept[name] is None}
@@ -140,6 +145,10 @@ async def _load(
             unreachable=found.unreachable.get(name),
         )
     return prepared, states
+
+
+def _is_the_same(kept: Kept, found: Kept | None) -> bool:
+    return found is not None and replace(kept, checked_at=found.checked_at) == found
 
 
 def _chain(name: str, found: _Found, fresh: Mapping[str, Fetched]) -> tuple[Files, ...]:

@@ -11,11 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring
-from typing import Final
-
-from joserfc import jws
-from joserfc.errors import JoseError
-from joserfc.jwk import ECKey, OKPKey, RSAKey
+from typing import TYPE_CHECKING, Final
 
 from pdp import base64url
 from pdp.canonical import JsonObject, JsonValue, canonical_bytes, parse_object
@@ -25,13 +21,14 @@ from pdp.policy.engine import BundleError
 from pdp.policy.manifest import MANIFEST
 from pdp.reason import ReasonCode
 
+if TYPE_CHECKING:  # A start waits for what its policy needs; joserfc can come meanwhile.
+    from joserfc.jwk import ECKey, OKPKey, RSAKey
+
 SIGNATURES: Final = ".signatures.json"
 MAX_TOKEN_BYTES: Final = 8 * 1024 * 1024
-ALGORITHMS: Final[Mapping[str, type[OKPKey | ECKey | RSAKey]]] = {
-    "EdDSA": OKPKey,
-    **dict.fromkeys(("ES256", "ES384", "ES512"), ECKey),
-    **dict.fromkeys(("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"), RSAKey),
-}
+ALGORITHMS: Final = (
+    "EdDSA", "ES256", "ES384", "ES512", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512",
+)  # fmt: skip
 """What a bundle may be signed with. No shared secrets: a sidecar could sign with its own."""
 _HASHES: Final[Mapping[str, Callable[[bytes], hashlib._Hash]]] = {
     "SHA-224": hashlib.sha224,
@@ -103,6 +100,9 @@ class Verifier:
             )
         if not {"crit", "b64"}.isdisjoint(header):
             raise refused(place, "has a signature with a header that is not accepted")
+        from joserfc import jws  # noqa: PLC0415
+        from joserfc.errors import JoseError  # noqa: PLC0415
+
         public = _imported(key.pem, key.algorithm, f"The verification key {json.dumps(key_id)}")
         try:
             with warnings.catch_warnings():
@@ -121,6 +121,8 @@ def sign(
 
     Raises BundleError for a key that does not fit, and for files that are not well formed.
     """
+    from joserfc import jws  # noqa: PLC0415
+
     place = "that is to be signed"
     key = _imported(private_key_pem, algorithm, "The signing key", private=True)
     listed = [
@@ -218,9 +220,12 @@ def _imported(
     pem: bytes, algorithm: str, what: str, *, private: bool = False
 ) -> OKPKey | ECKey | RSAKey:
     """A key that fits the algorithm. Raises BundleError, which never shows the key."""
-    kind = ALGORITHMS.get(algorithm)
-    if kind is None:
+    from joserfc.jwk import ECKey, OKPKey, RSAKey  # noqa: PLC0415
+
+    if algorithm not in ALGORITHMS:
         raise _unfit(f"{what} is for an algorithm that is not one of {', '.join(ALGORITHMS)}.")
+    kinds: dict[str, type[OKPKey | ECKey | RSAKey]] = {"Ed": OKPKey, "ES": ECKey}
+    kind = kinds.get(algorithm[:2], RSAKey)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of short keys, which are refused below

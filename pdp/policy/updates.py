@@ -91,7 +91,9 @@ class PolicyUpdates:
         self._allow_rollback = allow_rollback
         self._clock = clock
         self._one_at_a_time = asyncio.Lock()
-        self._on_disk: dict[str, tuple[Files, ...]] = {}
+        self._on_disk: dict[str, tuple[Files, ...]] = {
+            name: first.states[name].kept.chain for name in first.on_disk
+        }
         """By the bundle's name, what was written; nothing where that failed."""
         self._noted_at: dict[str, float] = {}
         """By the bundle's name, when it was written last, or when that was tried."""

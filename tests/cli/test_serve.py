@@ -65,6 +65,11 @@ def test_a_start_imports_no_other_command(tmp_path: Path) -> None:
     assert "typer" not in modules
 
 
+def test_what_compiles_the_policy_waits_for_no_signatures() -> None:
+    program = "import sys, pdp.server.policy, pdp.policy.wasm; print(*sys.modules)"
+    assert not {"joserfc", "cryptography"} & set(run(program).split())
+
+
 @pytest.mark.parametrize(
     "arguments",
     (["--config", "{}"], ["-c", "{}"], ["--config={}"], ["-c{}"]),

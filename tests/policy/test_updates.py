@@ -364,6 +364,36 @@ def test_a_sidecar_starts_without_its_source(tmp_path: Path) -> None:
     asyncio.run(later.run(offline))
 
 
+def test_a_start_writes_what_is_on_disk_already_no_more_but_when_it_was_seen(
+    tmp_path: Path,
+) -> None:
+    def archives() -> dict[str, int]:
+        return {file.name: file.stat().st_ino for file in tmp_path.glob("main/*.tar.gz")}
+
+    async def play() -> None:
+        pass
+
+    async def run(content: Files, tag: str) -> None:
+        scene = Scene(tmp_path, main=Shelf(content, tag))
+        scene.now = now
+        await scene.run(play)
+        kept = scene.last_good.read("main")
+        assert kept is not None
+        assert (kept.checked_at, kept.tag) == (now, tag)
+
+    now = 1_000.0
+    asyncio.run(run(bundle("r1"), "1"))
+    first = archives()
+    now = 2_000.0
+    asyncio.run(run(bundle("r1"), "1"))
+    assert archives() == first
+    asyncio.run(run(bundle("r1"), "2"))
+    again = archives()
+    assert again.keys() != first.keys(), "its tag is new"
+    asyncio.run(run(bundle("r2"), "2"))
+    assert archives().keys() != again.keys(), "its content is new"
+
+
 def test_a_sidecar_with_neither_source_nor_earlier_bundle_does_not_start(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="The shelf is empty"):
         asyncio.run(Scene(tmp_path, main=Shelf(None)).load())

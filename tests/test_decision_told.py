@@ -18,7 +18,7 @@ from pdp.errors import RequestError
 from pdp.identity.resolver import Credentials, IdentityError
 from pdp.identity.subject import Delegation, Link, Subject
 from pdp.permit.claims import Permit
-from pdp.policy.engine import Entrypoint, PolicyError
+from pdp.policy.engine import Entrypoint, PolicyError, WalkedEngine
 from pdp.policy.live import LivePolicy
 from pdp.reason import ReasonCode
 from tests.test_decision import ALLOWED, LIMITS, NOW, QUESTION, Policy, Steps, asked, opened
@@ -364,7 +364,7 @@ def test_who_asks_is_found_out_by_what_was_shown(tmp_path: Path) -> None:
 
 
 def test_where_no_thread_takes_the_policy_the_one_in_force_is_on_record(tmp_path: Path) -> None:
-    class Busy(Policy):
+    class Busy(Policy, WalkedEngine):
         revision = "revision-2"
 
         async def walk(self, steps: object) -> Any:

@@ -211,10 +211,11 @@ def test_a_guard_that_keeps_none_asks_each_time_and_watches_nothing(
 
 
 def test_a_permit_ends_before_it_expires(face: Face, several: StandIn) -> None:
-    now = int(time.time())
-    several.answer = lambda request, _: several.allow_several(
-        request, 10, issued_at=now, expires_at=now + 2
-    )
+    def shortly(request: authorization_pb2.AuthorizeRequest, _: object) -> Any:
+        now = int(time.time())
+        return several.allow_several(request, 10, issued_at=now, expires_at=now + 3)
+
+    several.answer = shortly
     search = search_of(face)
     permit = begin(face, several, search)
     reports = len(several.reports)

@@ -12,9 +12,12 @@ def main() -> None:
     # no more than its configuration, it needs none of what reads arguments either.
     match sys.argv[1:]:
         case ["serve", "--config" | "-c", path] if not path.startswith("-"):
-            from pdp.cli.run_sidecar import run  # noqa: PLC0415
+            try:
+                from pdp.cli.run_sidecar import run  # noqa: PLC0415
 
-            sys.exit(run(Path(path)))
+                sys.exit(run(Path(path)))
+            except KeyboardInterrupt:
+                sys.exit(130)  # as typer does
         case ["serve", *_]:
             from pdp.cli.serve import app  # noqa: PLC0415
         case _:

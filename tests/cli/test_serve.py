@@ -25,6 +25,15 @@ except SystemExit as exit:
     assert exit.code == 2, exit.code
 print(*sys.modules)
 """
+INTERRUPTED: Final = """
+from pdp.cli import run_sidecar
+
+def interrupted(config):
+    raise KeyboardInterrupt
+
+run_sidecar.run = interrupted
+main()
+"""
 COLLECTS_WHILE_IT_SERVES: Final = """
 import gc, os, pathlib, signal, threading
 state = pathlib.Path({state!r})
@@ -88,6 +97,14 @@ def test_serve_says_the_same_however_its_configuration_is_named(
         "",
         f"{missing}: can not be read: No such file or directory\n",
     )
+
+
+def test_a_start_that_is_interrupted_says_nothing() -> None:
+    program = SERVE.format(config="pdp.yaml") + INTERRUPTED
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_a_sidecar_that_serves_collects_garbage_which_a_start_does_not(tmp_path: Path) -> None:

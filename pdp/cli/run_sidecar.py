@@ -66,7 +66,7 @@ def run(config: Path) -> int:
     except OSError as error:
         _say(f"pdp: can not start: {error.filename}: {error.strerror}.")
         return exit_codes.CAN_NOT_START
-    return 0
+    return exit_codes.OK
 
 
 def _say(line: str) -> None:

@@ -84,7 +84,7 @@ class PolicyEngine(Protocol):
 class WalkedEngine(ABC):
     """An engine that evaluates on threads of its own, and lets others' work go on there.
 
-    No Protocol: every call asks which kind its engine is, and a Protocol takes 10 us to say.
+    No Protocol: every call asks which kind its engine is, and a Protocol takes 6 us to say.
     """
 
     @abstractmethod

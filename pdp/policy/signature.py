@@ -85,6 +85,9 @@ class Verifier:
                 raise refused(place, f"holds another {name} than was signed")
 
     def _verified_claims(self, token: str, place: str) -> JsonObject:
+        from joserfc import jws  # noqa: PLC0415
+        from joserfc.errors import JoseError  # noqa: PLC0415
+
         header, claims = _parts(token, place)
         key_id = _key_id(header, claims, place)
         key = self.keys.get(key_id)
@@ -100,9 +103,6 @@ class Verifier:
             )
         if not {"crit", "b64"}.isdisjoint(header):
             raise refused(place, "has a signature with a header that is not accepted")
-        from joserfc import jws  # noqa: PLC0415
-        from joserfc.errors import JoseError  # noqa: PLC0415
-
         public = _imported(key.pem, key.algorithm, f"The verification key {json.dumps(key_id)}")
         try:
             with warnings.catch_warnings():
@@ -224,8 +224,9 @@ def _imported(
 
     if algorithm not in ALGORITHMS:
         raise _unfit(f"{what} is for an algorithm that is not one of {', '.join(ALGORITHMS)}.")
-    kinds: dict[str, type[OKPKey | ECKey | RSAKey]] = {"Ed": OKPKey, "ES": ECKey}
-    kind = kinds.get(algorithm[:2], RSAKey)
+    kind: type[OKPKey | ECKey | RSAKey] = RSAKey
+    if algorithm in _CURVES:
+        kind = OKPKey if algorithm == "EdDSA" else ECKey
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of short keys, which are refused below

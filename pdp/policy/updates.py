@@ -94,7 +94,7 @@ class PolicyUpdates:
         self._on_disk: dict[str, tuple[Files, ...]] = {
             name: first.states[name].kept.chain for name in first.on_disk
         }
-        """By the bundle's name, what was written; nothing where that failed."""
+        """By the bundle's name, what is there; nothing where it could not be written."""
         self._noted_at: dict[str, float] = {}
         """By the bundle's name, when it was written last, or when that was tried."""
 

@@ -33,14 +33,12 @@ ARGUMENTS: Final[JsonObject] = {"order_id": "918", "status": "shipped", "note": 
 HOLD_SECONDS: Final = 3_600
 SESSION_LIMIT: Final = 40
 """As the policy says it."""
-_GONE: Final = (
+GONE: Final = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.DEADLINE_EXCEEDED,
-    grpc.StatusCode.UNKNOWN,
 )
-"""How calls end whose sidecar is killed, or has no memory for a message (UNKNOWN). Its own
-refusals have a reason code besides."""
+"""How calls end whose sidecar is killed. Its own refusals have a reason code besides."""
 TOOLS: Final = ("orders.update", "orders.search")
 
 
@@ -118,12 +116,16 @@ class Agent:
         dice: random.Random,
         *,
         bears: Collection[str] = (),
+        gone: Collection[grpc.StatusCode] = GONE,
     ) -> None:
-        """``bears`` are reason codes that leave a call in doubt, to be asked again later."""
+        """``bears`` are reason codes that leave a call in doubt, to be asked again later, and
+        ``gone`` how calls end when the sidecar does.
+        """
         self.name = name
         self.refused: Counter[str] = Counter()
         """What it was refused with, of those."""
         self._bears = bears
+        self._gone = gone
         self.tenant = tenant
         self.knows = Knowledge()
         self._issuer = issuer
@@ -313,7 +315,7 @@ class Agent:
             answer = ask.send(self.caller, waits=waits)
         except grpc.RpcError as error:
             refused = refusal_of(_raise, error)
-            if not refused.reason_code and refused.status in _GONE:
+            if not refused.reason_code and refused.status in self._gone:
                 return False
             if refused.reason_code in self._bears:
                 self.refused[refused.reason_code] += 1

@@ -23,7 +23,7 @@ import pytest
 from pdp.api.v1 import authorization_pb2, authorization_pb2_grpc
 from pdp.testing import Caller, SidecarProcess, TokenIssuer, build_bundle, refusal_of
 from tests.e2e.operating import records, soon
-from tests.faults.agents import Agent, at_work, check_records, check_sums
+from tests.faults.agents import GONE, Agent, at_work, check_records, check_sums
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 ISSUER: Final = TokenIssuer()
@@ -43,10 +43,14 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_bundle(ROOT / "tests/faults/policy", target, opa=ROOT / ".tools/opa")
 
 
-def new_agents(count: int, bears: Collection[str] = NO_ROOM) -> list[Agent]:
+def new_agents(
+    count: int,
+    bears: Collection[str] = NO_ROOM,
+    gone: Collection[grpc.StatusCode] = GONE,
+) -> list[Agent]:
     dice = random.Random(918)  # noqa: S311 - what they do is no secret
     return [
-        Agent(f"agent-{number}", "tenant_acme", ISSUER, dice, bears=bears)
+        Agent(f"agent-{number}", "tenant_acme", ISSUER, dice, bears=bears, gone=gone)
         for number in range(count)
     ]
 
@@ -212,7 +216,9 @@ def test_the_largest_messages_take_no_more_memory_than_a_few_times_what_is_sent_
 def test_without_memory_it_is_gone_and_nothing_that_was_said_is_lost(
     tmp_path: Path, bundle: Path
 ) -> None:
-    agents = new_agents(4, bears=(*NO_ROOM, "internal", "policy_error", "policy_unavailable"))
+    bears = (*NO_ROOM, "internal", "policy_error", "policy_unavailable")
+    # gRPC says UNKNOWN of a message that it has no memory for.
+    agents = new_agents(4, bears, (*GONE, grpc.StatusCode.UNKNOWN))
     with SidecarProcess(tmp_path, issuer=ISSUER, bundle=bundle, config=CONFIG) as sidecar:
         for room_mib in (0, 8, 64):
             for agent in agents:
